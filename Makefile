@@ -14,7 +14,8 @@ SOURCES := pyproject.toml constraints-dev.txt $(wildcard setup.py kernels/native
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-peer test-cluster test-aarch64 sanitize check bench bench-offload bench-cluster clean distclean
+.PHONY: help setup run test test-peer test-cluster test-aarch64 sanitize check bench bench-offload bench-cluster \
+	bench-gpu clean distclean
 
 help: ## show this
 	@sed -n 's/^\([a-z0-9-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
@@ -67,6 +68,9 @@ bench-cluster: ROUNDS = 3
 bench-cluster: .venv/.installed-dev ## a cluster of network namespaces (root): losses, gains, costs; ROWS=losses,grid
 	@$(SHOAL) ls 2>/dev/null | grep -q '^$(MODEL) ' || $(SHOAL) pull $(MODEL)
 	@$(BIN)/python bench/many_hosts.py --rows '$(ROWS)' --rounds '$(ROUNDS)'
+
+bench-gpu: .venv/.installed-dev ## on a graphics card, a quarter of an hour: tests, then measurements; ROWS=tests,dense
+	@PYTHON='$(CURDIR)/$(BIN)/python' bench/gpu.sh $(if $(ROWS),--parts '$(ROWS)')
 
 clean: ## remove what building and testing left; .venv stays
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

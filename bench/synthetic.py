@@ -96,14 +96,15 @@ def _remove(path: Path) -> None:
 def write(
     shape: Shape,
     path: Path,
-    vocabulary: Path,
+    vocabulary: Path | None,
     progress: Progress = lambda done, total: None,
     *,
     hollow: bool = False,
 ) -> None:
-    """Write the file; a hollow one has a hole for each tensor. Raises SyntheticError if the disk is too small."""
+    """Write the file; a hollow one has a hole for each tensor. Without a vocabulary of another model's its tokens are
+    bytes. Raises SyntheticError if the disk is too small."""
     tensors = list(shape.tensors())
-    total = sum(_nbytes(tensor) for tensor in tensors)
+    total = sum(nbytes(tensor) for tensor in tensors)
     need_room(shape, path.parent, 0 if hollow else total)
     writer = GGUFWriter(path, shape.arch)
     _write_facts(writer, shape)
@@ -112,7 +113,7 @@ def write(
     for tensor in tensors:
         kind = GGMLQuantizationType[tensor.type]
         writer.add_tensor_info(
-            tensor.name, tensor.sizes, np.dtype(np.float32), _nbytes(tensor), raw_dtype=kind
+            tensor.name, tensor.sizes, np.dtype(np.float32), nbytes(tensor), raw_dtype=kind
         )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -123,11 +124,11 @@ def write(
         with path.open("r+b") as stream:
             stream.seek(0, os.SEEK_END)
             begin = -(-stream.tell() // GGUF_ALIGNMENT) * GGUF_ALIGNMENT
-            stream.truncate(begin + sum(-(-_nbytes(t) // GGUF_ALIGNMENT) * GGUF_ALIGNMENT for t in tensors))
+            stream.truncate(begin + sum(-(-nbytes(t) // GGUF_ALIGNMENT) * GGUF_ALIGNMENT for t in tensors))
         return
     for seed, tensor in enumerate(tensors):
         writer.write_tensor_data(data(tensor, np.random.default_rng(seed)))
-        done += _nbytes(tensor)
+        done += nbytes(tensor)
         progress(done, total)
     writer.close()
 
@@ -152,13 +153,13 @@ def _write_facts(writer: GGUFWriter, shape: Shape) -> None:
         writer.add_expert_used_count(shape.active)
 
 
-def _vocabulary(source: Path, size: int) -> dict[str, Field]:
-    """The metadata of another model's tokenizer, cut or filled up to `size` tokens.
+def _vocabulary(source: Path | None, size: int) -> dict[str, Field]:
+    """The metadata of another model's tokenizer, or of one that knows bytes alone, cut or filled up to `size` tokens.
 
     Special tokens that are cut off are none any more.
     """
-    fields: dict[str, Field] = {}
-    for name, field in GGUFReader(source).fields.items():
+    fields: dict[str, Field] = {} if source is not None else _bytes_alone()
+    for name, field in GGUFReader(source).fields.items() if source is not None else ():
         if name.startswith("tokenizer."):
             sub_type = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
             contents = field.contents()
@@ -176,7 +177,25 @@ def _vocabulary(source: Path, size: int) -> dict[str, Field]:
     return fields
 
 
-def _nbytes(tensor: TensorShape) -> int:
+def _bytes_alone() -> dict[str, Field]:
+    """A tokenizer of 256 bytes, as GPT-2 spells them, and of two that are one token."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    tokens = [chr(byte if byte in printable else next(others)) for byte in range(256)]
+    kind, texts = GGUFValueType.ARRAY, GGUFValueType.STRING
+    made: dict[str, Field] = {
+        "model": ("gpt2", texts, None),
+        "pre": ("gpt-2", texts, None),
+        "tokens": ([*tokens, "th"], kind, texts),
+        "token_type": ([gguf.TokenType.NORMAL] * 257, kind, GGUFValueType.INT32),
+        "merges": (["t h"], kind, texts),
+        "eos_token_id": (0, GGUFValueType.UINT32, None),
+    }
+    return {f"tokenizer.ggml.{name}": field for name, field in made.items()}
+
+
+def nbytes(tensor: TensorShape) -> int:
+    """Of a tensor in the file."""
     weights, size = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[tensor.type]]
     return int(np.prod(tensor.sizes)) // weights * size
 
@@ -188,7 +207,7 @@ def data(tensor: TensorShape, random: np.random.Generator) -> np.ndarray[Any, An
         values = np.ones(tensor.sizes) if norm else 0.1 * random.standard_normal(tensor.sizes)
         return values.astype(np.float32).view(np.uint8)
     pool = _pool(tensor.type, tensor.sizes[-1], tensor.loudness)
-    result = np.empty(_nbytes(tensor), np.uint8)
+    result = np.empty(nbytes(tensor), np.uint8)
     done = 0
     while done < result.size:
         piece = pool[random.integers(len(pool)) :].reshape(-1)[: result.size - done]
@@ -241,7 +260,7 @@ def default_vocabulary() -> Path:
 
 def listed() -> Iterator[str]:
     for shape in SHAPES.values():
-        yield f"{shape.name} ({sum(map(_nbytes, shape.tensors())) / 1e9:.2f} GB, {shape.mix})"
+        yield f"{shape.name} ({sum(map(nbytes, shape.tensors())) / 1e9:.2f} GB, {shape.mix})"
 
 
 def main() -> None:

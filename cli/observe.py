@@ -80,6 +80,9 @@ def ps(as_json: bool) -> None:
 def _about(model: ModelStatus) -> Iterator[str]:
     """What does not fit into a table."""
     yield f"{model.name}: {model.plan}"
+    if model.device_why:
+        yield model.device_why
+    yield from model.warnings
     if model.predicted_tokens_per_s:
         came = (
             f"measured {model.measured_tokens_per_s:.3g}"

@@ -199,7 +199,7 @@ def plan_options(function: Callback) -> Callback:
         click.option("--device", metavar="NAME",
                      help="What computes as much of the model as fits there, experts last: cpu, cuda:0, cuda:0,16GB "
                           "(no more of its memory), or sim:1GB, a device that the CPU plays. auto, the default, is "
-                          "cpu today."),
+                          "the first card, where that is predicted to be faster."),
         click.option("--speculate", type=click.Choice(["auto", "off"]),
                      help="Guess tokens ahead where that is faster (the default); the answer stays the same."),
         click.option("--kv-type", type=click.Choice(get_args(KvType)),

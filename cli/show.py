@@ -120,9 +120,11 @@ def _words(found: Outlook) -> Table:
         rows.add_row("weights", found.placed or f"all {whole} stay in memory")
     if found.device:
         rows.add_row(found.device, f"{format_bytes(found.device_bytes)} of its memory, with scratch")
-        rows.add_row("speed", f"not predicted: nothing is known of how fast {found.device} is")
+        rows.add_row("speed", found.why or f"not predicted: nothing is known of how fast {found.device} is")
     else:
         rows.add_row("speed", _speed(found))
+        if found.why:
+            rows.add_row("devices", found.why)
     if found.pack_bytes:
         there = "made already" if found.packed else "to be made by the first run, or by shoal pack"
         rows.add_row("pack", f"{format_bytes(found.pack_bytes)} on disk, {there}")

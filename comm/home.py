@@ -69,6 +69,16 @@ class Home:
         return self.root / "profile.json"
 
     @property
+    def experts(self) -> Path:
+        """How often the experts of mixtures were used, a file for each model."""
+        return self.root / "experts"
+
+    @property
+    def devices(self) -> Path:
+        """What this machine's devices can do, as it was measured."""
+        return self.root / "devices.json"
+
+    @property
     def run(self) -> Path:
         """The directory of the socket and its lock: a short private path when the root's is too long for a socket."""
         path = self.root / "run"

@@ -324,6 +324,7 @@ class ModelStatus(Message):
     measured_tokens_per_s: float = 0.0  # what steps of one token take now; 0 = there were none yet
     device: str = ""  # that computes blocks besides the CPU
     device_bytes: int = 0  # what it holds there: weights, KV and scratch
+    device_why: str = ""  # it computes, or none does, where that was a choice
     tried: str = ""  # what came of trying the plan's runner-up, if it was
 
 

@@ -33,6 +33,11 @@ CHILD_BYTES = 12 << 20  # a process that renders chat templates
 PROCESS = "this process"  # in the ledger
 
 
+def pinned_for(device: str) -> str:
+    """What page-locked memory is called in the ledger."""
+    return f"page-locked memory for {device}"
+
+
 def available_bytes() -> int:
     """Bytes that can be allocated without swapping or exceeding a cgroup's limit."""
     free, room = _free_bytes(), cgroup.room_bytes()

@@ -350,7 +350,7 @@ class Node:
         # Takes seconds, with no model at hand.
         yield partial(self._machine.look, self._idle, lambda: self._models.kinds)
         for model in self._models:
-            yield from (model.engine.expire, model.look_back)
+            yield from (model.engine.expire, model.look_back, model.keep_uses)
 
     def _idle(self) -> bool:
         return not (self._busy() or self._loader.coming or self._draining)

@@ -2,6 +2,9 @@
 
 Knows streams, events and torch's errors; `torch_kernels` computes.
 
+Copies go through page-locked memory (`PinnedRing`), if there is any: from other memory torch's copies make the caller
+wait, those that come out too. This memory is asked for once, so nothing that is copied later can lack it.
+
 Memory is the computing stream's. Both ends of a copy are kept until it has ended, so torch need not be told which other
 streams use them (`record_stream`): if it was, it asks the driver when memory is given back, and where the card is lost
 by then, that ends the process.
@@ -9,20 +12,28 @@ by then, that ends the process.
 
 from __future__ import annotations
 
+import resource
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial as bound
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from shoal.kernels.arrays import Array
+from shoal.partition.amounts import format_bytes
+from shoal.partition.placement import PINNED_BYTES
 
 from .device import PACKET_BYTES, DeviceArray, DeviceBudget, DeviceEvent, DeviceMemory, DeviceWork
 from .errors import DeviceLost, NoSuchDevice
+from .pinned_ring import PinnedRing
 
+DRIVER = Path("/proc/driver/nvidia/version")
 OF_FREE_MEMORY = 0.9  # of the free memory, if no size was named: libraries take some, too
 
 _cuda: Any = torch.cuda  # which has no types for streams and events
@@ -36,17 +47,30 @@ class _Copy(NamedTuple):
     target: torch.Tensor
 
 
+class _Pinned:
+    """Page-locked memory of one queue. Whoever holds the lock uses it."""
+
+    def __init__(self, memory: torch.Tensor) -> None:
+        self.memory = memory
+        self.ring = PinnedRing(len(memory))
+        self.lock = threading.Lock()
+
+
 class CudaDevice:
     """Card `number`, of whose memory at most `limit_bytes` are used. It is an OpenDevice. Raises NoSuchDevice."""
 
     def __init__(self, name: str, number: int, limit_bytes: int | None) -> None:
         try:
-            there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+            with warnings.catch_warnings(record=True) as noted:  # of a driver that is too old, for instance
+                warnings.simplefilter("always")
+                there = torch.cuda.device_count() if torch.cuda.is_available() else 0
             if number >= there:
+                why = "".join(f": {_line(it.message)}" for it in noted[:1] if isinstance(it.message, Warning))
                 raise NoSuchDevice(
-                    f"device {name} is not there: torch {torch.__version__} finds {there} cards"
+                    f"device {name} is not there: torch {torch.__version__} finds {there} cards{why}"
                 )
             torch.cuda.set_device(number)
+            _probe(torch.device("cuda", number))
             usable = int(OF_FREE_MEMORY * torch.cuda.mem_get_info(number)[0])
             limit_bytes = usable if limit_bytes is None else min(usable, limit_bytes)
             self._computing, self._coming, self._staging, self._going = (
@@ -57,9 +81,17 @@ class CudaDevice:
         self.name = name
         self.budget = DeviceBudget(name, limit_bytes)
         self.lost = ""
+        self.pinned_bytes, self.unpinned = 0, ""
+        self._pinned: dict[torch.cuda.Stream, _Pinned] = {}
+        self._number = number
         self._device = torch.device("cuda", number)
         self._copies: list[_Copy] = []
         self._lock = threading.Lock()  # of the copies
+
+    @property
+    def facts(self) -> str:
+        card = torch.cuda.get_device_properties(self._number)
+        return f"{card.name} | {card.total_memory} | {torch.__version__} | {_driver()}"
 
     @property
     def now_s(self) -> float:
@@ -83,6 +115,21 @@ class CudaDevice:
         inside, memory.ready = self._on(self._computing, (), run)
         return self.within(memory, inside)
 
+    def pin(self) -> None:
+        if self.pinned_bytes:
+            return
+        try:
+            memory = _page_locked(PINNED_BYTES)
+        except (RuntimeError, MemoryError) as error:
+            self.unpinned = _line(error) + _memlock(PINNED_BYTES)
+            return
+        queues = self._staging, self._coming, self._going
+        each = PINNED_BYTES // len(queues)
+        self._pinned = {
+            stream: _Pinned(memory[place * each : (place + 1) * each]) for place, stream in enumerate(queues)
+        }
+        self.pinned_bytes, self.unpinned = PINNED_BYTES, ""
+
     def copy_in(self, source: Array, target: DeviceArray, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
         return self._copy(self._coming, torch.from_numpy(source), target.inside, after)
 
@@ -100,6 +147,9 @@ class CudaDevice:
     def wait(self, event: DeviceEvent) -> None:
         with self._calling():
             event.synchronize()  # type: ignore[attr-defined]
+            if (pinned := self._pinned.get(self._going)) is not None:
+                with pinned.lock:
+                    pinned.ring.land(event)
             self._forget_ended()
 
     def _copy(
@@ -111,6 +161,11 @@ class CudaDevice:
         together: int | None = None,
     ) -> DeviceEvent:
         """`together`: so many numbers, of arrays that have one dimension; None: all."""
+        whole = source.numel() and source.is_contiguous() and target.is_contiguous()
+        if whole and (pinned := self._pinned.get(stream)) is not None:
+            came: DeviceEvent = self._packets(stream, pinned, _bytes(source), _bytes(target), after)
+            self._keep(came, source, target)
+            return came
 
         def run() -> None:
             step = together or max(1, len(source))
@@ -119,9 +174,37 @@ class CudaDevice:
                 target[part].copy_(source[part], non_blocking=True)
 
         _, ended = self._on(stream, after, run)
+        self._keep(ended, source, target)
+        return ended
+
+    def _packets(
+        self,
+        stream: torch.cuda.Stream,
+        pinned: _Pinned,
+        source: torch.Tensor,
+        target: torch.Tensor,
+        after: Sequence[DeviceEvent],
+    ) -> Any:
+        """The same by way of page-locked memory, in packets of PACKET_BYTES; waits where all of that is in use."""
+        leaves = stream is self._going
+        ended: Any = None
+        for start in range(0, max(1, len(source)), PACKET_BYTES):
+            mine, theirs = (it[start : start + PACKET_BYTES] for it in (source, target))
+            with pinned.lock:
+                with self._calling():
+                    place = pinned.ring.place(len(mine))
+                packet = pinned.memory[place : place + len(mine)]
+                if not leaves:
+                    packet.copy_(mine)
+                way = (packet, mine) if leaves else (theirs, packet)
+                _, ended = self._on(stream, after, bound(_begin_copy, *way))
+                pinned.ring.take(len(mine), ended, bound(_land, ended, theirs if leaves else None, packet))
+            after = ()
+        return ended
+
+    def _keep(self, ended: Any, source: torch.Tensor, target: torch.Tensor) -> None:
         with self._lock:
             self._copies.append(_Copy(ended, source, target))
-        return ended
 
     def _forget_ended(self) -> None:
         with self._lock:
@@ -157,5 +240,49 @@ class CudaDevice:
             raise DeviceLost(self.name, self.lost) from error
 
 
-def _line(error: Exception) -> str:
+def _probe(device: torch.device) -> None:
+    """Raises RuntimeError unless the card computes what every model needs, and rightly: torch may have no kernels for
+    it, or it may know no bfloat16."""
+    ones = torch.ones(64, 64, dtype=torch.bfloat16, device=device).float()
+    found = float((ones @ ones).sum())
+    if found != 64**3:
+        raise RuntimeError(f"64 times 64 times 64 is {found:g} there")
+
+
+def _driver() -> str:
+    try:
+        return DRIVER.read_text(errors="replace").partition("\n")[0]
+    except OSError:
+        return ""
+
+
+def _begin_copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    target.copy_(source, non_blocking=True)
+
+
+def _land(ended: Any, target: torch.Tensor | None, packet: torch.Tensor) -> None:
+    ended.synchronize()
+    if target is not None:
+        target.copy_(packet)
+
+
+def _bytes(x: torch.Tensor) -> torch.Tensor:
+    """The same memory, (n,); contiguous."""
+    return x.view(-1).view(torch.uint8)
+
+
+def _page_locked(nbytes: int) -> torch.Tensor:
+    """Raises RuntimeError."""
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+
+def _memlock(nbytes: int) -> str:
+    """What may be the reason that so many bytes cannot be had."""
+    most, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if most == resource.RLIM_INFINITY or most >= nbytes:
+        return ""
+    return f" (this process may lock {format_bytes(most)}: ulimit -l)"
+
+
+def _line(error: Exception | Warning) -> str:
     return " ".join(str(error).split())[:200]

@@ -136,6 +136,13 @@ class OpenDevice(Protocol):
     name: str
     budget: DeviceBudget  # of all that is allocated on it, together
     lost: str  # why, once it is gone
+    pinned_bytes: int  # of page-locked memory, through which its copies go; 0: through memory of the driver's
+    unpinned: str  # why not, where `pin` failed
+
+    @property
+    def facts(self) -> str:
+        """What its speed depends on, as text."""
+        ...
 
     @property
     def now_s(self) -> float:
@@ -152,6 +159,11 @@ class OpenDevice(Protocol):
 
     def allocate(self, shape: Sequence[int], dtype: np.dtype[Any]) -> DeviceArray:
         """An array with anything in it. Raises DeviceFull."""
+        ...
+
+    def pin(self) -> None:
+        """Have copies go through PINNED_BYTES of page-locked memory from now on. If the system gives none, they go
+        without it, more slowly. Idempotent."""
         ...
 
     def copy_in(self, source: Array, target: DeviceArray, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:

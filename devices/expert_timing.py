@@ -28,6 +28,15 @@ class Shape(NamedTuple):
     rows: int
     cols: int
 
+    @property
+    def nbytes(self) -> int:
+        return self.type.matrix_bytes(self.rows, self.cols)
+
+
+def part_of(shape: Shape, most_bytes: int) -> Shape:
+    """As many of its rows as take no more, but at least one."""
+    return shape._replace(rows=max(1, min(shape.rows, int(shape.rows * most_bytes / shape.nbytes))))
+
 
 def tried_bytes(expert: Sequence[Shape]) -> int:
     """What trying takes of the device's memory, at most."""
@@ -61,8 +70,8 @@ def expert_times(home: DeviceHome, expert: Sequence[Shape]) -> ExpertTimes:
 def _part(expert: Sequence[Shape]) -> list[Shape]:
     """Some rows of each matrix."""
     share = min(1.0, TRIED_BYTES / _nbytes(expert))
-    return [it._replace(rows=max(1, int(share * it.rows))) for it in expert]
+    return [part_of(it, int(share * it.nbytes)) for it in expert]
 
 
 def _nbytes(expert: Sequence[Shape]) -> int:
-    return sum(it.type.matrix_bytes(it.rows, it.cols) for it in expert)
+    return sum(it.nbytes for it in expert)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .device_home import DeviceHome
 
 NVIDIA = Path("/proc/driver/nvidia/gpus")  # has a directory for each card, once the driver is there
+NODES = Path("/dev")  # has a file for each card, also where that of the driver is not seen
 
 _opened: dict[str, DeviceHome] = {}
 _lock = threading.Lock()
@@ -27,6 +28,7 @@ _lock = threading.Lock()
 def present() -> list[str]:
     """Names of the cards that this machine seems to have. Imports nothing and asks no driver."""
     cards = len(list(NVIDIA.iterdir())) if NVIDIA.is_dir() else 0
+    cards = max(cards, len(list(NODES.glob("nvidia[0-9]*"))))
     return [f"cuda:{number}" for number in range(cards)]
 
 
@@ -52,7 +54,8 @@ def _open(name: str) -> DeviceHome:
         from .sim_kernels import SimKernels
 
         assert said.limit_bytes is not None
-        return DeviceHome(SimDevice(name, said.limit_bytes, said.link_bytes_per_s), SimKernels(cpu()))
+        speeds = said.link_bytes_per_s, said.unpinned_bytes_per_s
+        return DeviceHome(SimDevice(name, said.limit_bytes, *speeds, said.pinnable_bytes), SimKernels(cpu()))
     try:
         from .cuda_device import CudaDevice  # and with them torch: 125 MB and 1.4 s that others do without
         from .torch_kernels import TorchKernels

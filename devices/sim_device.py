@@ -4,6 +4,7 @@
   at all, memory has NaN in it, whatever type of number is looked for.
 - A copy takes what is in its source when somebody waits for it: if that was changed meanwhile, the copy is wrong.
 - It has a budget of its own.
+- Copies have the link's speed if they go through page-locked memory, else another one; and it may have none of that.
 - A virtual clock says when everything would begin and end, by the device's link, memory and arithmetic. `schedule` has
   it all, in the order in which it was begun. The host's own work takes no time there. A copy in waits for the packet of
   staged weights that is on the link; what it takes from those behind is so little that it is not counted.
@@ -21,6 +22,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from shoal.kernels.arrays import Array, Bytes
+from shoal.partition.amounts import format_bytes
+from shoal.partition.placement import PINNED_BYTES
 
 from .device import PACKET_BYTES, DeviceArray, DeviceBudget, DeviceEvent, DeviceMemory, DeviceWork
 from .device_names import SIM_LINK_BYTES_PER_S
@@ -62,12 +65,22 @@ class _QueueState:
 
 
 class SimDevice:
-    """`limit_bytes` of memory behind a link of so many bytes per second each way. It is an OpenDevice."""
+    """`limit_bytes` of memory behind a link of so many bytes per second each way; `unpinned_bytes_per_s` without
+    page-locked memory (None: as many), of which there are `pinnable_bytes` (None: any). It is an OpenDevice."""
 
-    def __init__(self, name: str, limit_bytes: int, link_bytes_per_s: float = SIM_LINK_BYTES_PER_S) -> None:
-        self.name = name
+    def __init__(
+        self,
+        name: str,
+        limit_bytes: int,
+        link_bytes_per_s: float = SIM_LINK_BYTES_PER_S,
+        unpinned_bytes_per_s: float | None = None,
+        pinnable_bytes: int | None = None,
+    ) -> None:
+        self.name = self.facts = name
         self.budget = DeviceBudget(name, limit_bytes)
-        self.link_bytes_per_s = link_bytes_per_s
+        self.link_bytes_per_s = unpinned_bytes_per_s or link_bytes_per_s  # as it is now
+        self.pinned_bytes, self.unpinned = 0, ""
+        self._pinned_bytes_per_s, self._pinnable_bytes = link_bytes_per_s, pinnable_bytes
         self.now_s = 0.0  # on the virtual clock
         self.schedule: deque[Scheduled] = deque(maxlen=SCHEDULE_ENTRIES)
         self.lost = ""
@@ -96,6 +109,15 @@ class SimDevice:
         memory = self.reserve(prod(shape) * dtype.itemsize)
         poisoned = np.full(memory.nbytes, POISON, np.uint8)
         return self.within(memory, poisoned.view(dtype).reshape(shape))
+
+    def pin(self) -> None:
+        if self._pinnable_bytes is not None and self._pinnable_bytes < PINNED_BYTES:
+            most = format_bytes(self._pinnable_bytes)
+            self.unpinned = (
+                f"{format_bytes(PINNED_BYTES)} were asked for, and at most {most} may be page-locked"
+            )
+        else:
+            self.pinned_bytes, self.link_bytes_per_s = PINNED_BYTES, self._pinned_bytes_per_s
 
     def copy_in(self, source: Array, target: DeviceArray, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
         return self._copy("in", source, target.inside, after)

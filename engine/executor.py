@@ -108,6 +108,11 @@ class Executor:
         self._foreseen = _foreseen(plan)
         self._together = experts_together(slots) if slots else len(plan.blocks)
 
+    @property
+    def experts(self) -> ExpertPlaces:
+        """Where they are, and how often they were used."""
+        return self._experts
+
     def let_go(self) -> None:
         """Give the memory of weights and KV back. It runs no step any more."""
         self.store.close()

@@ -1,19 +1,35 @@
 """Where the experts of a plan are computed, and which of them change places while there is nothing else to do.
 
-A plan says where they are at first. Which experts a mixture uses often is known only when it runs. Those of them that
-the CPU has then change places, in pairs, with seldom used ones of a device: so memory stays as it was planned.
+A plan says where they are at first. Which experts a mixture uses often is known only when it runs, or has run before.
+Those of them that the CPU has then change places, in pairs, with seldom used ones of a device: so memory stays as it
+was planned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Sequence
+from dataclasses import replace
 
 from shoal.kernels import ComputeHome
 from shoal.offload.block_store import BlockStore, ResidentStore
 from shoal.partition.plan import Plan
 from shoal.partition.spec import BlockId
 
-from .learn.expert_use import ExpertUse, best_exchange
+from .learn.expert_use import NONE_YET, ExpertUse, UseCounts, all_exchanges, best_exchange
+
+
+def with_used_experts(plan: Plan, counts: UseCounts) -> Plan:
+    """The same plan, in which experts that were used often have the places of a device's that were not, of as many
+    bytes."""
+    experts = {it.block: it for it in plan.blocks if it.block.kind == "expert"}
+    there = {block for block, it in experts.items() if it.tier == "gpu"}
+    if not there or not any(counts.uses.values()):
+        return plan
+    changed = dict(experts)
+    for pair in all_exchanges(counts.uses, there, {block: it.nbytes for block, it in experts.items()}):
+        for block, other in (pair, reversed(pair)):
+            changed[block] = replace(experts[other], block=block)
+    return replace(plan, blocks=tuple(changed.get(it.block, it) for it in plan.blocks))
 
 
 class ExpertPlaces:
@@ -33,8 +49,23 @@ class ExpertPlaces:
         self.leaving: dict[int, bool] = {}  # whether any of a layer are elsewhere than their router
         for layer in self._layers:
             self._arrange(layer)
-        self._use = ExpertUse() if len(set(self._homes.values())) > 1 else None
+        self._use = ExpertUse() if self.counted else None
         self._forms: dict[BlockId, Hashable] = {}
+
+    @property
+    def counted(self) -> bool:
+        """Whether it counts which are used: some are on a device, and others are not."""
+        return len(set(self._homes.values())) > 1
+
+    @property
+    def counts(self) -> UseCounts:
+        """How often they were used. Any thread may ask."""
+        return self._use.counts if self._use is not None else NONE_YET
+
+    def go_on_from(self, counts: UseCounts) -> None:
+        """Before anything was computed: they were used so often already."""
+        if self._use is not None:
+            self._use = ExpertUse(counts)
 
     @property
     def layers(self) -> Collection[int]:

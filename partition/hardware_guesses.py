@@ -22,6 +22,11 @@ WINDOW_SHARE = 4  # the window, which gets at least the largest block and at mos
 # Steps of so many rows are computed in halves by the ranks of a group, if nobody predicted which are worth it.
 OVERLAP_ROWS = 32
 
+# A device that nobody has measured: what its calls for a layer take, and a small copy to or from it.
+DEVICE_LAYER_S = 300e-6
+COPY_S = 30e-6
+DEVICE_SCRATCH_BYTES = 100 << 20  # of its kernels
+
 # What ranks do for each other besides computing, in an interpreter on a machine of 2026:
 STEP_S = 0.5e-3  # a step begins and ends: order, sampling, bookkeeping
 LAYER_S = 60e-6  # the calls of one layer begin and end

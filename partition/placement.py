@@ -28,12 +28,14 @@ from .plan import (
     step_numbers,
 )
 from .spec import BlockId, ModelSpec
+from .throughput.profile import Accelerator
 
 OPERANDS_BYTES = 1 << 20  # of a step besides hidden states: pages, positions, ids, routes
 LAYERS_KEPT = 0.9  # of those that would be there with the shortest context
 STAGED_EXPERTS = 4  # at most, that come together
 STAGED_BYTES = 64 << 20  # of those, if more than one
 LOADING_BYTES = 32 << 20  # memory in which a block lies on its way to the device, besides the block
+PINNED_BYTES = 6 << 20  # of memory that is page-locked, through which a device's copies go
 
 
 class ExpertTimes(NamedTuple):
@@ -49,7 +51,7 @@ class ExpertTimes(NamedTuple):
 class DeviceRoom(NamedTuple):
     """Memory of a device: what is free of it, what its kernels need for themselves, whether their attention copies K
     and V of a text and has all scores of a part of it, and all of it. `expert`: what one of a mixture takes there, if
-    that was tried."""
+    that was tried. `laws`: how fast it is, if nobody insists on it and the processor alone may be faster."""
 
     name: str
     free_bytes: int
@@ -57,6 +59,7 @@ class DeviceRoom(NamedTuple):
     gathers: bool
     limit_bytes: int
     expert: ExpertTimes | None = None
+    laws: Accelerator | None = None
 
 
 class ModelBytes(NamedTuple):

@@ -81,6 +81,7 @@ class Plan:
     # In steps of so many tokens or more, experts that lie with the CPU come to the device, so many at once; 0 = never.
     staged_tokens: int = 0
     staged_experts: int = 0
+    why: str = ""  # a device takes part, or none does, where that was a choice
 
     @property
     def streams(self) -> bool:
@@ -108,6 +109,12 @@ class Plan:
     def device_whole(self) -> bool:
         """Whether it computes all layers with all experts."""
         return all(mine == whole for mine, whole in (self.device_layers, self.device_experts))
+
+    @property
+    def device_splits_experts(self) -> bool:
+        """Whether it computes some experts and not others."""
+        mine, whole = self.device_experts
+        return 0 < mine < whole
 
     @property
     def device_weights_bytes(self) -> int:

@@ -23,6 +23,8 @@ from shoal.daemon.library.packs import Packs
 from shoal.daemon.loading.assembly import Assembly
 from shoal.daemon.memory import budget_of
 from shoal.daemon.request import answer_of, chat_text, sequence_of
+from shoal.devices.device_names import CPU
+from shoal.engine.learn.pacing import SLOWDOWN
 from shoal.engine.sequence import Sequence
 from shoal.kernels.arrays import Floats
 from shoal.models.sampling import Sampled
@@ -51,15 +53,26 @@ class Shoal:
         threads: int,
         memory: int = 0,
         guesses: int = 0,
+        device: str = CPU,
+        chunk: int = 256,
+        slowdown: float = SLOWDOWN,
+        kv_tokens: int | None = None,
     ) -> dict[str, Any]:
-        """`guesses` is how many tokens a step may guess ahead. It is 0 by default because peers guess nothing."""
+        """`guesses` is how many tokens a step may guess ahead. It is 0 by default because peers guess nothing. `device`
+        computes what fits there; `chunk` tokens of prompts are in a step, at most. `kv_tokens`: of all streams
+        together; None: as memory allows."""
         kernels.set_threads(threads)
         config = NodeConfig(
             threads=threads,
             context_tokens=context,
             max_sequences=streams,
+            max_queue=max(64, streams),
             memory_bytes=memory or None,
             max_guesses=guesses,
+            device=device,
+            chunk_tokens=chunk,
+            slowdown=slowdown,
+            kv_tokens=kv_tokens,
         )
         assembly = Assembly(budget_of(memory or None), Packs(Home.from_env()))
         self._model = assembly.load("bench", Path(model), config)

@@ -40,7 +40,7 @@ class RandomFiles(TensorFiles):
         return into
 
 
-def cached(shape: Shape, directory: Path, vocabulary: Path, progress: Progress) -> Path:
+def cached(shape: Shape, directory: Path, vocabulary: Path | None, progress: Progress) -> Path:
     """The hollow file of a shape in `directory`, written if it is not there."""
     return synthetic.kept(
         directory / f"{shape.name}-{synthetic.digest(shape)}{SUFFIX}",

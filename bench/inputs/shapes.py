@@ -267,6 +267,19 @@ SHAPES = {
             rope_base=10000.0,
         ),
         Shape(
+            name="llama-8b",  # Llama-3.1-8B
+            arch="llama",
+            mix="Q4_K_M",
+            layers=32,
+            hidden=4096,
+            heads=32,
+            kv_heads=8,
+            ffn=14336,
+            vocab=128256,
+            context=131072,
+            rope_base=500000.0,
+        ),
+        Shape(
             name="qwen3-30b-a3b",
             arch="qwen3moe",
             mix="Q4_K_M",

@@ -129,20 +129,16 @@ def plan(
     config = (
         plan.config() if given is None else replace(plan, threads=None).config()
     )  # other machines have more
-    if config.names_device:
-        note(f"--device {config.device} is left out: nothing is known of how fast it is")
     home = Home.from_env()
     path = Path(wanted.model) if Path(wanted.model).exists() else Library(home).resolve(wanted.model)
     with spinner("starting"), deferred_interrupt():
         from shoal.daemon.throughput.foresight import Asked, foresee
+        from shoal.daemon.throughput.own_machine import OwnMachine
         from shoal.daemon.throughput.profile_files import read_profile
     if given is not None:
         profile = read_profile(given)
-        for device in profile.devices:
-            for accelerator in device.accelerators:
-                note(
-                    f"{accelerator.name} of {device.name} is left out: this version computes on processors only"
-                )
+        if config.names_device:
+            note(f"--device {config.device} is left out: --profile says what devices there are")
     else:
         profile = own_machines(home, config.thread_count).profile
     asked = Asked(
@@ -160,7 +156,10 @@ def plan(
         plot is not None,
     )
     with spinner("planning"):
-        found = foresee(path, profile, asked, config)
+        machine = OwnMachine(config.thread_count, home.profile, home.models) if given is None else None
+        found = foresee(path, profile, asked, config, machine)
+    if found.trouble:
+        note(found.trouble)
     ends = Exit.DONE if found.chosen else Exit.REFUSED
     if plot is not None:
         memory = plan.memory or profile.head.memory_bytes

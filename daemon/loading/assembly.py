@@ -111,6 +111,7 @@ class Assembly:
         name, path = model.name, model.checkpoint.path
         model.engine.close(REGROUP_KEEP_S)
         model.main.close()
+        model.main.keep_uses()
         model.main.let_go()
         release(name, self.budget)
         return_freed()

@@ -1,83 +1,120 @@
-"""Which device computes a model, and how much of its memory is free. Knows names, the ledger, and how to do without."""
+"""Which device may compute a model, and how much of its memory is free. Knows names, the ledger, and how to do
+without."""
 
 from __future__ import annotations
 
-import logging
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
+from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
+from shoal.daemon.memory import pinned_for
+from shoal.daemon.throughput.device_figures import DeviceFigures, device_figures
+from shoal.daemon.throughput.own_machine import OwnMachine
 from shoal.devices.device_names import AUTO, CPU
 from shoal.devices.opening import device_home, present
 from shoal.kernels import KernelError
-from shoal.kernels.errors import HomeFull, HomeLost
-from shoal.kernels.types import WEIGHT_TYPES
+from shoal.kernels.errors import HomeLost
 from shoal.offload.budget import Budget
+from shoal.offload.errors import BudgetExceeded
 from shoal.partition.amounts import format_bytes
-from shoal.partition.placement import DeviceRoom, ExpertTimes
+from shoal.partition.placement import PINNED_BYTES, DeviceRoom
 from shoal.partition.plan import Plan
+from shoal.partition.throughput.profile import Accelerator
 from shoal.partition.throughput.weights_of import Weighed
 
+from .grouping import Grouping
+
 if TYPE_CHECKING:
-    from shoal.devices.device_home import DeviceHome
-
-_TYPES = {kind.name: kind for kind in WEIGHT_TYPES}
-
-log = logging.getLogger(__name__)
+    from shoal.devices.device import OpenDevice
 
 
 class Chosen(NamedTuple):
-    """The device's room, or None if the CPU computes all; `trouble`: why, where a device was named."""
+    """The device's room, or None if the CPU computes all; `trouble`: what is not as it should be, in one line."""
 
     room: DeviceRoom | None
     trouble: str = ""
 
 
-def device_room(device: str, budget: Budget, model: Weighed, idle_bytes: int = 0) -> Chosen:
-    """The room on the device that a configuration names, for a model. Of models that may go, `idle_bytes` on it count
-    as free. A device that was lost is done without. `auto` is the CPU as long as nothing is known of how fast devices
-    are: one that is slower would be chosen as readily. Raises DaemonError `unsupported` when one that was named cannot
-    be used.
+def device_asked_for(config: NodeConfig, grouping: Grouping | None) -> str:
+    """The device that a configuration names. A device belongs to no group, so where other machines may take part, none
+    is looked for."""
+    others = (config.ranks or 1) > 1 or (grouping is not None and grouping.machines > 1)
+    return CPU if config.device == AUTO and others else config.device
+
+
+def device_room(
+    device: str,
+    budget: Budget,
+    model: Weighed,
+    machine: OwnMachine,
+    idle_bytes: int = 0,
+    *,
+    laws: bool = False,
+) -> Chosen:
+    """The room on a device for a model. Of models that may go, `idle_bytes` on it count as free. A device that was lost
+    is done without. With `auto` it is that of the first card that there is, if that can be used, and has laws, by which
+    it is judged whether the processor alone would be quicker; `laws`: so has one that was named. Raises DaemonError
+    `unsupported` when one that was named cannot be used.
     """
-    if device == AUTO:
-        if cards := present():
-            log.info("this machine has %s; `device=%s` uses it", ", ".join(cards), cards[0])
-        return Chosen(None)
-    if device == CPU:
+    auto = device == AUTO
+    laws = laws or auto
+    name = next(iter(present()), CPU) if auto else device
+    if name == CPU:
         return Chosen(None)
     try:
-        home = device_home(device)
+        home = device_home(name)
     except KernelError as error:
+        if auto:
+            return Chosen(None, f"{name} is left alone: {error}")
         raise DaemonError("unsupported", str(error), "`device=cpu` does without it") from error
     there = home.device
-    ledger = budget.on(device, there.budget.limit_bytes)
-    expert = None
+    ledger = budget.on(name, there.budget.limit_bytes)
+    trouble = _pinned(there, budget)
+    figures, kept = DeviceFigures(), machine.home.devices if machine.home is not None else None
     with suppress(HomeLost):
-        expert = _tried(home, model, ledger.free_bytes)
+        figures = device_figures(home, model, ledger.free_bytes, kept, laws=laws)
     if there.lost:
-        said = f"device {device} is lost ({there.lost}), so the cpu computes; start anew to use it again"
+        said = f"device {name} is lost ({there.lost}), so the cpu computes; start anew to use it again"
         return Chosen(None, said)
-    return Chosen(home.room(ledger.free_bytes + idle_bytes)._replace(expert=expert))
+    if auto and figures.laws is None:
+        free = format_bytes(ledger.free_bytes)
+        return Chosen(
+            None, f"{name} is left alone: {free} of its memory are free, too little to try how fast it is"
+        )
+    room = home.room(ledger.free_bytes + idle_bytes)
+    return Chosen(room._replace(expert=figures.expert, laws=figures.laws if laws else None), trouble)
 
 
-def _tried(home: DeviceHome, model: Weighed, free_bytes: int) -> ExpertTimes | None:
-    """What an expert of the model takes there; None if it has none, or there is no room to try. Raises HomeLost."""
-    from shoal.devices.expert_timing import Shape, expert_times, tried_bytes
+def device_laws(device: str, model: Weighed, machine: OwnMachine) -> tuple[tuple[Accelerator, ...], str]:
+    """(what the device that is named can do for a model, or with `auto` the first card; `Chosen.trouble`). Raises as
+    `device_room`."""
+    room, trouble = device_room(device, Budget(1 << 62), model, machine, laws=True)
+    return (room.laws,) if room is not None and room.laws is not None else (), trouble
 
-    products = next((its for block, its in model.products.items() if block.kind == "expert"), ())
-    expert = [Shape(_TYPES[it.kind], it.rows, it.cols) for it in products]
-    if not expert or tried_bytes(expert) > free_bytes:
-        return None
-    try:
-        return expert_times(home, expert)
-    except HomeFull:
-        return None
+
+def _pinned(device: OpenDevice, budget: Budget) -> str:
+    """Have its copies go through page-locked memory, which the ledger has from then on. If there is none, or no room
+    for it, they go as they did, and this says why."""
+    purpose, why = pinned_for(device.name), ""
+    if not (device.pinned_bytes or budget.held_by(purpose)):
+        try:
+            budget.hold(purpose, PINNED_BYTES)
+            device.pin()
+            why = device.unpinned
+        except BudgetExceeded as error:
+            why = str(error)
+    if device.pinned_bytes:
+        budget.take(purpose, device.pinned_bytes)
+        return ""
+    budget.release(purpose)
+    return f"copies to {device.name} are slower than they could be, without page-locked memory: {why}"
 
 
 def require_whole(plan: Plan, room: DeviceRoom, name: str) -> None:
     """Where others can go, they do before model `name` is split: raises DaemonError `resources` if it would be."""
     taken = room.limit_bytes - room.free_bytes
-    if taken and not plan.device_whole:
+    if taken and plan.device and not plan.device_whole:
         raise DaemonError(
             "resources",
             f"of {name} only {plan.there} on device {room.name}: other models hold {format_bytes(taken)}",

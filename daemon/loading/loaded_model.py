@@ -35,6 +35,7 @@ from .runnable import Runnable
 
 log = logging.getLogger(__name__)
 
+KEPT_EVERY_S = 60.0
 LOOKED_AT = 64  # requests at a time: what is looked back at later was no quicker
 
 
@@ -64,6 +65,7 @@ class LoadedModel:
     begun: deque[Sequence] = field(default_factory=deque)  # that nobody has looked back at
     arrivals: int = 0  # of machines, until it was last considered whether they should take part
     _told: str = ""  # of what was tried
+    _kept_s: float = 0.0  # when the uses of its experts were written down
     _compiling: threading.Lock = field(default_factory=threading.Lock)
     _templates: dict[str, ChatTemplate | TemplateError] = field(default_factory=dict)
 
@@ -152,6 +154,12 @@ class LoadedModel:
         self.used_s = self.clock()
         self.begun.append(sequence)
 
+    def keep_uses(self) -> None:
+        """Write down now and then how often its experts were used."""
+        if (now_s := self.clock()) - self._kept_s >= KEPT_EVERY_S:
+            self._kept_s = now_s
+            self.main.keep_uses()
+
     def look_back(self) -> None:
         """Log what was measured of requests that have ended beside what was predicted, and what was tried."""
         rival = self.engine.scheduler.speeds.rival
@@ -196,6 +204,7 @@ class LoadedModel:
         self.executor.store.close()
         self.engine.close(keep_s)
         self.main.close()
+        self.main.keep_uses()
         release(self.name, budget)
 
     def stage(self) -> Stage | None:
@@ -251,6 +260,7 @@ class LoadedModel:
             ranks=self.ranks,
             device=self.plan.device,
             device_bytes=self.plan.device_bytes,
+            device_why=self.plan.why,
             rank_bytes=self.main.rank_bytes,
             machines=list(group.names) if group else [],
             machines_why=self.main.machines_why,

@@ -23,7 +23,7 @@ from shoal.models.turns import FairLock
 
 from .assembly import Assembly
 from .budgeting import disk_buffer_bytes, plan_within_budget, require_plan
-from .device_rooms import device_room
+from .device_rooms import device_asked_for, device_room
 from .loaded_model import LoadedModel
 from .loaded_models import LoadedModels
 from .planning import least_bytes
@@ -149,6 +149,7 @@ class Loader:
                     return
             model = weighed(checkpoint, config.quant)
             there = sum(it.plan.device_bytes for it in idle)
+            device = device_asked_for(config, assembly.grouping)
             found = plan_within_budget(
                 checkpoint,
                 model,
@@ -156,7 +157,7 @@ class Loader:
                 assembly.budget,
                 idle_bytes=idle_bytes,
                 extra_bytes=extra_bytes,
-                room=device_room(config.device, assembly.budget, model, there).room,
+                room=device_room(device, assembly.budget, model, assembly.machine, there).room,
             )
         require_plan(found, name)
 

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.error_codes import refusing
 from shoal.daemon.library.packs import Packs
-from shoal.daemon.memory import PROCESS, budget_of
+from shoal.daemon.memory import budget_of
 from shoal.daemon.model_name import Quant
 from shoal.daemon.throughput.expectation import Expectation
 from shoal.daemon.throughput.model_sizes import weighed
@@ -46,7 +46,8 @@ class Outlook(Struct, frozen=True):
     `step_s`: what the disk takes for a token. Both are 0 if nothing is streamed. `tokens_per_s`, between the two of
     `band`: of an answer of usual length, whose first token comes after `first_s`; `binding` is what decides that.
     `measured`: whether this machine's speed is known. `device`: which one computes blocks besides the CPU, "" if none;
-    with one, nothing is predicted. `device_bytes`: of its memory; `placed`: what lies where, in words."""
+    with one, nothing is predicted. `device_bytes`: of its memory; `placed`: what lies where, in words; `why` that,
+    where it was a choice, or what is not as it should be."""
 
     plan: str
     quant: Quant
@@ -69,6 +70,7 @@ class Outlook(Struct, frozen=True):
     device: str = ""
     device_bytes: int = 0
     placed: str = ""
+    why: str = ""
 
 
 class TooLarge(Struct, frozen=True):
@@ -92,13 +94,13 @@ def _outlook(
     budget = budget_of(config.memory_bytes)
     on_disk = disk_buffer_bytes(checkpoint, config)
     model = weighed(checkpoint, config.quant)
-    room = device_room(config.device, budget, model).room
+    room, trouble = device_room(config.device, budget, model, machine)
     plan = plan_within_budget(
         checkpoint, model, config, budget, machine.device, extra_bytes=on_disk, room=room
     )
     if isinstance(plan, Shortfall):
         return TooLarge(str(plan), plan.budget_bytes, plan.least_bytes)
-    process, more = budget.held_by(PROCESS), checkpoint.tokenizer_memory().more
+    process, more = budget.held_bytes, checkpoint.tokenizer_memory().more  # no model is loaded here
     pack_bytes, packed, speed = 0, False, 0.0
     if plan.streams or config.quant != "keep":
         pack = packs.find(checkpoint, config.quant)
@@ -117,7 +119,7 @@ def _outlook(
             kv=plan.kv.nbytes - plan.device_kv_bytes + on_disk,
             scratch=plan.scratch_bytes + more,
             process=process,
-            free=budget.limit_bytes - process - plan.peak_bytes - on_disk - more,
+            free=budget.free_bytes - plan.peak_bytes - on_disk - more,
         ),
         weights_bytes=plan.weights_bytes,
         streamed_bytes=plan.streamed_bytes,
@@ -131,6 +133,7 @@ def _outlook(
         device=plan.device,
         device_bytes=plan.device_bytes,
         placed=plan.placed,
+        why=plan.why or trouble,
     )
     if plan.device:
         return found

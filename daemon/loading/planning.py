@@ -19,13 +19,13 @@ from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.models.checkpoint.shard import AnyCheckpoint
 from shoal.offload.pack.manifest import Quant
 from shoal.partition.amounts import format_bytes
-from shoal.partition.placement import DeviceRoom, ModelBytes, NoRoomThere, plan_on_device
+from shoal.partition.placement import DeviceRoom, NoRoomThere
 from shoal.partition.plan import Misfit, Plan, Wanted, least_in_ram
 from shoal.partition.rank_plans import RankPart
 from shoal.partition.spec import BlockId, ModelSpec
 from shoal.partition.throughput.alone import best_plan, rival_threads
+from shoal.partition.throughput.placing.device_ways import plan_with_device, with_device_or_alone
 from shoal.partition.throughput.profile import Device, unmeasured
-from shoal.partition.throughput.staging_worth import staged_from
 from shoal.partition.throughput.weights_of import Weighed
 
 DEFAULT_CONTEXT_TOKENS = 8192
@@ -43,16 +43,21 @@ def make_plan(
 ) -> Plan | Misfit:
     """The plan for a model within `memory_bytes`. If no context was asked for, it gets the largest that fits.
     `device`: what this machine can do, if that was measured. `streaming`: its weights may come from disk. `room`: of
-    the device that computes as much of it as fits there.
+    the device that computes as much of it as fits there; if its laws are known, only where that is predicted to be
+    quicker.
 
     Raises DaemonError `context_overflow`, and `resources` where nothing fits on the device.
     """
     contexts = wanted_of(model.spec, config)
     device = device or unmeasured(config.thread_count)
-    if room is not None:
+    if room is not None and room.laws is None:
         return _on_device(model, contexts, room, memory_bytes, device.on(config.threads))
-    made = best_plan(model, contexts, memory_bytes, device, streaming=streaming)
-    if config.threads is not None or isinstance(made, Misfit):
+    if room is not None:
+        machine = device.on(config.threads)
+        made = with_device_or_alone(model, contexts, room, memory_bytes, machine, streaming=streaming)
+    else:
+        made = best_plan(model, contexts, memory_bytes, device, streaming=streaming)
+    if config.threads is not None or isinstance(made, Misfit) or made.device:
         return made
     return replace(made, rival_threads=rival_threads(model, made, device))
 
@@ -60,18 +65,7 @@ def make_plan(
 def _on_device(
     model: Weighed, contexts: Sequence[Wanted], room: DeviceRoom, memory_bytes: int, machine: Device
 ) -> Plan | Misfit:
-    tied = sum(it.nbytes for it in model.head) if model.spec.tied and model.spec.vocab else 0
-    vectors = 0 if model.quant == "keep" else model.vectors_bytes
-    longest = contexts[0]
-    most = longest.chunk_tokens + longest.sequences + longest.guesses
-    staged_tokens = staged_from(model, machine, room.expert, most) if room.expert else 0
-    made = plan_on_device(
-        contexts,
-        ModelBytes(model.block_bytes, tied, vectors),
-        room,
-        memory_bytes=memory_bytes,
-        staged_tokens=staged_tokens,
-    )
+    made = plan_with_device(model, contexts, room, memory_bytes, machine)
     if isinstance(made, NoRoomThere):
         raise DaemonError(
             "resources",

@@ -21,6 +21,8 @@ from shoal.devices.device_names import CPU
 from shoal.devices.opening import home_of
 from shoal.engine.collective import Alone
 from shoal.engine.executor import Executor, attention_homes
+from shoal.engine.expert_places import with_used_experts
+from shoal.engine.learn.expert_use import NONE_YET
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shoal.models.checkpoint.shard import AnyCheckpoint
 from shoal.models.tokenizer.tokenizer import Tokenizer
@@ -33,8 +35,9 @@ from shoal.partition.plan import VOCABULARY_BYTES, Plan
 from shoal.partition.slicing import cut_rows
 
 from .budgeting import Shortfall, disk_buffer_bytes, plan_within_budget, require_plan
-from .device_rooms import device_room, require_whole
+from .device_rooms import device_asked_for, device_room, require_whole
 from .grouping import FormedGroup, Grouping, OwnShare, Seated, Unseated
+from .kept_uses import KeptUses
 from .stores import open_store
 
 
@@ -55,7 +58,8 @@ class Runnable:
     share_bytes: int = 0  # … what it takes
     read_bytes_per_s: float = 0.0
     kv_trouble: str = ""  # why its KV is not kept on disk though it was to be
-    device_trouble: str = ""  # why the device that was named does not compute it
+    device_trouble: str = ""  # why the device that was named does not compute it, or not as fast as it could
+    kept_uses: KeptUses | None = None  # of its experts, if some are on a device and others are not
 
     @property
     def foreseen(self) -> bool:
@@ -87,9 +91,9 @@ class Runnable:
         with ExitStack() as undo, open_checkpoint(path) as checkpoint:
             extra_bytes = disk_buffer_bytes(checkpoint, config)
             model = weighed(checkpoint, config.quant)
-            room, trouble = device_room(config.device, budget, model)
+            room, trouble = device_room(device_asked_for(config, grouping), budget, model, machine)
             if room is not None:
-                grouping = None  # a device belongs to no group
+                grouping = None  # a device belongs to no group, and for others none was looked for
 
             def planned() -> Plan | Shortfall:
                 extra = reserve_bytes + extra_bytes
@@ -121,6 +125,7 @@ class Runnable:
             if grouping is not None:
                 seated = grouping.seat(name, checkpoint, config, budget.free_bytes - reserve_bytes - more)
             group: FormedGroup | None = None
+            kept_uses, counts = None, NONE_YET
             besides: OwnShare | None = None
             if isinstance(seated, Seated):
                 part, plan, group, _, besides = seated
@@ -129,9 +134,13 @@ class Runnable:
                 peak_bytes += besides.plan.peak_bytes if besides is not None else 0
             else:
                 plan = require_plan(found, name)
+                if machine.home is not None and plan.device_splits_experts:
+                    kept_uses = KeptUses(machine.home.experts, checkpoint, config.quant)
+                    counts = kept_uses.read()
+                    plan = with_used_experts(plan, counts)
                 peak_bytes = plan.peak_bytes + extra_bytes + expected
             budget.hold(purpose, peak_bytes)
-            if room is not None:
+            if room is not None and plan.device:
                 budget.on(room.name).hold(purpose, plan.device_bytes, f"{name} on device {room.name}")
             transformer = Transformer(part.spec)
             kv = KvPool(part.spec, plan.kv, attention_homes(plan, home_of))
@@ -155,6 +164,7 @@ class Runnable:
         collective = group.collective if group is not None and besides is None else Alone()
         rows = None if isinstance(part.shard, str) else cut_rows(checkpoint.spec, part.shard)
         executor = Executor(transformer, plan, store, kv, collective, home_of, rows)
+        executor.experts.go_on_from(counts)
         share, share_bytes = None, 0
         if group is not None and besides is not None and divided is not None:
             share, share_bytes = _share(besides, executor, divided, group), besides.plan.peak_bytes
@@ -173,6 +183,7 @@ class Runnable:
             share_bytes,
             speed,
             device_trouble=trouble,
+            kept_uses=kept_uses,
         )
 
     @property
@@ -193,6 +204,11 @@ class Runnable:
         """What each rank takes at most, this machine first."""
         others = self.group.plans if self.group is not None else ()
         return [self.plan.peak_bytes + self.share_bytes, *(plan.peak_bytes for plan in others)]
+
+    def keep_uses(self) -> None:
+        """Write down how often its experts were used, for the next load."""
+        if self.kept_uses is not None:
+            self.kept_uses.keep(self.executor.experts.counts)
 
     def let_go(self) -> None:
         """Give the memory of weights and KV back. It runs no step any more."""

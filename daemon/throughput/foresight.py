@@ -15,7 +15,9 @@ from msgspec import Struct
 from shoal.daemon.config import NodeConfig, beyond_the_model
 from shoal.daemon.error_codes import refusing
 from shoal.daemon.errors import DaemonError
+from shoal.daemon.loading.device_rooms import device_laws
 from shoal.daemon.model_name import Quant
+from shoal.devices.device_names import CPU
 from shoal.models.checkpoint.weight_source import Described
 from shoal.offload.errors import PackPointless
 from shoal.partition.plan import Wanted
@@ -27,6 +29,7 @@ from shoal.partition.throughput.solve import Candidate, Choices, asks, solve
 from shoal.partition.throughput.weights_of import Weighed
 
 from .model_sizes import described, weighed
+from .own_machine import OwnMachine
 
 QUANTS: tuple[Quant, ...] = ("keep", "q8", "q4")  # most bits first
 
@@ -79,7 +82,7 @@ class Start(Struct, frozen=True):
 class Foresight(Struct, frozen=True):
     """All plans for a model; `chosen` names the one to run, None if none fits, and `start` says when it can begin.
     `changes`: what would meet the target, the cheapest first, if one was given and is not met. `curves`: if they were
-    asked for."""
+    asked for. `trouble`: what is wrong with this machine's device, or its copies."""
 
     chosen: str | None
     reason: str
@@ -87,6 +90,7 @@ class Foresight(Struct, frozen=True):
     start: Start | None
     changes: list[ChangeRow] | msgspec.UnsetType = msgspec.UNSET
     curves: list[Curve] | msgspec.UnsetType = msgspec.UNSET
+    trouble: str = ""
 
 
 class Asked(Struct, frozen=True):
@@ -108,9 +112,16 @@ class Asked(Struct, frozen=True):
     curves: bool = False
 
 
-def foresee(path: Path, profile: Profile, asked: Asked, usual: NodeConfig) -> Foresight:
+def foresee(
+    path: Path,
+    profile: Profile,
+    asked: Asked,
+    usual: NodeConfig,
+    machine: OwnMachine | None = None,
+) -> Foresight:
     """What the model at `path` (a checkpoint, its headers, or config.json alone) would do, with all else as `usual`.
-    Raises DaemonError."""
+    `machine`: this one, if it is the head of the profile; then its device counts, which is tried. Raises
+    DaemonError."""
     job = Job(asked.prompt_tokens, asked.new_tokens, asked.batch, asked.guesses, asked.chance)
     with described(path) as model:
         context = max(asked.context_tokens or 0, job.context_tokens)
@@ -120,6 +131,14 @@ def foresee(path: Path, profile: Profile, asked: Asked, usual: NodeConfig) -> Fo
         if context > model.spec.longest:
             raise beyond_the_model(context, model.spec.longest, model.spec.context)
         models = _models(model, asked.quant, path.name)
+    cards, trouble = profile.head.accelerators, ""
+    if machine is not None:
+        cards, trouble = device_laws(usual.device, models[0], machine)
+    if usual.device == CPU:
+        cards = ()
+    if cards != profile.head.accelerators:
+        head = replace(profile.head, accelerators=cards)
+        profile = replace(profile, devices=(head, *profile.devices[1:]))
     if asked.memory_bytes is not None:
         head = replace(profile.head, memory_bytes=float(asked.memory_bytes))
         profile = replace(profile, devices=(head, *profile.devices[1:]))
@@ -133,17 +152,17 @@ def foresee(path: Path, profile: Profile, asked: Asked, usual: NodeConfig) -> Fo
     found = solve(models, wanted, profile, job, choices)
     chosen = found.chosen
     met = chosen is not None and asked.target is not None and chosen.prediction.tokens_per_s >= asked.target
-    more: list[ChangeRow] | msgspec.UnsetType = msgspec.UNSET
+    would: list[ChangeRow] | msgspec.UnsetType = msgspec.UNSET
     if asked.target is not None:
         tried = [] if met else changes(models, wanted, profile, found, choices, asked.target)
-        more = [ChangeRow(change.what, change.tokens_per_s) for change in tried]
+        would = [ChangeRow(change.what, change.tokens_per_s) for change in tried]
     start = Start(chosen.prediction.load_s, chosen.prediction.pack_s) if chosen else None
     rows = [_row(it) for it in found.candidates]
     curves: list[Curve] | msgspec.UnsetType = msgspec.UNSET
     if asked.curves:
         device, kv_type = profile.head.on(asked.threads), asked.kv_type or usual.kv_type
         curves = [_curve(it, wanted(it, kv_type, device.threads), device, job) for it in models]
-    return Foresight(chosen.name if chosen else None, reason(found), rows, start, more, curves)
+    return Foresight(chosen.name if chosen else None, reason(found), rows, start, would, curves, trouble)
 
 
 def _curve(model: Weighed, contexts: Sequence[Wanted], device: Device, job: Job) -> Curve:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shoal.comm.home import Home
 from shoal.partition.throughput.prediction import Binding
 from shoal.partition.throughput.profile import Device, Profile, unmeasured
 
@@ -53,6 +54,11 @@ class OwnMachine:
         self._idle_since_s: float | None = None
         self._tried_s = 0.0
         self._measuring: threading.Thread | None = None
+
+    @property
+    def home(self) -> Home | None:
+        """Where what was found out is kept, if anything is."""
+        return Home(self._kept.parent) if self._kept is not None else None
 
     @property
     def device(self) -> Device:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Hashable, Mapping, Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 from shoal.partition.spec import BlockId
@@ -24,13 +25,30 @@ class ExpertPair(NamedTuple):
     from_cpu: BlockId
 
 
-class ExpertUse:
-    """In how many parts of steps each expert was used. `fresh`: any was, since somebody set this to False."""
+class UseCounts(NamedTuple):
+    """In how many of the `parts` of steps, by layer, each expert was used: at most in all, which are less than
+    FADING."""
 
-    def __init__(self) -> None:
+    uses: Mapping[BlockId, int]
+    parts: Mapping[int, int]
+
+
+NONE_YET = UseCounts({}, {})
+
+
+class ExpertUse:
+    """In how many parts of steps each expert was used, beginning with what is known. `fresh`: any was, since somebody
+    set this to False."""
+
+    def __init__(self, known: UseCounts = NONE_YET) -> None:
         self.fresh = False
-        self._uses: Counter[BlockId] = Counter()
-        self._parts: Counter[int] = Counter()  # of steps, by layer
+        self._uses = Counter(known.uses)
+        self._parts = Counter(known.parts)
+
+    @property
+    def counts(self) -> UseCounts:
+        """As they are now. Any thread may ask."""
+        return UseCounts(dict(self._uses), dict(self._parts))
 
     def note(self, blocks: Sequence[BlockId]) -> None:
         """A part of a step used these experts of one layer, at least one, each named once."""
@@ -45,6 +63,29 @@ class ExpertUse:
 
     def of(self, block: BlockId) -> int:
         return self._uses[block]
+
+
+def worth_an_exchange(uses: Mapping[BlockId, int], pair: ExpertPair) -> bool:
+    """Whether what the CPU is spared is more than chance."""
+    going, coming = (uses.get(block, 0) for block in pair)
+    return coming - going >= LEAST_USES and coming >= TIMES_AS_OFTEN * going
+
+
+def all_exchanges(
+    uses: Mapping[BlockId, int], there: Collection[BlockId], forms: Mapping[BlockId, Hashable]
+) -> list[ExpertPair]:
+    """What `best_exchange` finds, again and again until nothing is left: the device's least used experts with the
+    CPU's most used ones, form by form."""
+    parted: dict[Hashable, tuple[list[BlockId], list[BlockId]]] = {}
+    for block, form in forms.items():
+        parted.setdefault(form, ([], []))[block not in there].append(block)
+    found: list[ExpertPair] = []
+    for device, cpu in parted.values():
+        device.sort(key=lambda block: uses.get(block, 0))
+        cpu.sort(key=lambda block: -uses.get(block, 0))
+        pairs = (ExpertPair(*pair) for pair in zip(device, cpu, strict=False))
+        found += takewhile(lambda pair: worth_an_exchange(uses, pair), pairs)
+    return found
 
 
 def best_exchange(
@@ -62,10 +103,5 @@ def best_exchange(
         elif form not in hottest or count > uses[hottest[form]]:
             hottest[form] = block
     found = [ExpertPair(coldest[form], block) for form, block in hottest.items() if form in coldest]
-    spared = {it: uses[it.from_cpu] - uses[it.from_device] for it in found}
-    worth = [
-        it
-        for it in found
-        if spared[it] >= LEAST_USES and uses[it.from_cpu] >= TIMES_AS_OFTEN * uses[it.from_device]
-    ]
-    return max(worth, key=spared.__getitem__, default=None)
+    worth = [it for it in found if worth_an_exchange(uses, it)]
+    return max(worth, key=lambda it: uses[it.from_cpu] - uses[it.from_device], default=None)

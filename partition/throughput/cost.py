@@ -1,7 +1,8 @@
 """What a plan takes on one machine: time to the first token, time of each further one, memory, and what binds.
 
 A step is put together block by block from the device's laws (`laws`), as the executor goes through it. Where blocks
-pass through a window, `schedule` says how reading and computing overlap. Pure. docs/throughput-model.md has the
+pass through a window, `schedule` says how reading and computing overlap; where an accelerator computes some,
+`device_cost` has the step. Pure. docs/throughput-model.md has the
 formulas with their units, sources and limits.
 """
 
@@ -12,12 +13,13 @@ from typing import NamedTuple
 
 from ..plan import Plan
 from ..spec import BlockId
-from ..streamed_plan import experts_together
-from .laws import DISTINCT_SHARE, NOTHING, Share, attention, distinct_experts, products, read_bytes_per_s
+from .laws import DISTINCT_SHARE, NOTHING, products, read_bytes_per_s
+from .placing.device_cost import device_step
 from .prediction import Binding, Job, Prediction, uncertainty
 from .profile import Device
 from .schedule import Experts, Lap, Use, expert_waits, lap
-from .weights_of import LayerKind, Product, Weighed
+from .step_pieces import Pieces, Rows
+from .weights_of import Weighed
 
 PROCESS_BYTES = 80 << 20  # the interpreter with its libraries, before there is a model
 _READ_BYTES = 4 << 20  # of the window's reads
@@ -25,15 +27,6 @@ _READ_BYTES = 4 << 20  # of the window's reads
 _THROUGH_WINDOW = 1.1
 _SAMPLES = 4  # chunks of a long prompt that are worked out; the others lie between
 _ROUNDS = 2  # how contention is found, which depends on what it changes
-GUESSED_RIGHT = 0.85  # of guesses which experts the next layer will choose (0.85 to 0.9: docs/LOG.md)
-
-
-class Rows(NamedTuple):
-    """Like sequences in a step: `alike` of them, each with `rows` tokens behind `before` others."""
-
-    alike: int
-    rows: int
-    before: float
 
 
 class Took(NamedTuple):
@@ -154,8 +147,12 @@ def _step(
     share: float | None = None,
 ) -> _Step:
     """A step of these segments that gives logits for `wanted` rows. `share`: see `distinct_experts`."""
+    there = next((it for it in device.accelerators if it.name == plan.device), None)
+    if there is not None:
+        took = device_step(model, plan, device, there, segments, wanted, share)
+        return _Step(took.seconds, 0.0, took.parts)
     rows = sum(segment.alike * segment.rows for segment in segments)
-    pieces = _Pieces(model, plan, device, segments, share)
+    pieces = Pieces(model, plan, device, segments, share)
     tier = {it.block: it.nbytes if it.tier == "disk" else 0 for it in plan.blocks}
     overheads = device.overheads
     uses: list[Use] = []
@@ -231,85 +228,6 @@ def _through_window(device: Device, nbytes: float) -> float:
     what a very slow one would do."""
     speed = read_bytes_per_s(device, min(nbytes, _READ_BYTES))
     return speed / _THROUGH_WINDOW if speed > 0 else 1.0
-
-
-class _Pieces:
-    """The parts of one step. Layers of a kind are alike, so each is worked out once."""
-
-    def __init__(
-        self, model: Weighed, plan: Plan, device: Device, segments: Sequence[Rows], share: float | None
-    ) -> None:
-        self._model, self._plan, self._device, self._share = model, plan, device, share
-        self._segments = segments
-        self._rows = sum(segment.alike * segment.rows for segment in segments)
-        self._known: dict[object, Share] = {}
-        moe = model.spec.moe
-        held = [it for it in plan.blocks if it.block.kind == "expert" and it.tier == "disk"] if moe else []
-        self._missing = max(0.0, 1 - plan.expert_slots / len(held)) if held else 0.0
-        self._expert_bytes = max((it.nbytes for it in held), default=0)
-        self._guesses = all(it.tier == "ram" for it in plan.blocks if it.block.kind == "router")
-
-    def attention(self, kind: LayerKind) -> Share:
-        key = kind.attention, kind.window
-        if key not in self._known:
-            found = self._products(kind.attention, self._rows)
-            for alike, rows, before in self._segments:
-                one = attention(
-                    self._device, self._model.spec, self._plan.kv.dtype, rows, before, kind.window
-                )
-                found += one.times(alike)
-            self._known[key] = found
-        return self._known[key]
-
-    def feeding(self, kind: LayerKind, rows: int) -> Share:
-        key = "dense", kind.dense, rows
-        if key not in self._known:
-            self._known[key] = self._products(kind.dense, rows)
-        return self._known[key]
-
-    def experts(self, kind: LayerKind, rows: int) -> Share:
-        if not kind.expert or not rows:
-            return NOTHING
-        key = "experts", kind.expert, rows
-        if key not in self._known:
-            used = self._used(rows)
-            moe = self._model.spec.moe
-            assert moe is not None
-            each = products(self._device, kind.expert, max(1.0, rows * moe.active / used))
-            self._known[key] = each.times(used)
-        return self._known[key]
-
-    def on_disk(self, kind: LayerKind, rows: int, mixed: Share, attending: Share) -> Experts | None:
-        """The experts that a layer uses, if every one is as likely to be chosen; None if all are in memory."""
-        if not kind.expert or not rows or not self._missing:
-            return None
-        moe, used = self._model.spec.moe, self._used(rows)
-        assert moe is not None
-        right = GUESSED_RIGHT + (1 - GUESSED_RIGHT) * used / moe.experts  # any may be chosen
-        return Experts(
-            used,
-            used * self._missing,
-            self._expert_bytes,
-            experts_together(self._plan.expert_slots),
-            mixed.seconds,
-            attending.seconds,
-            right if self._guesses else 0.0,
-        )
-
-    def _used(self, rows: int) -> float:
-        moe = self._model.spec.moe
-        assert moe is not None
-        return distinct_experts(moe.experts, moe.active, rows, self._share)
-
-    def _products(self, matrices: Sequence[Product], rows: int) -> Share:
-        """Rows beyond what passes a block together come in parts."""
-        if not rows:
-            return NOTHING
-        whole, rest = divmod(rows, self._plan.part_tokens)
-        found = products(self._device, matrices, rest) if rest else NOTHING
-        return (
-            found + products(self._device, matrices, self._plan.part_tokens).times(whole) if whole else found
-        )
 
 
 def _start_s(model: Weighed, plan: Plan, device: Device) -> tuple[float, float]:

@@ -28,6 +28,7 @@ _BOUND: dict[Binding, str] = {
     "compute": "compute-bound: the processor decides",
     "disk": "disk-bound: each token waits for",
     "network": "network-bound: what machines send each other decides",
+    "link": "bound by the link to the device",
     "overhead": "bound by fixed costs of each step",
 }
 

@@ -4,13 +4,14 @@ in docs/throughput-model.md.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..memory_layout import KV_FORMATS, PAGE_TOKENS, KvLayout
 from ..spec import ModelSpec
-from .profile import ANY, AttentionLaw, Device, RowsLaw, between_logs, interpolated
+from .profile import ANY, AttentionLaw, Device, RowsLaw
 from .weights_of import Product
 
 _LAW_ROWS = 64  # of a chunk, with which attention of prompts is measured
@@ -118,3 +119,22 @@ def distinct_experts(experts: int, active: int, rows: float, share: float | None
     if share is None:
         share = DISTINCT_SHARE + (1 - DISTINCT_SHARE) * min(1.0, rows * active / (ALL_TOUCHED * experts))
     return min(uniform, max(min(active, uniform), share * uniform))
+
+
+def interpolated(at: float, points: tuple[float, ...] | tuple[int, ...], values: tuple[float, ...]) -> float:
+    """Between the points on lines; before the first and after the last its value."""
+    if at <= points[0]:
+        return values[0]
+    for number in range(1, len(points)):
+        low, high = points[number - 1], points[number]
+        if at <= high:
+            share = (at - low) / (high - low)
+            return values[number - 1] + share * (values[number] - values[number - 1])
+    return values[-1]
+
+
+def between_logs(at: float, low: float, high: float) -> float:
+    """How far `at` lies on the way from low to high on a logarithmic scale, in [0, 1]."""
+    if high <= low:
+        return 0.0
+    return min(1.0, max(0.0, math.log(at / low) / math.log(high / low)))

@@ -7,12 +7,14 @@ device, and the rest follows from the defaults of this module. Figures come from
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ..errors import ProfileError
 from ..hardware_guesses import (
+    COPY_S,
+    DEVICE_LAYER_S,
+    DEVICE_SCRATCH_BYTES,
     DISK_BYTES_PER_S,
     FLOPS,
     LAYER_S,
@@ -91,6 +93,7 @@ class Corrections:
     compute: float = 1.0
     disk: float = 1.0
     network: float = 1.0
+    link: float = 1.0
     overhead: float = 1.0
 
     @property
@@ -118,13 +121,29 @@ class Corrections:
 
 @dataclass(frozen=True)
 class Accelerator:
-    """A device with memory of its own behind a link to its host."""
+    """A device with memory of its own behind a link to its host. `step_s`, `layer_s`, `mixture_s`: as `Overheads`, of
+    what it computes. `copy_s`: until a small copy has come to one side, as the other knows. `scratch_bytes`: of
+    its kernels."""
 
     name: str
     memory_bytes: float
     memory_bytes_per_s: float
     flops: float
     host_bytes_per_s: float
+    products: tuple[RowsLaw, ...] = ()
+    step_s: float = STEP_S
+    layer_s: float = DEVICE_LAYER_S
+    mixture_s: float = MIXTURE_S
+    copy_s: float = COPY_S
+    scratch_bytes: float = DEVICE_SCRATCH_BYTES
+    measured: bool = False
+
+    @property
+    def computing(self) -> Device:
+        """As a machine whose memory and processor it is."""
+        overheads = Overheads(self.step_s, self.layer_s, self.mixture_s, 0.0)
+        speeds = self.memory_bytes, self.memory_bytes_per_s, self.flops
+        return Device(self.name, *speeds, products=self.products, overheads=overheads, measured=self.measured)
 
 
 @dataclass(frozen=True)
@@ -260,9 +279,11 @@ _LIMITS: Mapping[str, tuple[float, float]] = {
     "layer_s": (0, 1),
     "mixture_s": (0, 1),
     "logit_s": (0, 1e-3),
+    "copy_s": (0, 1),
+    "scratch_bytes": (0, 2.0**50),
     "compute_keeps": (0.01, 1),
     "disk_keeps": (0.01, 1),
-    **dict.fromkeys(("memory", "compute", "disk", "network", "overhead"), CORRECTED),
+    **dict.fromkeys(("memory", "compute", "disk", "network", "link", "overhead"), CORRECTED),
 }
 _LEAST_PER_S = 1e3  # of speeds that may also be 0, which means that there is none
 _POINTS: Mapping[str, tuple[float, float]] = {
@@ -293,7 +314,10 @@ def check_profile(profile: Profile) -> Profile:
         for number, accelerator in enumerate(device.accelerators):
             _check_name(f"{where}.accelerators[{number}].name", accelerator.name, within)
             within.add(accelerator.name)
-            _check_figures(f"{where}.accelerators[{number}]", vars(accelerator))
+            path = f"{where}.accelerators[{number}]"
+            _check_figures(path, vars(accelerator))
+            for spot, table in enumerate(accelerator.products):
+                _check_law(f"{path}.products[{spot}]", table)
         for path, law in _laws(where, device):
             _check_law(path, law)
     for number, link in enumerate(profile.links):
@@ -371,22 +395,3 @@ def _check_law(where: str, law: Law) -> None:
             raise ProfileError(
                 f"{where}.{field} has {len(value)} points: must have {len(points)}, as {first}"
             )
-
-
-def interpolated(at: float, points: tuple[float, ...] | tuple[int, ...], values: tuple[float, ...]) -> float:
-    """Between the points on lines; before the first and after the last its value."""
-    if at <= points[0]:
-        return values[0]
-    for number in range(1, len(points)):
-        low, high = points[number - 1], points[number]
-        if at <= high:
-            share = (at - low) / (high - low)
-            return values[number - 1] + share * (values[number] - values[number - 1])
-    return values[-1]
-
-
-def between_logs(at: float, low: float, high: float) -> float:
-    """How far `at` lies on the way from low to high on a logarithmic scale, in [0, 1]."""
-    if high <= low:
-        return 0.0
-    return min(1.0, max(0.0, math.log(at / low) / math.log(high / low)))

@@ -20,8 +20,9 @@ from ..sum_cost import Wire
 from .alone import USUAL, WINDOWS, best, ways
 from .cost import beside_bytes, cost
 from .group_plans import Groups
+from .placing.device_ways import room_of, ways_with_device
 from .prediction import Job, Prediction
-from .profile import Device, Profile
+from .profile import Accelerator, Device, Profile
 from .weights_of import Weighed
 
 _EACH_SIZE = 8
@@ -133,6 +134,8 @@ def _candidates(
             if choices.ranks in (None, 1):
                 for found in _alone(model, asking, device, job, WINDOWS if asked else USUAL):
                     yield replace(found, name=found.name + suffix, asked=asked)
+                for there in device.accelerators if asked else ():
+                    yield from _with_device(model, asking, device, there, job)
             if asked and len(profile.devices) > 1:
                 for found in _groups(model, asking[0], profile, job, choices, refused):
                     yield replace(found, name=found.name + suffix, asked=asked)
@@ -150,6 +153,15 @@ def _alone(
             found = _candidate(name, order, model, made, there, job, more)
             least = min(it.made.least_bytes for it in ways(model, asking, 0) if isinstance(it.made, Misfit))
             yield replace(found, missing="a disk to stream from", least_bytes=least + more)
+
+
+def _with_device(
+    model: Weighed, asking: Sequence[Wanted], device: Device, there: Accelerator, job: Job
+) -> Iterator[Candidate]:
+    more = beside_bytes(model, asking[0].kv_type)
+    memory_bytes = max(0, int(device.memory_bytes) - more)
+    for name, order, made in ways_with_device(model, asking, room_of(there, model), memory_bytes, device):
+        yield _candidate(name, order, model, made, device, job, more)
 
 
 def _candidate(

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from ..plan import Plan
 from .cost import step_cost
-from .profile import Device, interpolated
+from .laws import interpolated
+from .profile import Device
 from .weights_of import Weighed
 
 _ROWS = (1, 2, 3, 4, 6, 8, 16, 64, 256)  # that are worked out; the others lie between

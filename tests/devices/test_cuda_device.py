@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import threading
+import warnings
 import weakref
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import torch
 from fakes.cuda_on_host import FREE_BYTES, Event, cuda
 
+from shoal.devices import cuda_device
 from shoal.devices.cuda_device import OF_FREE_MEMORY, CudaDevice
 from shoal.devices.device import PACKET_BYTES, DeviceWork
 from shoal.devices.device_home import DeviceHome
@@ -17,6 +20,7 @@ from shoal.devices.errors import DeviceFull, DeviceLost, NoSuchDevice
 from shoal.devices.torch_kernels import TorchKernels
 from shoal.kernels.reference import ReferenceHome
 from shoal.kernels.self_test import disagreements
+from shoal.partition.placement import PINNED_BYTES
 
 F32 = np.dtype(np.float32)
 WORK = DeviceWork()
@@ -119,3 +123,120 @@ def test_staged_weights_go_in_packets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.array_equal(target.inside.numpy(), source)
     assert sizes == [PACKET_BYTES, PACKET_BYTES, 10]
     assert not device._copies
+
+
+def pinned(monkeypatch: pytest.MonkeyPatch) -> CudaDevice:
+    """A card with page-locked memory, of which no bit is as it should be before something was copied there."""
+    device = cuda(monkeypatch)
+    monkeypatch.setattr(
+        cuda_device, "_page_locked", lambda nbytes: torch.full((nbytes,), 0xFF, dtype=torch.uint8)
+    )
+    device.pin()
+    assert (device.pinned_bytes, device.unpinned) == (PINNED_BYTES, "")
+    return device
+
+
+def test_through_page_locked_memory_everything_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = pinned(monkeypatch)
+    assert disagreements(DeviceHome(device, TorchKernels()), ReferenceHome(), bits=False) == []
+    generator = np.random.default_rng(1)
+    kept = []
+    for size in (0, 1, 1000, PACKET_BYTES // 4, PINNED_BYTES // 4 + 5, PINNED_BYTES):  # more than there is
+        source = generator.standard_normal(size, np.float32)
+        there, staged = (device.allocate(source.shape, F32) for _ in range(2))
+        came = device.copy_in(source, there, [there.memory.ready])
+        came = device.stage_in(source, staged, [staged.memory.ready, came])
+        expected = source.copy()
+        source[:] = 7  # it has left
+        back = np.full(size, np.nan, np.float32)
+        kept.append((back, expected, device.copy_out(staged, back, [came])))
+    for back, expected, ended in reversed(kept):
+        device.wait(ended)
+        assert np.array_equal(back, expected)
+
+
+def test_what_leaves_is_here_when_its_event_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = pinned(monkeypatch)
+    there, numbers = device.allocate((100,), F32), np.arange(100, dtype=np.float32)
+    came = device.copy_in(numbers, there)
+    first, second = np.full(100, np.nan, np.float32), np.full(100, np.nan, np.float32)
+    events = [device.copy_out(there, back, [came]) for back in (first, second)]
+    device.wait(came)
+    assert np.isnan(first).all()
+    device.wait(events[0])
+    assert np.array_equal(first, numbers)
+    assert np.isnan(second).all()
+    device.wait(events[1])
+    device.wait(events[0])
+    assert np.array_equal(second, numbers)
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, torch.OutOfMemoryError, torch.AcceleratorError])
+def test_without_page_locked_memory_copies_go_on(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = cuda(monkeypatch)
+    monkeypatch.setattr(
+        cuda_device, "_page_locked", lambda nbytes: failing(kind("CUDA error: no more of it"))
+    )
+    for limit, more in ((1 << 20, " (this process may lock 1.05 MB: ulimit -l)"), (PINNED_BYTES, "")):
+        monkeypatch.setattr(resource, "getrlimit", lambda what, limit=limit: (limit, limit))
+        device.pin()
+        assert (device.pinned_bytes, device.unpinned) == (0, f"CUDA error: no more of it{more}")
+    there, back = device.allocate((100,), F32), np.zeros(100, np.float32)
+    came = device.copy_in(np.ones(100, np.float32), there, [there.memory.ready])
+    device.wait(device.copy_out(there, back, [came]))
+    assert back.all()
+    assert not device.lost
+
+
+def test_a_card_that_is_lost_between_packets(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = pinned(monkeypatch)
+    source = np.zeros(2 * PINNED_BYTES, np.uint8)
+    there = device.allocate(source.shape, source.dtype)
+    Event.fails = RuntimeError("CUDA error: the bus is gone")
+    for copy in (lambda: device.copy_in(source, there), lambda: device.copy_out(there, source)):
+        with pytest.raises(DeviceLost):
+            copy()
+
+
+@pytest.mark.parametrize(
+    ("patched", "said"),
+    [
+        ({"_probe": lambda device: failing(RuntimeError("CUDA error: no kernel image"))}, "no kernel image"),
+        ({"_probe": lambda device: failing(RuntimeError("64 times 64 times 64 is 7 there"))}, "is 7 there"),
+        (
+            {"torch.cuda.mem_get_info": lambda device: failing(RuntimeError("driver\nis mad"))},
+            "driver is mad",
+        ),
+        ({"torch.cuda.set_device": lambda device: failing(AssertionError("no CUDA"))}, "no CUDA"),
+    ],
+)
+def test_a_card_that_cannot_compute_is_no_device(
+    patched: dict[str, object], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without kernels for it, without bfloat16, with a driver that fails."""
+    cuda(monkeypatch)
+    for name, value in patched.items():
+        monkeypatch.setattr(f"shoal.devices.cuda_device.{name}", value)
+    with pytest.raises(NoSuchDevice, match=f"^device cuda:0 cannot be used: .*{said}") as refused:
+        CudaDevice("cuda:0", 0, None)
+    assert "\n" not in str(refused.value)
+
+
+def test_what_torch_notes_of_an_old_driver_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda(monkeypatch)
+
+    def none() -> bool:
+        warnings.warn("CUDA initialization: The NVIDIA driver on your system is too old", stacklevel=1)
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", none)
+    with pytest.raises(
+        NoSuchDevice, match=r"finds 0 cards: CUDA initialization: The NVIDIA driver .* too old$"
+    ):
+        CudaDevice("cuda:0", 0, None)
+
+
+def test_the_probe_is_right_where_everything_is() -> None:
+    cuda_device._probe(torch.device("cpu"))

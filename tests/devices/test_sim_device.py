@@ -13,6 +13,7 @@ from shoal.devices.device import DeviceWork
 from shoal.devices.device_names import DeviceName, DeviceNameError, read_name
 from shoal.devices.errors import DeviceFull, DeviceLost
 from shoal.devices.sim_device import LAUNCH_S, SIM_MEMORY_BYTES_PER_S, SimDevice
+from shoal.partition.placement import PINNED_BYTES
 
 F32 = np.dtype(np.float32)
 NUMBERS = np.arange(1000, dtype=np.float32)
@@ -97,6 +98,22 @@ def test_the_clock_overlaps_copies_with_computing() -> None:
     ]
 
 
+def test_copies_have_the_links_speed_from_page_locked_memory() -> None:
+    for pinnable, speed in ((None, 1e6), (PINNED_BYTES, 1e6), (PINNED_BYTES - 1, 4e5), (0, 4e5)):
+        here = SimDevice("sim:test", 1 << 20, 1e6, 4e5, pinnable)
+        there = here.allocate((1000,), F32)
+        here.wait(here.copy_in(NUMBERS, there))
+        assert here.now_s == pytest.approx(4000 / 4e5 + LAUNCH_S)
+        for _ in range(2):
+            here.pin()
+            before_s = here.now_s
+            here.wait(here.copy_in(NUMBERS, there))
+            assert here.now_s - before_s == pytest.approx(4000 / speed + LAUNCH_S)
+            assert (here.pinned_bytes == PINNED_BYTES) == (speed == 1e6) == (not here.unpinned)
+        assert np.array_equal(there.inside, NUMBERS)
+    assert here.unpinned == "6.29 MB were asked for, and at most 0 B may be page-locked"
+
+
 def test_the_budget_holds() -> None:
     here = device(1000)
     first = here.allocate((200,), F32)
@@ -143,6 +160,8 @@ def test_names() -> None:
     assert read_name("cuda:0,16GB") == DeviceName("cuda", 0, 16 * 10**9)
     assert read_name("sim:512MB") == DeviceName("sim", 0, 512 * 10**6)
     assert read_name("sim:1GiB,2GB/s") == DeviceName("sim", 0, 1 << 30, 2e9)
+    assert read_name("sim:1GB,2GB/s,1GB/s") == DeviceName("sim", 0, 10**9, 2e9, 1e9)
+    assert read_name("sim:1GB,2GB/s,1GB/s,0") == DeviceName("sim", 0, 10**9, 2e9, 1e9, 0)
     for name in (
         "",
         "auto",
@@ -162,6 +181,12 @@ def test_names() -> None:
         "sim:0",
         "sim:1GB,",
         "sim:1GB,x",
+        "sim:1GB,0",
+        "sim:1GB,2GB/s,x",
+        "sim:1GB,2GB/s,0",
+        "sim:1GB,2GB/s,1GB/s,x",
+        "sim:1GB,2GB/s,1GB/s,0,0",
+        "cuda:0,1GB,1GB/s",
         "sim:" + "9" * 10_000,
     ):
         with pytest.raises(DeviceNameError, match="is no device"):

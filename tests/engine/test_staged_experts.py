@@ -121,7 +121,8 @@ def test_in_torch_they_are_the_same_but_for_rounding(tmp_path: Path, stored: str
     home = torch_home()
     found = logits(executor_of(running, staged(running.plan, there), home))
     assert relative_error(found, logits(running.executor)) < IN_TORCH[stored]
-    assert of(home.device, "stage")  # type: ignore[arg-type]
+    if isinstance(home.device, SimDevice):  # a card has no schedule
+        assert of(home.device, "stage")
 
 
 class _Impatient(SimDevice):

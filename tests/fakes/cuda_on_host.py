@@ -68,6 +68,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch, limit_bytes: int | None = None) -> Cud
         "stream": _stream,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(cuda_device, "_probe", lambda device: None)
     monkeypatch.setattr(cuda_device, "_cuda", SimpleNamespace(Stream=Stream, Event=Event))
     monkeypatch.setattr(torch.Tensor, "record_stream", None)  # it would end the process after a loss
     device = CudaDevice("cuda:0", 0, limit_bytes)

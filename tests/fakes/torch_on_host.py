@@ -1,7 +1,9 @@
-"""A device whose kernels are those of torch, in the CPU's memory: what a graphics card computes, without one."""
+"""A device whose kernels are those of torch, in the CPU's memory: what a graphics card computes, without one. Where
+there is one, the same tests run on it (`bench/gpu.sh`)."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 
 from shoal.devices.device import DeviceArray, DeviceEvent, DeviceMemory
 from shoal.devices.device_home import DeviceHome
+from shoal.devices.opening import device_home
 from shoal.devices.sim_device import SimDevice
 from shoal.devices.torch_kernels import TorchKernels
 from shoal.kernels.arrays import Array
@@ -33,4 +36,9 @@ class TorchOnHost(SimDevice):
 
 
 def torch_home() -> DeviceHome:
+    """On the CPU; or on the card that SHOAL_TEST_DEVICE names."""
+    if name := os.environ.get("SHOAL_TEST_DEVICE"):
+        home = device_home(name)
+        home.device.pin()
+        return home
     return DeviceHome(TorchOnHost("sim:test", 1 << 30), TorchKernels())

@@ -154,7 +154,11 @@ def test_one_choice_is_fixed_and_others_stay_open(config: Path, laptop: str) -> 
     assert found["chosen"]
 
 
-def test_accelerators_are_said_to_be_left_out(config: Path, tmp_path: Path) -> None:
+def planned_names(*asked: object) -> list[str]:
+    return [row["name"] for row in planned(*asked)["plans"]]
+
+
+def test_accelerators_are_planned_with(config: Path, tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
     gpu = {
         "name": "gpu",
@@ -171,9 +175,14 @@ def test_accelerators_are_said_to_be_left_out(config: Path, tmp_path: Path) -> N
         "accelerators": [gpu],
     }
     path.write_text(json.dumps({"devices": [head]}))
-    _, result = run("plan", "--json", "--profile", path, config)
-    assert "gpu of pc is left out" in result.stderr
-    assert json.loads(result.stdout)["plans"]
+    config.write_text(json.dumps(LLAMA_70B | {"num_hidden_layers": 4}))
+    rows = {row["name"]: row for row in planned(config, "--profile", path)["plans"]}
+    alone, there = rows["memory"], rows["gpu: 3 of 4 layers"]
+    assert not alone["fits"]
+    assert there["tokens_per_s"] > 2 * alone["tokens_per_s"]
+    assert not any(
+        name.startswith("gpu") for name in planned_names(config, "--profile", path, "--device", "cpu")
+    )
 
 
 def test_options_that_plans_take_change_what_is_predicted(config: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from shoal.comm.home import Home
 from shoal.comm.messages import Load, ModelStatus, Unload
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.packs import Packs
+from shoal.daemon.loading import device_rooms
 from shoal.daemon.loading.outlook import Outlook, outlook
 from shoal.daemon.node import Node
 from shoal.daemon.throughput.own_machine import OwnMachine
@@ -27,8 +28,11 @@ from shoal.devices import opening, sim_device
 from shoal.devices.device_home import DeviceHome
 from shoal.devices.sim_device import SimDevice
 from shoal.engine.learn import expert_use
+from shoal.kernels.homes import cpu
 from shoal.kernels.matrix import Matrix
 from shoal.offload.block_store import ResidentStore
+from shoal.partition.placement import PINNED_BYTES
+from shoal.partition.spec import BlockId
 from shoal.partition.throughput import staging_worth
 from shoal.partition.throughput.profile import unmeasured
 
@@ -49,8 +53,14 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def loaded(path: Path | str, device: str, packs: Packs | None = None, **more: object) -> Node:
-    node = Node(replace(CONFIG, device=device, **more), packs=packs)  # type: ignore[arg-type]
+def loaded(
+    path: Path | str,
+    device: str,
+    packs: Packs | None = None,
+    machine: OwnMachine | None = None,
+    **more: object,
+) -> Node:
+    node = Node(replace(CONFIG, device=device, **more), packs=packs, machine=machine)  # type: ignore[arg-type]
     node.load(Load(model=str(path)))
     return node
 
@@ -152,6 +162,42 @@ def test_experts_change_places_while_nobody_asks(
         sim(name).lose("somebody pulled it out")
         assert len(text_of(there, prompt(0))[1]) == 24
         assert status(there).device == ""
+
+
+def test_experts_that_were_used_often_are_placed_at_load(
+    mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(expert_use, "LEAST_USES", 1)
+    with loaded(mixture, "cpu") as alone:
+        expected = [text_of(alone, prompt(i))[:2] for i in range(2)]
+    name, kept = f"sim:{whole_bytes(mixture) - 1}", tmp_path / "profile.json"
+
+    def there() -> set[BlockId]:
+        return {block for block, home in places() if home is not cpu()}
+
+    def places() -> Any:
+        (model,) = node._models
+        return model.executor.experts._homes.items()
+
+    with loaded(mixture, name, machine=OwnMachine(1, kept)) as node:
+        first = there()
+        for _ in range(3):
+            assert [text_of(node, prompt(i))[:2] for i in range(2)] == expected
+        (model,) = node._models
+        uses, plan = model.executor.experts.counts.uses, model.plan
+    (file,) = (tmp_path / "experts").iterdir()
+    with loaded(mixture, name, machine=OwnMachine(1, kept)) as node:
+        assert sum(uses.get(it, 0) for it in there()) > sum(uses.get(it, 0) for it in first)
+        assert len(there()) == len(first)
+        (model,) = node._models
+        assert (model.plan.peak_bytes, model.plan.device_bytes) == (plan.peak_bytes, plan.device_bytes)
+        assert model.executor.experts.counts.uses == uses
+        assert "12 of 18 experts" in status(node).plan
+        assert [text_of(node, prompt(i))[:2] for i in range(2)] == expected
+    file.write_text("[]")
+    with loaded(mixture, name, machine=OwnMachine(1, kept)) as node:
+        assert there() == first
+    assert sum("how often experts were used is not known" in it.getMessage() for it in caplog.records) == 1
 
 
 @pytest.mark.parametrize(("matrix", "error"), [(1, MemoryError()), (2, OSError("no idea"))])
@@ -273,6 +319,39 @@ def test_a_device_that_is_lost_leaves_kv_on_disk_in_order(path: Path, tmp_path: 
         node.load(Load(model=str(path)))
         *again, done = text_of(node, ask)
         assert (tuple(again), done.usage.cached_tokens) == (first, 79)
+
+
+def test_page_locked_memory_is_in_the_ledger_once(path: Path, mixture: Path) -> None:
+    with loaded(path, ROOMY) as there:
+        assert there.budget.held_by(f"page-locked memory for {ROOMY}") == PINNED_BYTES == sim().pinned_bytes
+        held = there.budget.held_bytes
+        there.unload(Unload(model=status(there).name))
+        there.load(Load(model=str(path)))
+        assert there.budget.held_bytes == held
+
+
+@pytest.mark.parametrize("lacks", ["a limit", "room"])
+def test_without_page_locked_memory_a_line_says_so_and_nothing_else_changes(
+    node: Node, path: Path, lacks: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither where blocks are nor answers."""
+    with loaded(path, ROOMY) as there:
+        plan = status(there).plan
+    name = f"{ROOMY},16GB/s,4GB/s"
+    if lacks == "a limit":
+        name, why = f"{name},1MB", "6.29 MB were asked for, and at most 1 MB may be page-locked"
+    else:
+        monkeypatch.setattr(device_rooms, "PINNED_BYTES", 1 << 50)
+        why = f"page-locked memory for {name} needs 1.13 PB, but "
+    with loaded(path, name) as there:
+        (said,) = status(there).warnings
+        assert said.startswith(
+            f"copies to {name} are slower than they could be, without page-locked memory: {why}"
+        )
+        assert [it.getMessage() for it in caplog.records if "page-locked" in it.getMessage()] == [said]
+        assert status(there).plan == plan.replace(ROOMY, name)
+        assert not there.budget.held_by(f"page-locked memory for {name}")
+        assert text_of(there, prompt(0))[:2] == text_of(node, prompt(0))[:2]
 
 
 def test_what_show_says(path: Path, tmp_path: Path) -> None:

@@ -1,0 +1,267 @@
+"""What is measured on a graphics card, part by part; each part is a function that returns figures.
+
+Knows what is asked of an engine and what is timed. `measure_card` runs each part in a process of its own, and bounds
+its time; `card_report` says what the figures mean.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from cards import card_models
+from cards.card_models import loaded, weights_bytes
+from inputs import hollow
+from inputs.shapes import Shape
+
+from shoal.daemon.config import NodeConfig, default_threads
+from shoal.daemon.loading.device_rooms import device_room
+from shoal.daemon.loading.planning import wanted_of
+from shoal.daemon.throughput.brief_profile import measure_briefly
+from shoal.daemon.throughput.model_sizes import weighed
+from shoal.daemon.throughput.own_machine import OwnMachine
+from shoal.devices.opening import device_home
+from shoal.offload.budget import Budget
+from shoal.partition.memory_layout import PAGE_TOKENS, kv_page_bytes
+from shoal.partition.placement import device_scratch_bytes
+from shoal.partition.plan import least_kv_pages
+from shoal.partition.throughput.cost import cost
+from shoal.partition.throughput.prediction import Job
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+class Sizes(NamedTuple):
+    """Of all parts. `budgets`: of a device for the mixture, by what they are called; `whole`: the device without a
+    bound."""
+
+    mixture: Shape
+    dense: Shape
+    budgets: dict[str, str]
+    budget_bytes: dict[str, int]
+    whole: str
+    card: int | None
+    prompt: int
+    decoded: int
+    streams: int
+    offline_prompt: int
+    offline_new: int
+    chunk: int
+    crossover_layers: int
+    crossover_rows: tuple[int, ...]
+
+
+REAL = Sizes(
+    card_models.MIXTURE, card_models.DENSE, {"16": "cuda:0,16GB", "24": "cuda:0,24GB"},
+    {"16": 16 * 10**9, "24": 24 * 10**9}, "cuda:0", 0, prompt=512, decoded=32, streams=128, offline_prompt=98,
+    offline_new=32, chunk=2048, crossover_layers=4, crossover_rows=(16, 32, 64, 128, 256, 512, 1024, 2048),
+)  # fmt: skip
+
+
+def dry() -> Sizes:
+    """The same with models that a laptop runs, on a device that the CPU plays."""
+    mixture, dense = card_models.SMALL_MIXTURE, card_models.SMALL_DENSE
+    whole = weights_bytes(mixture)
+    bounds = {"16": int(0.4 * whole) + 12_000_000, "24": int(0.6 * whole) + 12_000_000}
+    names = {name: f"sim:{nbytes}" for name, nbytes in bounds.items()}
+    return Sizes(
+        mixture, dense, names, bounds, "sim:1GB", None, prompt=32, decoded=4, streams=4, offline_prompt=20,
+        offline_new=4, chunk=64, crossover_layers=2, crossover_rows=(4, 16),
+    )  # fmt: skip
+
+
+def copies(sizes: Sizes, place: Path) -> dict[str, Any]:
+    """Bytes a second within the card, and over its link from memory of each kind."""
+    import torch
+
+    nbytes = 1 << 30 if sizes.card is not None else 1 << 22
+    device = "cpu" if sizes.card is None else f"cuda:{sizes.card}"
+    one, other = (torch.zeros(nbytes, dtype=torch.uint8, device=device) for _ in range(2))
+    here = torch.zeros(nbytes, dtype=torch.uint8)
+    found = {"within": 2 * nbytes / _best_s(lambda: one.copy_(other), device)}
+    found["in, pageable"] = nbytes / _best_s(lambda: one.copy_(here), device)
+    if sizes.card is not None:
+        locked = here.pin_memory()
+        found["in, page-locked"] = nbytes / _best_s(lambda: one.copy_(locked, non_blocking=True), device)
+        found["out, page-locked"] = nbytes / _best_s(lambda: locked.copy_(one, non_blocking=True), device)
+        found["card"] = torch.cuda.get_device_name(sizes.card)  # type: ignore[assignment]
+    return {"bytes_per_s": found, "torch": torch.__version__}
+
+
+def _best_s(copy: Callable[[], object], device: str) -> float:
+    import torch
+
+    took = []
+    for _ in range(4):
+        began_s = time.perf_counter()
+        copy()
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+        took.append(time.perf_counter() - began_s)
+    return min(took)
+
+
+TESTS = ("tests/devices", "tests/engine/test_device_placements.py", "tests/engine/test_staged_experts.py")
+TESTED = "torch or card or reference or staged_weights or small_operations"
+
+
+def tests(sizes: Sizes, place: Path) -> dict[str, Any]:
+    """Those of what devices compute, on the card."""
+    chosen = TESTED if sizes.card is not None else "small_operations"
+    more = {"SHOAL_TEST_DEVICE": sizes.whole} if sizes.card is not None else {}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *TESTS]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | more, capture_output=True, text=True, check=False, timeout=600
+    )
+    lines = done.stdout.strip().splitlines()
+    return {"passed": done.returncode == 0, "said": lines[-1] if lines else "", "output": lines[-40:]}
+
+
+def dense(sizes: Sizes, place: Path) -> dict[str, Any]:
+    """Decode of a dense model in 4 bits that is wholly there."""
+    engine, facts = loaded(
+        sizes.dense, place, context=1024, streams=1, threads=default_threads(), device=sizes.whole
+    )
+    return {
+        "plan": facts["plan"],
+        "weights_bytes": weights_bytes(sizes.dense),
+        "interactive": _interactive(engine, sizes),
+        "predicted": _predicted(engine, sizes.whole, place, Job(sizes.prompt, sizes.decoded)),
+    }
+
+
+def mixture(sizes: Sizes, place: Path, budget: str) -> dict[str, Any]:
+    """One stream, then many, with so much of the card's memory."""
+    device, began_s = sizes.budgets[budget], time.perf_counter()
+    pages = -(-(sizes.offline_prompt + sizes.offline_new) // PAGE_TOKENS)
+    engine, facts = loaded(
+        sizes.mixture, place, context=1024, streams=sizes.streams, threads=default_threads(), device=device,
+        chunk=sizes.chunk, slowdown=float("inf"), kv_tokens=max(1024, sizes.streams * pages * PAGE_TOKENS),
+    )  # fmt: skip
+    found = {"plan": facts["plan"], "load_s": time.perf_counter() - began_s}
+    found["interactive"] = _interactive(engine, sizes)
+    began_s = time.perf_counter()
+    engine.begin(sizes.streams, sizes.offline_prompt, seed=2)
+    engine.advance(sizes.offline_new - 1)
+    seconds = time.perf_counter() - began_s
+    engine.end()
+    found["offline"] = {"seconds": seconds, "tokens_per_s": sizes.streams * sizes.offline_new / seconds}
+    there: Any = device_home(device).device
+    found["peak_bytes"], found["limit_bytes"] = there.budget.peak_bytes, there.budget.limit_bytes
+    found["unpinned"] = there.unpinned
+    jobs = {
+        "interactive": Job(sizes.prompt, sizes.decoded),
+        "offline": Job(sizes.offline_prompt, sizes.offline_new, sizes.streams),
+    }
+    found["predicted"] = {name: _predicted(engine, device, place, job) for name, job in jobs.items()}
+    return found
+
+
+def peer(sizes: Sizes, place: Path, budget: str) -> dict[str, Any]:
+    """The same with Accelerate. Its steps are alike, so a few are measured, and an answer is worked out of them."""
+    try:
+        from cards.offloaded import Offloaded
+
+        engine = Offloaded(sizes.mixture, sizes.budget_bytes[budget], sizes.card)
+    except ImportError as error:
+        return {"failed": f"no peer: {error}"}
+    found: dict[str, Any] = {"version": engine.version, "layers there": getattr(engine, "layers", 0)}
+    engine.prompt(1, 16)  # the first time, kernels are made ready
+    first_s = engine.prompt(1, sizes.prompt)
+    token_s = median(engine.token() for _ in range(3))
+    found["interactive"] = {"first_s": first_s, "tokens_per_s": 1 / token_s}
+    first_s = engine.prompt(sizes.streams, sizes.offline_prompt)
+    token_s = median(engine.token() for _ in range(3))
+    seconds = first_s + (sizes.offline_new - 1) * token_s
+    found["offline"] = {"seconds": seconds, "tokens_per_s": sizes.streams * sizes.offline_new / seconds}
+    return found
+
+
+def crossover(sizes: Sizes, place: Path) -> dict[str, Any]:
+    """From how many tokens on experts that come are quicker than those that stay: a few layers of the mixture, whose
+    experts all lie with the processor, with prompts of so many tokens, both ways."""
+    shape = replace(sizes.mixture, name=f"{sizes.mixture.name}-few", layers=sizes.crossover_layers)
+    most = max(sizes.crossover_rows)
+    how: dict[str, Any] = {"context": most + 64, "streams": 1, "threads": default_threads(), "chunk": most}
+    config = NodeConfig(
+        threads=how["threads"],
+        context_tokens=how["context"],
+        max_sequences=1,
+        max_guesses=0,
+        chunk_tokens=most,
+    )
+    path = card_models.written(shape, place)
+    with hollow.filled(path) as checkpoint:
+        model, (wanted, *_) = weighed(checkpoint, "keep"), wanted_of(checkpoint.spec, config)
+    home = device_home(sizes.whole)
+    experts = [nbytes for block, nbytes in model.block_bytes.items() if block.kind == "expert"]
+    room = model.weights_bytes - sum(experts) + device_scratch_bytes(wanted, home.room(0))
+    room += kv_page_bytes(wanted.spec, "f16") * least_kv_pages(wanted) + sum(experts) // shape.layers * 3 // 4
+    device = f"cuda:{sizes.card},{room}" if sizes.card is not None else f"sim:{room}"
+    engine, facts = loaded(shape, place, device=device, **how)
+    staging = engine._model.executor._staging
+    predicted = staging._tokens
+    rows: dict[int, dict[str, float]] = {}
+    for count in sizes.crossover_rows:
+        rows[count] = {}
+        for way, tokens in (("stay", 1 << 30), ("come", 1)):
+            staging._tokens = tokens
+            took = []
+            for seed in range(3):
+                took.append(engine.begin(1, count, seed=10 + seed)["seconds"])
+                engine.end()
+            rows[count][way] = min(took)
+    seen = next((count for count, its in rows.items() if its["come"] < its["stay"]), 0)
+    return {"plan": facts["plan"], "predicted_tokens": predicted, "seen_tokens": seen, "seconds": rows}
+
+
+PARTS: dict[str, Callable[[Sizes, Path], dict[str, Any]]] = {
+    "tests": tests,
+    "copies": copies,
+    "dense": dense,
+    "crossover": crossover,
+    "mixture-16": lambda sizes, place: mixture(sizes, place, "16"),
+    "peer-16": lambda sizes, place: peer(sizes, place, "16"),
+    "mixture-24": lambda sizes, place: mixture(sizes, place, "24"),
+    "peer-24": lambda sizes, place: peer(sizes, place, "24"),
+}
+LIMITS_S = {
+    "tests": 120, "copies": 30, "dense": 80, "crossover": 80, "mixture-16": 160, "peer-16": 110, "mixture-24": 130,
+    "peer-24": 90,
+}  # fmt: skip
+
+
+def _interactive(engine: Any, sizes: Sizes) -> dict[str, float]:
+    engine.begin(1, 16, seed=-1)
+    engine.advance(2)
+    engine.end()
+    first = engine.begin(1, sizes.prompt, seed=1)
+    its = engine.advance(sizes.decoded)
+    engine.end()
+    return {"first_s": first["seconds"], "tokens_per_s": its["tokens"] / its["seconds"]}
+
+
+def _predicted(engine: Any, device: str, place: Path, job: Job) -> dict[str, float]:
+    """What the throughput model says of the plan, with the device tried and the processor measured briefly."""
+    model, plan = engine._model, engine._model.plan
+    sizes = weighed(model.checkpoint, "keep")
+    machine = OwnMachine(plan.threads)
+    room = device_room(device, Budget(1 << 62), sizes, machine, laws=True).room
+    measured = measure_briefly(plan.threads, place, model.main.expectation.kinds[:2], None, lambda: True)
+    if room is None or room.laws is None or measured is None:
+        return {}
+    here = replace(measured, accelerators=(room.laws,))
+    found = cost(sizes, plan, here, job)
+    whole_s = found.total_s(job)
+    return {
+        "first_s": found.ttft_s,
+        "tokens_per_s": found.tokens_per_s,
+        "whole_tokens_per_s": job.batch * job.new_tokens / whole_s,
+    }

@@ -1,0 +1,85 @@
+"""What figures of a graphics card mean: ratios to the peer, shares of what the card can do, and what was aimed at.
+
+Pure: figures in, lines out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+AIMS = {"interactive": 5.0, "offline": 10.0}  # times as many tokens a second as the peer
+DENSE_AIM = 0.6  # of the card's memory bandwidth
+PREDICTED_AIM = 0.06
+
+
+def report(results: Mapping[str, Any]) -> list[str]:
+    """One line for each figure. Parts that failed, or were not run, say so."""
+    lines = [f"{name}: failed: {its['failed']}" for name, its in results.items() if "failed" in its]
+    parts = {name: its for name, its in results.items() if "failed" not in its}
+    for name, say in (("tests", _tests), ("copies", _copies), ("crossover", _crossover)):
+        if name in parts:
+            lines += say(parts[name])
+    if "dense" in parts:
+        lines += _dense(parts["dense"], parts.get("copies"))
+    for budget in ("16", "24"):
+        lines += _mixture(budget, parts.get(f"mixture-{budget}"), parts.get(f"peer-{budget}"))
+    return lines
+
+
+def _tests(its: Mapping[str, Any]) -> Iterator[str]:
+    yield f"tests on the card: {'passed' if its['passed'] else 'FAILED'}: {its['said']}"
+
+
+def _copies(its: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in its["bytes_per_s"].items():
+        yield f"{name}: {value / 1e9:.1f} GB/s" if isinstance(value, float) else f"{name}: {value}"
+
+
+def _dense(its: Mapping[str, Any], copies: Mapping[str, Any] | None) -> Iterator[str]:
+    speed = its["interactive"]["tokens_per_s"]
+    read = speed * its["weights_bytes"]
+    said = f"dense, 4 bits: {speed:.4g} tokens/s, {read / 1e9:.0f} GB/s of weights"
+    if copies is not None:
+        share = read / copies["bytes_per_s"]["within"]
+        said += f", {share:.0%} of the card's memory ({_aimed(share, DENSE_AIM, '60%')})"
+    yield said
+    yield from _foreseen("dense", speed, its["predicted"].get("tokens_per_s"))
+
+
+def _mixture(budget: str, ours: Mapping[str, Any] | None, peer: Mapping[str, Any] | None) -> Iterator[str]:
+    if ours is None:
+        return
+    yield f"mixture in {budget} GB: {ours['plan']}; loaded in {ours['load_s']:.0f} s"
+    within = ours["peak_bytes"] <= ours["limit_bytes"]
+    yield f"  peak {ours['peak_bytes'] / 1e9:.3g} GB, {'within' if within else 'BEYOND'} its budget"
+    if ours["unpinned"]:
+        yield f"  without page-locked memory: {ours['unpinned']}"
+    for name, aim in AIMS.items():
+        speed = ours[name]["tokens_per_s"]
+        said = f"  {name}: {speed:.4g} tokens/s"
+        if peer is not None:
+            ratio = speed / peer[name]["tokens_per_s"]
+            theirs = peer[name]["tokens_per_s"]
+            said += f", Accelerate {theirs:.4g}: {ratio:.3g} times ({_aimed(ratio, aim, f'{aim:g}')})"
+        yield said
+        which = "tokens_per_s" if name == "interactive" else "whole_tokens_per_s"
+        yield from _foreseen(f"  {name}", speed, ours["predicted"][name].get(which))
+
+
+def _crossover(its: Mapping[str, Any]) -> Iterator[str]:
+    yield f"experts come: predicted from {its['predicted_tokens']} tokens on, seen from {its['seen_tokens']} on"
+    for count, both in its["seconds"].items():
+        stay, come = both["stay"] * 1e3, both["come"] * 1e3
+        yield f"  {count} tokens: {stay:.1f} ms where they stay, {come:.1f} ms where they come"
+
+
+def _foreseen(what: str, measured: float, predicted: float | None) -> Iterator[str]:
+    if predicted:
+        off = measured / predicted - 1
+        aimed = _aimed(-abs(off), -PREDICTED_AIM, "6%")
+        yield f"{what}: predicted {predicted:.4g} tokens/s, measured {off:+.0%} ({aimed})"
+
+
+def _aimed(value: float, aim: float, said: str) -> str:
+    return f"aim {said}: {'met' if value >= aim else 'MISSED'}"

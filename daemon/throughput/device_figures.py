@@ -1,0 +1,169 @@
+"""What a device can do, tried when a model that may use it is loaded, and kept in a file until something changes that
+it depends on: the card, its driver, this program, the shapes of a model. What was tried a day ago is tried again.
+
+Knows files and when figures hold. `devices` tries copies and products, `fixed_costs` what steps cost besides.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+from msgspec import Struct
+
+from shoal.daemon.installed import package_version
+from shoal.daemon.private_files import keep
+from shoal.kernels.errors import HomeFull
+from shoal.kernels.types import WEIGHT_TYPES
+from shoal.models.regular_files import read_regular
+from shoal.partition.errors import ProfileError
+from shoal.partition.placement import ExpertTimes
+from shoal.partition.throughput.profile import Accelerator, Profile, check_figure, check_profile, unmeasured
+from shoal.partition.throughput.weights_of import Weighed
+
+from .own_machine import AGED_S
+
+if TYPE_CHECKING:
+    from shoal.devices.device_home import DeviceHome
+    from shoal.devices.expert_timing import Shape
+
+log = logging.getLogger(__name__)
+
+_FORM = 1  # of what is tried
+_FILE_BYTES = 1 << 20
+_MOST_KEPT = 32  # models on devices; those that were tried longest ago go first
+
+_TYPES = {kind.name: kind for kind in WEIGHT_TYPES}
+
+
+class DeviceFigures(Struct, frozen=True):
+    """`expert`: what one of a mixture's takes it; `laws`: how fast it is, if that was asked for. None: there are none,
+    or no room to try."""
+
+    expert: ExpertTimes | None = None
+    laws: Accelerator | None = None
+
+
+class _Kept(Struct, frozen=True):
+    key: str
+    tried_s: float  # Unix time
+    figures: DeviceFigures
+
+
+class _File(Struct, frozen=True):
+    kept: list[_Kept]
+
+
+def device_figures(
+    home: DeviceHome, model: Weighed, free_bytes: int, file: Path | None, *, laws: bool
+) -> DeviceFigures:
+    """Of a device for a model, as they are kept in `file`, or tried now, within so much of its memory. Raises
+    HomeLost."""
+    expert, all = _shapes(model)
+    key = _key(home, expert, all)
+    kept = _read(file)
+    known = next((it for it in kept if it.key == key and abs(time.time() - it.tried_s) < AGED_S), None)
+    if known is not None and (known.figures.laws is not None or not laws):
+        return known.figures
+    found = DeviceFigures(_expert(home, expert, free_bytes), _laws(home, all, free_bytes) if laws else None)
+    if file is not None and found != DeviceFigures():
+        others = sorted((it for it in kept if it.key != key), key=lambda it: -it.tried_s)
+        keep(file, _File([_Kept(key, time.time(), found), *others[: _MOST_KEPT - 1]]))
+    return found
+
+
+def _shapes(model: Weighed) -> tuple[list[Shape], list[Shape]]:
+    """(the matrices of one expert; those of all blocks, each shape once, the commonest first)"""
+    from shoal.devices.expert_timing import Shape
+
+    def shaped(its: object) -> Shape:
+        return Shape(_TYPES[its.kind], its.rows, its.cols)  # type: ignore[attr-defined]
+
+    expert = next((its for block, its in model.products.items() if block.kind == "expert"), ())
+    counts: dict[Shape, int] = {}
+    for its in model.products.values():
+        for it in its:
+            counts[shaped(it)] = counts.get(shaped(it), 0) + 1
+    return [shaped(it) for it in expert], sorted(counts, key=lambda shape: -counts[shape])
+
+
+def _expert(home: DeviceHome, expert: list[Shape], free_bytes: int) -> ExpertTimes | None:
+    from shoal.devices.expert_timing import expert_times, tried_bytes
+
+    if not expert or tried_bytes(expert) > free_bytes:
+        return None
+    try:
+        return expert_times(home, expert)
+    except HomeFull:
+        return None
+
+
+def _laws(home: DeviceHome, shapes: list[Shape], free_bytes: int) -> Accelerator | None:
+    from shoal.devices.device_timing import device_speed, tried_for_speed_bytes
+
+    from .fixed_costs import overheads
+
+    if tried_for_speed_bytes(shapes) > free_bytes:
+        return None
+    try:
+        speed, calls = device_speed(home, shapes), overheads(home)
+    except HomeFull:
+        return None
+    device = home.device
+    return Accelerator(
+        device.name,
+        float(device.budget.limit_bytes),
+        speed.memory_bytes_per_s,
+        speed.flops,
+        speed.link_bytes_per_s,
+        speed.products,
+        calls.step_s,
+        calls.layer_s,
+        calls.mixture_s,
+        speed.copy_s,
+        float(home.room(0).kernel_bytes),
+        measured=True,
+    )
+
+
+def _key(home: DeviceHome, expert: list[Shape], all: list[Shape]) -> str:
+    device = home.device
+    shapes = [[(it.type.name, it.rows, it.cols) for it in its] for its in (expert, all)]
+    digest = blake2b(repr(shapes).encode(), digest_size=16).hexdigest()
+    pinned = "page-locked" if device.pinned_bytes else "pageable"
+    return f"{_FORM} | {package_version()} | {device.facts} | {pinned} | {digest}"
+
+
+def _read(file: Path | None) -> list[_Kept]:
+    """What is kept, as far as it can be true."""
+    if file is None:
+        return []
+    try:
+        found = msgspec.json.decode(read_regular(file, _FILE_BYTES), type=_File)
+        for it in found.kept:
+            _check(it.figures)
+    except FileNotFoundError:
+        return []
+    except (OSError, msgspec.MsgspecError, ProfileError, RecursionError) as error:
+        said = " ".join(str(error).split())[:200]
+        log.warning("%s is of no use, so devices are tried again: %s", file, said)
+        return []
+    return found.kept
+
+
+def _check(figures: DeviceFigures) -> None:
+    """Raises ProfileError."""
+    if figures.expert is not None:
+        nbytes, come_s, rows, computed_s = figures.expert
+        check_figure("expert.nbytes", nbytes, 1, 1 << 40)
+        check_figure("expert.rows", rows, 1, 1 << 24)
+        for name, seconds in (("come_s", come_s), ("computed_s", computed_s)):
+            check_figure(f"expert.{name}", seconds, math.ulp(0.0), 1e6)
+    if figures.laws is not None:
+        check_profile(Profile((replace(unmeasured(1, 1e9), accelerators=(figures.laws,)),)))

@@ -1,0 +1,105 @@
+"""The parts of one step: attention, feed-forward, router and experts of each kind of layer, as one device takes them.
+
+Layers of a kind are alike, so each is worked out once. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ..plan import Plan
+from ..streamed_plan import experts_together
+from .laws import NOTHING, Share, attention, distinct_experts, products
+from .profile import Device
+from .schedule import Experts
+from .weights_of import LayerKind, Product, Weighed
+
+GUESSED_RIGHT = 0.85  # of guesses which experts the next layer will choose (0.85 to 0.9: docs/LOG.md)
+
+
+class Rows(NamedTuple):
+    """Like sequences in a step: `alike` of them, each with `rows` tokens behind `before` others."""
+
+    alike: int
+    rows: int
+    before: float
+
+
+class Pieces:
+    """The parts of one step. Layers of a kind are alike, so each is worked out once."""
+
+    def __init__(
+        self, model: Weighed, plan: Plan, device: Device, segments: Sequence[Rows], share: float | None
+    ) -> None:
+        self._model, self._plan, self._device, self._share = model, plan, device, share
+        self._segments = segments
+        self._rows = sum(segment.alike * segment.rows for segment in segments)
+        self._known: dict[object, Share] = {}
+        moe = model.spec.moe
+        held = [it for it in plan.blocks if it.block.kind == "expert" and it.tier == "disk"] if moe else []
+        self._missing = max(0.0, 1 - plan.expert_slots / len(held)) if held else 0.0
+        self._expert_bytes = max((it.nbytes for it in held), default=0)
+        self._guesses = all(it.tier == "ram" for it in plan.blocks if it.block.kind == "router")
+
+    def attention(self, kind: LayerKind) -> Share:
+        key = kind.attention, kind.window
+        if key not in self._known:
+            found = self._products(kind.attention, self._rows)
+            for alike, rows, before in self._segments:
+                one = attention(
+                    self._device, self._model.spec, self._plan.kv.dtype, rows, before, kind.window
+                )
+                found += one.times(alike)
+            self._known[key] = found
+        return self._known[key]
+
+    def feeding(self, kind: LayerKind, rows: int) -> Share:
+        key = "dense", kind.dense, rows
+        if key not in self._known:
+            self._known[key] = self._products(kind.dense, rows)
+        return self._known[key]
+
+    def experts(self, kind: LayerKind, rows: int) -> Share:
+        if not kind.expert or not rows:
+            return NOTHING
+        key = "experts", kind.expert, rows
+        if key not in self._known:
+            used = self._used(rows)
+            moe = self._model.spec.moe
+            assert moe is not None
+            each = products(self._device, kind.expert, max(1.0, rows * moe.active / used))
+            self._known[key] = each.times(used)
+        return self._known[key]
+
+    def on_disk(self, kind: LayerKind, rows: int, mixed: Share, attending: Share) -> Experts | None:
+        """The experts that a layer uses, if every one is as likely to be chosen; None if all are in memory."""
+        if not kind.expert or not rows or not self._missing:
+            return None
+        moe, used = self._model.spec.moe, self._used(rows)
+        assert moe is not None
+        right = GUESSED_RIGHT + (1 - GUESSED_RIGHT) * used / moe.experts  # any may be chosen
+        return Experts(
+            used,
+            used * self._missing,
+            self._expert_bytes,
+            experts_together(self._plan.expert_slots),
+            mixed.seconds,
+            attending.seconds,
+            right if self._guesses else 0.0,
+        )
+
+    def _used(self, rows: int) -> float:
+        moe = self._model.spec.moe
+        assert moe is not None
+        return distinct_experts(moe.experts, moe.active, rows, self._share)
+
+    def _products(self, matrices: Sequence[Product], rows: int) -> Share:
+        """Rows beyond what passes a block together come in parts."""
+        if not rows:
+            return NOTHING
+        whole, rest = divmod(rows, self._plan.part_tokens)
+        found = products(self._device, matrices, rest) if rest else NOTHING
+        return (
+            found + products(self._device, matrices, self._plan.part_tokens).times(whole) if whole else found
+        )

@@ -1,0 +1,296 @@
+"""`auto`: a device computes where that is predicted to be quicker, `ps` says why, and whatever is wrong with a card
+costs one line. What a device can do is tried once and kept as long as nothing changes that it depends on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import tiny
+from fakes.asking import CONFIG, prompt, text_of
+
+from shoal.comm.home import Home
+from shoal.comm.messages import Load, ModelStatus
+from shoal.daemon.library.packs import Packs
+from shoal.daemon.loading import device_rooms
+from shoal.daemon.loading.outlook import Outlook, outlook
+from shoal.daemon.node import Node
+from shoal.daemon.throughput import device_figures, foresight
+from shoal.daemon.throughput.own_machine import OwnMachine
+from shoal.devices import device_timing, expert_timing, opening, sim_device
+from shoal.devices.errors import DeviceLost, NoSuchDevice
+from shoal.devices.sim_device import SimDevice
+from shoal.partition.throughput import staging_worth
+from shoal.partition.throughput.placing import device_ways
+from shoal.partition.throughput.profile import Device, Overheads, Profile, unmeasured
+
+CARD = "sim:64MB"
+
+
+@pytest.fixture(autouse=True)
+def _devices_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """There is one card; the processor is slow, and calls of the device cost next to nothing."""
+    monkeypatch.setattr(device_rooms, "present", lambda: [CARD])
+    monkeypatch.setattr(sim_device, "LAUNCH_S", 1e-9)
+    slow(monkeypatch)
+    yield
+    opening._opened.clear()
+
+
+def slow(monkeypatch: pytest.MonkeyPatch, machine: Device = unmeasured(2)) -> None:  # noqa: B008
+    for module in (staging_worth, device_ways):
+        monkeypatch.setattr(module, "FAST", machine)
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_gguf(
+        tiny.hf_model("qwen3_moe"), tmp_path_factory.mktemp("m") / "mixture.gguf", type="Q8_0"
+    )
+
+
+def loaded(path: Path, machine: OwnMachine | None = None, **more: Any) -> Node:
+    node = Node(replace(CONFIG, **more), machine=machine)
+    node.load(Load(model=str(path)))
+    return node
+
+
+def status(node: Node) -> ModelStatus:
+    (found,) = node.status().models
+    return found
+
+
+def test_it_is_taken_where_it_is_quicker(node: Node, path: Path) -> None:
+    expected = text_of(node, prompt(0))[:2]
+    with loaded(path) as there:
+        found = status(there)
+        assert found.device == CARD
+        assert found.device_why.startswith(f"{CARD}: all layers: a prompt of ")
+        assert found.device_why.endswith(" s with the processor alone")
+        assert text_of(there, prompt(0))[:2] == expected
+        assert found.warnings == []
+
+
+def test_it_is_left_where_it_is_slower(
+    node: Node, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow(monkeypatch, Device("quick", 0.0, 1e15, 1e18, overheads=Overheads(0.0, 0.0, 0.0, 0.0)))
+    with loaded(path) as there:
+        found = status(there)
+        assert (found.device, found.device_bytes) == ("", 0)
+        assert found.device_why.startswith("the processor alone: a prompt of ")
+        assert f" s with {CARD}: all layers" in found.device_why
+        assert found.plan == status_of_cpu(path).plan
+        assert text_of(there, prompt(0))[:2] == text_of(node, prompt(0))[:2]
+    said = outlook(path, CONFIG, Packs(Home(tmp_path)), OwnMachine(1))
+    assert isinstance(said, Outlook)
+    assert (said.device, said.why) == ("", found.device_why)
+
+
+def status_of_cpu(path: Path) -> ModelStatus:
+    with loaded(path, device="cpu") as node:
+        return status(node)
+
+
+def test_a_mixture_gets_its_experts_where_they_are_quickest(mixture: Path) -> None:
+    with loaded(mixture) as node:
+        assert status(node).device_why.startswith(f"{CARD}: all layers: ")
+
+
+@pytest.mark.parametrize(
+    "why",
+    [
+        "device cuda:0 is not there: torch 2.11 finds 0 cards: The NVIDIA driver on your system is too old",
+        "device cuda:0 cannot be used: 64 times 64 times 64 is 7 there",
+        "device cuda:0 needs torch, which cannot be imported: libcudart.so.13: no such file",
+    ],
+)
+def test_a_card_that_cannot_be_used_costs_one_line(
+    why: str, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(name: str) -> Any:
+        raise NoSuchDevice(why)
+
+    monkeypatch.setattr(device_rooms, "device_home", broken)
+    with loaded(path) as node:
+        found = status(node)
+        assert (found.device, found.device_why) == ("", "")
+        assert found.warnings == [f"{CARD} is left alone: {why}"]
+        assert [it.getMessage() for it in caplog.records if it.levelname == "WARNING"] == found.warnings
+        assert len(text_of(node, prompt(0))[1]) == 24
+
+
+def test_no_card_costs_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_rooms, "present", list)
+    monkeypatch.setattr(device_rooms, "device_home", None)
+    with loaded(path) as node:
+        assert (status(node).device_why, status(node).warnings) == ("", [])
+
+
+def test_a_card_that_is_lost_while_it_is_tried(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage_in = SimDevice.stage_in
+
+    def losing(self: SimDevice, *operands: Any) -> Any:
+        self.lose("the driver was restarted")
+        return stage_in(self, *operands)
+
+    monkeypatch.setattr(SimDevice, "stage_in", losing)
+    with loaded(path) as node:
+        (said,) = status(node).warnings
+        assert said.startswith(f"device {CARD} is lost (the driver was restarted), so the cpu computes")
+        assert len(text_of(node, prompt(0))[1]) == 24
+
+
+def test_a_card_without_memory_is_left_alone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_rooms, "present", lambda: ["sim:10kB"])
+    with loaded(path) as node:
+        (said,) = status(node).warnings
+        assert said.startswith("sim:10kB is left alone: 10 kB of its memory are free, too little")
+
+
+def test_one_that_is_lost_later_is_done_without(node: Node, path: Path) -> None:
+    expected = text_of(node, prompt(0))[:2]
+    with loaded(path) as there:
+        assert status(there).device == CARD
+        opening.device_home(CARD).device.lose("somebody pulled it out")  # type: ignore[attr-defined]
+        assert text_of(there, prompt(0))[:2] == expected
+        assert status(there).device == ""
+
+
+def test_several_machines_leave_devices_alone() -> None:
+    class Others:
+        machines = 2
+
+    assert device_rooms.device_asked_for(CONFIG, None) == "auto"
+    assert device_rooms.device_asked_for(CONFIG, Others()) == "cpu"  # type: ignore[arg-type]
+    assert device_rooms.device_asked_for(replace(CONFIG, ranks=2), None) == "cpu"
+    assert device_rooms.device_asked_for(replace(CONFIG, device=CARD), Others()) == CARD  # type: ignore[arg-type]
+
+
+def test_what_plan_says(path: Path, tmp_path: Path) -> None:
+    profile = Profile((unmeasured(2, 1e9),))
+    found = foresight.foresee(path, profile, foresight.Asked(64, 16), CONFIG, OwnMachine(2))
+    names = [row.name for row in found.plans]
+    assert f"{CARD}: all layers" in names
+    assert "memory" in names
+    assert found.chosen == f"{CARD}: all layers"
+    assert found.trouble == ""
+    config = replace(CONFIG, device="cpu")
+    found = foresight.foresee(path, profile, foresight.Asked(64, 16), config, OwnMachine(2))
+    assert found.chosen == "memory"
+
+
+class Tried:
+    """How often something was."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        for module, name in ((device_timing, "device_speed"), (expert_timing, "expert_times")):
+            monkeypatch.setattr(module, name, self._counted(getattr(module, name)))
+
+    def _counted(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*operands: Any) -> Any:
+            self.count += 1
+            return call(*operands)
+
+        return run
+
+    def by(self, path: Path, kept: Path, device: str = "auto") -> int:
+        before = self.count
+        with loaded(path, OwnMachine(1, kept), device=device):
+            return self.count - before
+
+
+def test_what_was_tried_is_kept(
+    mixture: Path,
+    path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tried, kept, file = Tried(monkeypatch), tmp_path / "profile.json", tmp_path / "devices.json"
+    assert [tried.by(mixture, kept) for _ in range(3)] == [2, 0, 0]
+    assert tried.by(mixture, kept, CARD) == 0
+    assert [tried.by(path, kept) for _ in range(2)] == [1, 0]  # of another model
+    assert tried.by(mixture, kept) == 0
+    # Another link; that of an expert alone, then laws besides.
+    assert [tried.by(mixture, kept, f"{CARD},1GB/s") for _ in range(2)] == [1, 0]
+    monkeypatch.setattr(device_rooms, "present", lambda: [f"{CARD},1GB/s"])
+    assert [tried.by(mixture, kept) for _ in range(2)] == [2, 0]
+    monkeypatch.setattr(device_figures, "package_version", lambda: "9.9")
+    assert [tried.by(mixture, kept) for _ in range(2)] == [2, 0]
+    found = json.loads(file.read_text())
+    for it in found["kept"]:
+        it["tried_s"] -= device_figures.AGED_S
+    file.write_text(json.dumps(found))
+    assert [tried.by(mixture, kept) for _ in range(2)] == [2, 0]
+    assert not [it for it in caplog.records if "devices.json" in it.getMessage()]
+
+
+@pytest.mark.parametrize(
+    "rubbish",
+    [
+        "",
+        "[" * 100_000,
+        '{"kept": [{"key": "x"}]}',
+        '{"kept": [{"key": "x", "tried_s": 0, "figures": {"expert": [1, -1.0, 1, 1.0]}}]}',
+        '{"kept": [{"key": "x", "tried_s": 0, "figures": {"laws": {"name": "x", "memory_bytes": 1e9, '
+        '"memory_bytes_per_s": 0, "flops": 1e12, "host_bytes_per_s": 1e9}}}]}',
+    ],
+)
+def test_what_is_kept_is_not_believed(
+    rubbish: str,
+    path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tried, kept, file = Tried(monkeypatch), tmp_path / "profile.json", tmp_path / "devices.json"
+    file.write_text(rubbish)
+    assert [tried.by(path, kept) for _ in range(2)] == [1, 0]
+    (line,) = (it.getMessage() for it in caplog.records if "devices.json" in it.getMessage())
+    assert line.startswith(f"{file} is of no use, so devices are tried again: ")
+
+
+def test_only_so_many_are_kept(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_figures, "_MOST_KEPT", 2)
+    tried, kept = Tried(monkeypatch), tmp_path / "profile.json"
+    for version in ("1", "2", "3"):
+        monkeypatch.setattr(device_figures, "package_version", lambda version=version: version)
+        assert tried.by(path, kept) == 1
+    found = json.loads((tmp_path / "devices.json").read_text())
+    assert [it["key"].split(" | ")[1] for it in found["kept"]] == ["3", "2"]
+
+
+def test_the_laws_of_the_simulated_device_are_what_it_does(mixture: Path) -> None:
+    """Its link, the speed of its memory, and so many calls for a layer."""
+    with loaded(mixture):
+        pass
+    home = opening.device_home(CARD)
+    from shoal.daemon.throughput.model_sizes import weighed
+    from shoal.models.checkpoint.checkpoint import open_checkpoint
+
+    with open_checkpoint(mixture) as checkpoint:
+        model = weighed(checkpoint, "keep")
+    found = device_figures.device_figures(home, model, 1 << 26, None, laws=True).laws  # type: ignore[arg-type]
+    assert found is not None
+    assert found.host_bytes_per_s == pytest.approx(16e9, rel=0.02)
+    assert found.memory_bytes_per_s == pytest.approx(sim_device.SIM_MEMORY_BYTES_PER_S, rel=0.2)
+    assert found.flops <= sim_device.SIM_FLOPS
+    assert found.measured
+    assert 0 < found.layer_s < 1e-5
+
+
+def test_errors_while_it_is_tried_are_no_bug(mixture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*_: object) -> Any:
+        home = opening.device_home(CARD)
+        home.device.lose("gone")  # type: ignore[attr-defined]
+        raise DeviceLost(CARD, "gone")
+
+    monkeypatch.setattr(device_timing, "device_speed", lost)
+    with loaded(mixture) as node:
+        assert status(node).warnings[0].startswith(f"device {CARD} is lost (gone), so the cpu computes")

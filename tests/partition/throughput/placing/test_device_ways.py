@@ -1,0 +1,200 @@
+"""Plans with a device beside those without: predicted as can be worked out by hand, and never chosen where they are
+predicted to be slower."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from fakes.throughput.throughput_cases import MB, device, spec, wanted, weighed
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal.partition.placement import DeviceRoom, NoRoomThere
+from shoal.partition.plan import Plan
+from shoal.partition.spec import MoeSpec
+from shoal.partition.throughput.alone import AS_QUICK, best_plan, usual_job
+from shoal.partition.throughput.cost import cost
+from shoal.partition.throughput.placing.device_ways import (
+    plan_with_device,
+    room_of,
+    ways_with_device,
+    with_device_or_alone,
+)
+from shoal.partition.throughput.prediction import Job
+from shoal.partition.throughput.profile import Accelerator, Device, Overheads
+from shoal.partition.throughput.weights_of import Weighed
+
+FREE = Overheads(0.0, 0.0, 0.0, 0.0)
+DENSE = weighed(spec())
+MIXED = weighed(spec(moe=MoeSpec(32, 4, 512, True), ffn=0))
+MEMORY = 1 << 34
+MACHINE = replace(device(), overheads=FREE, measured=True)
+
+
+def card(**more: Any) -> Accelerator:
+    """With no fixed costs, and a link that takes no time."""
+    figures: dict[str, Any] = {
+        "name": "gpu",
+        "memory_bytes": 8e9,
+        "memory_bytes_per_s": 1000e9,
+        "flops": 50e12,
+        "host_bytes_per_s": 1e14,
+        "step_s": 0.0,
+        "layer_s": 0.0,
+        "mixture_s": 0.0,
+        "copy_s": 0.0,
+    }
+    return Accelerator(**(figures | more))
+
+
+def room(there: Accelerator, model: Weighed) -> DeviceRoom:
+    return room_of(there, model)._replace(kernel_bytes=0, gathers=False)
+
+
+def planned(model: Weighed, there: Accelerator, machine: Device = MACHINE) -> Plan:
+    made = plan_with_device(model, [wanted(model.spec)], room(there, model), MEMORY, machine)
+    assert isinstance(made, Plan), made
+    return made
+
+
+def token_s(model: Weighed, plan: Plan, there: Accelerator, machine: Device = MACHINE) -> float:
+    return cost(model, plan, replace(machine, accelerators=(there,)), Job(512, 64)).token_s
+
+
+@pytest.mark.parametrize("model", [DENSE, MIXED], ids=["dense", "mixture"])
+def test_a_device_like_the_processor_takes_as_long(model: Weighed) -> None:
+    """Wherever the blocks are."""
+    alone = best_plan(model, [wanted(model.spec)], MEMORY, MACHINE)
+    assert isinstance(alone, Plan)
+    expected = cost(model, alone, MACHINE, Job(512, 64))
+    twin = {"memory_bytes_per_s": MACHINE.memory_bytes_per_s, "flops": MACHINE.flops}
+    for memory in (8e9, model.weights_bytes / 2):
+        there = card(memory_bytes=memory, **twin)
+        plan = replace(planned(model, there), staged_tokens=0, staged_experts=0)
+        assert plan.device_whole == (memory == 8e9)
+        found = cost(model, plan, replace(MACHINE, accelerators=(there,)), Job(512, 64))
+        if plan.device_whole or model is DENSE:
+            assert found.token_s == pytest.approx(expected.token_s, rel=1e-6)
+            assert found.ttft_s == pytest.approx(expected.ttft_s, rel=1e-3)
+        else:  # experts in both places compute beside each other
+            assert expected.token_s / 2 < found.token_s < 1.000001 * expected.token_s
+
+
+def test_a_layer_on_the_device_takes_its_bytes_at_its_speed() -> None:
+    there = card()
+    plan = planned(DENSE, there)
+    assert plan.device_whole
+    kv = 8 * 2 * 4 * 64 * 2 * 545
+    weights = DENSE.weights_bytes - 2 * 4096 * 1024
+    assert token_s(DENSE, plan, there) == pytest.approx((weights + kv) / 1000e9, rel=0.01)
+
+
+def test_hidden_states_and_logits_pass_the_link() -> None:
+    """In once, and back at the end: of 1,024 and 4,096 numbers in f32."""
+    quick, slow = card(), card(host_bytes_per_s=1e6, copy_s=1e-3)
+    plan = planned(DENSE, quick)
+    more = token_s(DENSE, plan, slow) - token_s(DENSE, plan, quick)
+    assert more == pytest.approx(2e-3 + 4 * (1024 + 4096) / 1e6, rel=1e-6)
+
+
+def test_experts_of_the_processor_cost_two_copies_a_layer() -> None:
+    dense = MIXED.weights_bytes - sum(
+        MIXED.block_bytes[it] for it in MIXED.block_bytes if it.kind == "expert"
+    )
+    quick = card(memory_bytes=dense + 40e6)
+    plan = replace(planned(MIXED, quick), staged_tokens=0, staged_experts=0)
+    assert (plan.device_layers[0], plan.device_experts[0]) == (8, 0)
+    slow = replace(quick, copy_s=1e-3)
+    assert token_s(MIXED, plan, slow) - token_s(MIXED, plan, quick) == pytest.approx(
+        (2 * 8 + 2) * 1e-3, rel=1e-6
+    )
+
+
+def test_which_way_is_best() -> None:
+    dense = MIXED.weights_bytes - sum(
+        MIXED.block_bytes[it] for it in MIXED.block_bytes if it.kind == "expert"
+    )
+    for model, there, said in (
+        (DENSE, card(), "gpu: all layers: "),
+        (DENSE, card(memory_bytes=DENSE.weights_bytes / 2), "gpu: 3 of 8 layers: "),
+        (MIXED, card(), "gpu: all layers: "),
+        (MIXED, card(memory_bytes=dense + 40e6, host_bytes_per_s=1e9), "gpu: all but experts: "),
+        (
+            MIXED,
+            card(memory_bytes=dense + 100e6, host_bytes_per_s=100e9),
+            "gpu: all but experts, experts come ",
+        ),
+        (DENSE, card(memory_bytes_per_s=1e9, flops=1e10), "the processor alone: "),
+        (DENSE, card(layer_s=0.1), "the processor alone: "),
+        (MIXED, card(memory_bytes=dense + 40e6, copy_s=0.05), "the processor alone: "),
+        (DENSE, card(memory_bytes=1e6), "the processor alone: gpu has no room for a layer"),
+    ):
+        found = with_device_or_alone(model, [wanted(model.spec)], room(there, model), MEMORY, MACHINE)
+        assert isinstance(found, Plan)
+        assert found.why.startswith(said), (said, found.why)
+        assert bool(found.device) == said.startswith("gpu")
+
+
+def test_where_the_processors_memory_is_too_small_the_device_helps() -> None:
+    there, few = card(memory_bytes=DENSE.weights_bytes), DENSE.weights_bytes // 2 + 60 * MB
+    found = with_device_or_alone(
+        DENSE, [wanted(DENSE.spec)], room(there, DENSE), few, MACHINE, streaming=False
+    )
+    assert isinstance(found, Plan)
+    assert found.why == "gpu computes with the processor, whose memory alone is too small"
+    streamed = with_device_or_alone(DENSE, [wanted(DENSE.spec)], room(there, DENSE), few, MACHINE)
+    assert isinstance(streamed, Plan)
+    assert streamed.device == "gpu"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from([DENSE, MIXED]),
+    st.floats(1e6, 1e9),
+    st.floats(1e8, 1e13),
+    st.floats(1e9, 1e15),
+    st.floats(1e6, 1e12),
+    st.floats(0, 1e-2),
+)
+def test_it_is_never_predicted_to_be_slower_than_the_processor_alone(
+    model: Weighed, memory: float, speed: float, flops: float, link: float, call_s: float
+) -> None:
+    there = card(
+        memory_bytes=memory,
+        memory_bytes_per_s=speed,
+        flops=flops,
+        host_bytes_per_s=link,
+        layer_s=call_s,
+        copy_s=call_s,
+    )
+    contexts = [wanted(model.spec)]
+    chosen = with_device_or_alone(model, contexts, room(there, model), MEMORY, MACHINE)
+    alone = best_plan(model, contexts, MEMORY, MACHINE)
+    assert isinstance(chosen, Plan)
+    assert isinstance(alone, Plan)
+    here = replace(MACHINE, accelerators=(there,))
+    job = usual_job(chosen.context_tokens)
+    took, without = (cost(model, plan, here, job).total_s(job) for plan in (chosen, alone))
+    assert took <= without
+    for way in ways_with_device(model, contexts, room(there, model), MEMORY, MACHINE):
+        if isinstance(way.made, Plan):  # nor is one missed that would be worth it
+            assert took <= AS_QUICK * cost(model, way.made, here, job).total_s(job)
+
+
+def test_a_machine_that_nobody_measured_is_taken_for_a_fast_one() -> None:
+    """One at 60 GB/s would be worth it beside 20 GB/s."""
+    there, contexts = card(memory_bytes_per_s=60e9, flops=1e12), [wanted(DENSE.spec)]
+    for measured in (True, False):
+        machine = replace(MACHINE, measured=measured)
+        found = with_device_or_alone(DENSE, contexts, room(there, DENSE), MEMORY, machine)
+        assert isinstance(found, Plan)
+        assert bool(found.device) == measured
+
+
+def test_a_device_without_room_is_no_way() -> None:
+    there = card(memory_bytes=1e6)
+    made = plan_with_device(DENSE, [wanted(DENSE.spec)], room(there, DENSE), MEMORY, MACHINE)
+    assert isinstance(made, NoRoomThere)
+    assert not [*ways_with_device(DENSE, [wanted(DENSE.spec)], room(there, DENSE), MEMORY, MACHINE)]
