@@ -116,7 +116,7 @@ def tests(sizes: Sizes, place: Path) -> dict[str, Any]:
     """Those of what devices compute, on the card."""
     chosen = TESTED if sizes.card is not None else "small_operations"
     more = {"SHOAL_TEST_DEVICE": sizes.whole} if sizes.card is not None else {}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *TESTS]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", chosen, *TESTS]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | more, capture_output=True, text=True, check=False, timeout=600
     )

@@ -158,7 +158,7 @@ def plan(
     with spinner("planning"):
         machine = OwnMachine(config.thread_count, home.profile, home.models) if given is None else None
         found = foresee(path, profile, asked, config, machine)
-    if found.trouble:
+    if isinstance(found.trouble, str):
         note(found.trouble)
     ends = Exit.DONE if found.chosen else Exit.REFUSED
     if plot is not None:

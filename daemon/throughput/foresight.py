@@ -90,7 +90,7 @@ class Foresight(Struct, frozen=True):
     start: Start | None
     changes: list[ChangeRow] | msgspec.UnsetType = msgspec.UNSET
     curves: list[Curve] | msgspec.UnsetType = msgspec.UNSET
-    trouble: str = ""
+    trouble: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class Asked(Struct, frozen=True):
@@ -162,7 +162,7 @@ def foresee(
     if asked.curves:
         device, kv_type = profile.head.on(asked.threads), asked.kv_type or usual.kv_type
         curves = [_curve(it, wanted(it, kv_type, device.threads), device, job) for it in models]
-    return Foresight(chosen.name if chosen else None, reason(found), rows, start, would, curves, trouble)
+    return Foresight(chosen.name if chosen else None, reason(found), rows, start, would, curves, trouble or msgspec.UNSET)
 
 
 def _curve(model: Weighed, contexts: Sequence[Wanted], device: Device, job: Job) -> Curve:

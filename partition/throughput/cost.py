@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 from ..plan import Plan
 from ..spec import BlockId
-from .laws import DISTINCT_SHARE, NOTHING, products, read_bytes_per_s
+from .laws import DISTINCT_SHARE, NOTHING, Rows, products, read_bytes_per_s
 from .placing.device_cost import device_step
 from .prediction import Binding, Job, Prediction, uncertainty
 from .profile import Device
 from .schedule import Experts, Lap, Use, expert_waits, lap
-from .step_pieces import Pieces, Rows
+from .step_pieces import Pieces
 from .weights_of import Weighed
 
 PROCESS_BYTES = 80 << 20  # the interpreter with its libraries, before there is a model

@@ -27,8 +27,8 @@ _BOUND: dict[Binding, str] = {
     "memory": "memory-bound: its speed decides, as a token reads",
     "compute": "compute-bound: the processor decides",
     "disk": "disk-bound: each token waits for",
+    "link": "link-bound: bringing weights to the device decides",
     "network": "network-bound: what machines send each other decides",
-    "link": "bound by the link to the device",
     "overhead": "bound by fixed costs of each step",
 }
 

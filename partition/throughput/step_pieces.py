@@ -6,24 +6,15 @@ Layers of a kind are alike, so each is worked out once. Pure.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from ..plan import Plan
 from ..streamed_plan import experts_together
-from .laws import NOTHING, Share, attention, distinct_experts, products
+from .laws import NOTHING, Rows, Share, attention, distinct_experts, products
 from .profile import Device
 from .schedule import Experts
 from .weights_of import LayerKind, Product, Weighed
 
 GUESSED_RIGHT = 0.85  # of guesses which experts the next layer will choose (0.85 to 0.9: docs/LOG.md)
-
-
-class Rows(NamedTuple):
-    """Like sequences in a step: `alike` of them, each with `rows` tokens behind `before` others."""
-
-    alike: int
-    rows: int
-    before: float
 
 
 class Pieces:

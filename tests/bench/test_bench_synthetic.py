@@ -126,7 +126,7 @@ def test_bytes_of_one_token(vocabulary: Path, tmp_path: Path) -> None:
         return bytes_per_token(path)
 
     def matrices(shape: Shape) -> dict[str, int]:
-        return {tensor.name: synthetic._nbytes(tensor) for tensor in shape.tensors() if len(tensor.sizes) > 1}
+        return {tensor.name: synthetic.nbytes(tensor) for tensor in shape.tensors() if len(tensor.sizes) > 1}
 
     small, moe, tied = matrices(SMALL), matrices(SMALL_MOE), matrices(SMALL_ODD)
     assert needed(SMALL) == sum(small.values()) - small.pop("token_embd.weight")

@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 from ...plan import Plan
 from ...spec import BlockId
-from ..laws import NOTHING, Share, distinct_experts, products
+from ..laws import NOTHING, Rows, Share, distinct_experts, products
 from ..prediction import Binding
 from ..profile import Accelerator, Device
-from ..step_pieces import Pieces, Rows
+from ..step_pieces import Pieces
 from ..weights_of import LayerKind, Weighed
 
 NUMBER_BYTES = 4  # of hidden states, scores and logits

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from fakes import tiny
 from fakes.asking import CONFIG, prompt, text_of
@@ -178,7 +179,7 @@ def test_what_plan_says(path: Path, tmp_path: Path) -> None:
     assert f"{CARD}: all layers" in names
     assert "memory" in names
     assert found.chosen == f"{CARD}: all layers"
-    assert found.trouble == ""
+    assert found.trouble is msgspec.UNSET
     config = replace(CONFIG, device="cpu")
     found = foresight.foresee(path, profile, foresight.Asked(64, 16), config, OwnMachine(2))
     assert found.chosen == "memory"

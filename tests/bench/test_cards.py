@@ -1,0 +1,86 @@
+"""What is measured on a graphics card: parts that fail or take too long cost the others nothing, and what is said of
+figures. Nothing is timed here; `bench/gpu.sh --dry-run` runs all of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cards import card_parts, measure_card
+from cards.card_models import DENSE, MIXTURE, weights_bytes
+from cards.card_report import report
+
+SPEEDS = {"first_s": 0.1, "tokens_per_s": 60.0}
+RESULTS: dict[str, Any] = {
+    "tests": {"passed": True, "said": "60 passed"},
+    "copies": {"bytes_per_s": {"within": 4e12, "in, page-locked": 5e10, "card": "a card"}},
+    "dense": {"weights_bytes": 5e9, "interactive": {"tokens_per_s": 500.0}, "predicted": {"tokens_per_s": 480.0}},
+    "crossover": {"predicted_tokens": 100, "seen_tokens": 128, "seconds": {"64": {"stay": 0.1, "come": 0.2}}},
+    "mixture-16": {
+        "plan": "a plan", "load_s": 30.0, "peak_bytes": 15e9, "limit_bytes": 16e9, "unpinned": "no memory",
+        "interactive": SPEEDS, "offline": {"tokens_per_s": 2000.0},
+        "predicted": {"interactive": {"tokens_per_s": 61.0}, "offline": {}},
+    },
+    "peer-16": {"interactive": {"tokens_per_s": 6.0}, "offline": {"tokens_per_s": 500.0}},
+    "mixture-24": {"failed": "not done in 130 s"},
+}  # fmt: skip
+
+
+def test_what_is_said() -> None:
+    said = "\n".join(report(RESULTS))
+    for part in (
+        "mixture-24: failed: not done in 130 s",
+        "tests on the card: passed: 60 passed",
+        "in, page-locked: 50.0 GB/s",
+        "dense, 4 bits: 500 tokens/s, 2500 GB/s of weights, 62% of the card's memory (aim 60%: met)",
+        "dense: predicted 480 tokens/s, measured +4% (aim 6%: met)",
+        "peak 15 GB, within its budget",
+        "without page-locked memory: no memory",
+        "interactive: 60 tokens/s, Accelerate 6: 10 times (aim 5: met)",
+        "interactive: predicted 61 tokens/s, measured -2% (aim 6%: met)",
+        "offline: 2000 tokens/s, Accelerate 500: 4 times (aim 10: MISSED)",
+        "experts come: predicted from 100 tokens on, seen from 128 on",
+        "64 tokens: 100.0 ms where they stay, 200.0 ms where they come",
+    ):
+        assert part in said, part
+    assert report({}) == []
+    for name in RESULTS:
+        report({name: RESULTS[name]})
+
+
+def measured(monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
+    monkeypatch.setattr(sys, "argv", ["measure_card", "--out", str(out), *arguments])
+    code = measure_card.main()
+    return code, json.loads((out / "results.json").read_text())
+
+
+def test_parts_that_fail_cost_the_others_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    started: list[str] = []
+
+    def run(name: str, options: object, limit_s: float) -> dict[str, Any]:
+        assert 0 < limit_s <= card_parts.LIMITS_S[name]
+        started.append(name)
+        return RESULTS.get(name, {"failed": "it ended without a word"}) | {"took_s": 1.0}
+
+    monkeypatch.setattr(measure_card, "_run", run)
+    code, found = measured(monkeypatch, tmp_path)
+    assert started == list(found) == list(card_parts.PARTS)
+    assert code == 1
+    assert found["peer-24"]["failed"] == "it ended without a word"
+    code, found = measured(monkeypatch, tmp_path / "some", "--parts", "dense,tests")
+    assert (code, list(found)) == (0, ["dense", "tests"])
+    code, found = measured(monkeypatch, tmp_path / "some", "--parts", "copies")  # the others are still there
+    assert (code, list(found)) == (0, ["dense", "tests", "copies"])
+    code, found = measured(monkeypatch, tmp_path / "late", "--seconds", "0", "--parts", "dense")
+    assert (code, found) == (1, {"dense": {"failed": "there was no time left"}})
+    with pytest.raises(SystemExit):
+        measured(monkeypatch, tmp_path, "--parts", "nothing")
+
+
+def test_the_shapes_are_those_of_the_models() -> None:
+    assert weights_bytes(MIXTURE) == pytest.approx(61e9, rel=0.01)
+    assert weights_bytes(DENSE) == pytest.approx(4.9e9, rel=0.02)
+    assert set(card_parts.LIMITS_S) == set(card_parts.PARTS)
