@@ -31,7 +31,7 @@ from .tls import client_context, stranger_context
 DIAL_S = 10.0
 OTHERS_S = 1.0  # for those who have not answered yet when one has
 GREET_S = 3.0  # for the first words of one that may not be the node
-ANSWER_S = 1.0  # then a head that is asked and says nothing is asked at its other addresses, too
+ASKED_S = 1.0  # then a head that is asked and says nothing is asked at its other addresses, too
 MAX_ASKED = 64  # addresses at which somebody may be who gave a code
 TOLD = 3  # failures that are named
 
@@ -169,7 +169,7 @@ class _Asking:
             with self._lock:
                 first = shown not in self._answered
                 answered = self._answered.setdefault(shown, threading.Event())
-            if not first and answered.wait(ANSWER_S):
+            if not first and answered.wait(ASKED_S):
                 return None
             try:
                 greet(channel, "pair", self._speaks, min(self._deadline, time.monotonic() + GREET_S))

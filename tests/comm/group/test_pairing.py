@@ -268,7 +268,7 @@ def test_who_passes_on_the_certificate_of_the_head_and_then_nothing_does_not_hid
     head, worker, tmp_path, monkeypatch
 ):
     """Not even if another machine refuses meanwhile."""
-    monkeypatch.setattr("shoal.comm.group.dialing.ANSWER_S", 0.3)
+    monkeypatch.setattr("shoal.comm.group.dialing.ASKED_S", 0.3)
     other = Machine.at(tmp_path, "other")
     with head.listening() as listener, other.listening() as refusing, contextlib.ExitStack() as stack:
         silent = [stack.enter_context(stalled(listener.addresses[0])) for _ in range(4)]
