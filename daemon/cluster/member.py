@@ -10,6 +10,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 from shoal.comm.errors import CommError
@@ -154,6 +155,8 @@ class Member:
             channels, self._channels = self._channels, []
         for channel in channels:
             channel.close()
+        with suppress(queue.Full):  # then whoever speaks is not waiting for more
+            self._unsent.put_nowait(Alive())
         self.probes.wake()
         self._lost(self, reason)
 
@@ -202,6 +205,8 @@ class Member:
                     message = self._unsent.get(timeout=BEAT_S)
                 except queue.Empty:
                     message = Alive()
+                if self.reason:
+                    return
                 self._control.send_message(message)
         except (OSError, CommError) as error:
             self.leave(str(error))
