@@ -129,8 +129,8 @@ def plan(
     config = (
         plan.config() if given is None else replace(plan, threads=None).config()
     )  # other machines have more
-    if config.names_device:
-        note(f"--device {config.device} is left out: nothing is known of how fast it is")
+    if config.names_device and given is not None:
+        note(f"--device {config.device} is left out: the machine of {given} may have another")
     home = Home.from_env()
     path = Path(wanted.model) if Path(wanted.model).exists() else Library(home).resolve(wanted.model)
     with spinner("starting"), deferred_interrupt():
@@ -138,11 +138,9 @@ def plan(
         from shoal.daemon.throughput.profile_files import read_profile
     if given is not None:
         profile = read_profile(given)
-        for device in profile.devices:
+        for device in profile.devices[1:]:
             for accelerator in device.accelerators:
-                note(
-                    f"{accelerator.name} of {device.name} is left out: this version computes on processors only"
-                )
+                note(f"{accelerator.name} of {device.name} is left out: a device belongs to no group")
     else:
         profile = own_machines(home, config.thread_count).profile
     asked = Asked(
@@ -160,7 +158,7 @@ def plan(
         plot is not None,
     )
     with spinner("planning"):
-        found = foresee(path, profile, asked, config)
+        found = foresee(path, profile, asked, config, here=given is None)
     ends = Exit.DONE if found.chosen else Exit.REFUSED
     if plot is not None:
         memory = plan.memory or profile.head.memory_bytes

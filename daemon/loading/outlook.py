@@ -27,6 +27,7 @@ from shoal.partition.throughput.prediction import Binding
 
 from .budgeting import Shortfall, disk_buffer_bytes, plan_within_budget
 from .device_rooms import device_room
+from .planning import batch_rate, with_room
 
 
 class Uses(Struct, frozen=True):
@@ -46,7 +47,8 @@ class Outlook(Struct, frozen=True):
     `step_s`: what the disk takes for a token. Both are 0 if nothing is streamed. `tokens_per_s`, between the two of
     `band`: of an answer of usual length, whose first token comes after `first_s`; `binding` is what decides that.
     `measured`: whether this machine's speed is known. `device`: which one computes blocks besides the CPU, "" if none;
-    with one, nothing is predicted. `device_bytes`: of its memory; `placed`: what lies where, in words."""
+    with one, no more is predicted than `batch_tokens_per_s`: of answers to many requests at once, 0 if not even that.
+    `device_bytes`: of its memory; `placed`: what lies where, in words."""
 
     plan: str
     quant: Quant
@@ -69,6 +71,7 @@ class Outlook(Struct, frozen=True):
     device: str = ""
     device_bytes: int = 0
     placed: str = ""
+    batch_tokens_per_s: float = 0.0
 
 
 class TooLarge(Struct, frozen=True):
@@ -132,8 +135,9 @@ def _outlook(
         device_bytes=plan.device_bytes,
         placed=plan.placed,
     )
-    if plan.device:
-        return found
+    if room is not None:
+        host = with_room(model, machine.device, room)
+        return replace(found, batch_tokens_per_s=batch_rate(model, plan, host)) if host is not None else found
     usual = Expectation(model, plan, machine, speed).usual
     return replace(
         found,

@@ -7,6 +7,7 @@ configuration; `partition.throughput` has the plans and chooses, and `budgeting`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,14 +20,16 @@ from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.models.checkpoint.shard import AnyCheckpoint
 from shoal.offload.pack.manifest import Quant
 from shoal.partition.amounts import format_bytes
-from shoal.partition.placement import DeviceRoom, ModelBytes, NoRoomThere, plan_on_device
+from shoal.partition.placement import DeviceRoom, ModelBytes, NoRoomThere, plan_on_device, plan_passing
 from shoal.partition.plan import Misfit, Plan, Wanted, least_in_ram
 from shoal.partition.rank_plans import RankPart
 from shoal.partition.spec import BlockId, ModelSpec
-from shoal.partition.throughput.alone import best_plan, rival_threads
+from shoal.partition.throughput.alone import AS_QUICK, best_plan, rival_threads, usual_job
+from shoal.partition.throughput.cost import batch_tokens_per_s
 from shoal.partition.throughput.profile import Device, unmeasured
-from shoal.partition.throughput.staging_worth import staged_from
+from shoal.partition.throughput.staging_worth import at_least_fast, staged_from
 from shoal.partition.throughput.weights_of import Weighed
+from shoal.partition.throughput.with_device import accelerator
 
 DEFAULT_CONTEXT_TOKENS = 8192
 LEAST_CONTEXT_TOKENS = 512  # the default context shrinks to this at most when memory is short
@@ -50,7 +53,8 @@ def make_plan(
     contexts = wanted_of(model.spec, config)
     device = device or unmeasured(config.thread_count)
     if room is not None:
-        return _on_device(model, contexts, room, memory_bytes, device.on(config.threads))
+        machine = device.on(config.threads)
+        return _on_device(model, contexts, room, memory_bytes, machine, many=math.isinf(config.slowdown))
     made = best_plan(model, contexts, memory_bytes, device, streaming=streaming)
     if config.threads is not None or isinstance(made, Misfit):
         return made
@@ -58,20 +62,32 @@ def make_plan(
 
 
 def _on_device(
-    model: Weighed, contexts: Sequence[Wanted], room: DeviceRoom, memory_bytes: int, machine: Device
+    model: Weighed,
+    contexts: Sequence[Wanted],
+    room: DeviceRoom,
+    memory_bytes: int,
+    machine: Device,
+    *,
+    many: bool,
 ) -> Plan | Misfit:
+    """`many`: nobody waits for a single answer. Then weights may pass through the device in every step, if that is
+    predicted to be quicker."""
     tied = sum(it.nbytes for it in model.head) if model.spec.tied and model.spec.vocab else 0
     vectors = 0 if model.quant == "keep" else model.vectors_bytes
+    sizes = ModelBytes(model.block_bytes, tied, vectors)
     longest = contexts[0]
     most = longest.chunk_tokens + longest.sequences + longest.guesses
     staged_tokens = staged_from(model, machine, room.expert, most) if room.expert else 0
-    made = plan_on_device(
-        contexts,
-        ModelBytes(model.block_bytes, tied, vectors),
-        room,
-        memory_bytes=memory_bytes,
-        staged_tokens=staged_tokens,
-    )
+    made = plan_on_device(contexts, sizes, room, memory_bytes=memory_bytes, staged_tokens=staged_tokens)
+    if many and (host := with_room(model, machine, room)) is not None:
+        passing = plan_passing(
+            contexts, sizes, room, memory_bytes=memory_bytes, vectors_bytes=model.vectors_bytes - vectors
+        )
+        if isinstance(passing, Plan):
+            if not isinstance(made, Plan):
+                return passing
+            here, through = (batch_rate(model, plan, host) for plan in (made, passing))
+            return passing if through > AS_QUICK * here else made
     if isinstance(made, NoRoomThere):
         raise DaemonError(
             "resources",
@@ -81,6 +97,19 @@ def _on_device(
             "`device=cpu` does without it, or take a smaller `context_tokens`",
         )
     return made
+
+
+def with_room(model: Weighed, machine: Device, room: DeviceRoom) -> Device | None:
+    """A machine with a device as it was found to compute with one of the model's experts; None if that was not
+    tried."""
+    expert = next((its for block, its in model.products.items() if block.kind == "expert"), ())
+    its = accelerator(room, expert)
+    return replace(at_least_fast(machine), accelerators=(its,)) if its is not None else None
+
+
+def batch_rate(model: Weighed, plan: Plan, machine: Device) -> float:
+    """Tokens of answers per second to many requests of usual length."""
+    return batch_tokens_per_s(model, plan, machine, usual_job(plan.context_tokens))
 
 
 def least_bytes(draft: Path, config: NodeConfig) -> int:

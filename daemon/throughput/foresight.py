@@ -15,6 +15,8 @@ from msgspec import Struct
 from shoal.daemon.config import NodeConfig, beyond_the_model
 from shoal.daemon.error_codes import refusing
 from shoal.daemon.errors import DaemonError
+from shoal.daemon.loading.device_rooms import device_room
+from shoal.daemon.memory import budget_of
 from shoal.daemon.model_name import Quant
 from shoal.models.checkpoint.weight_source import Described
 from shoal.offload.errors import PackPointless
@@ -25,6 +27,7 @@ from shoal.partition.throughput.prediction import Binding, Job
 from shoal.partition.throughput.profile import Device, Profile
 from shoal.partition.throughput.solve import Candidate, Choices, asks, solve
 from shoal.partition.throughput.weights_of import Weighed
+from shoal.partition.throughput.with_device import accelerator
 
 from .model_sizes import described, weighed
 
@@ -108,9 +111,11 @@ class Asked(Struct, frozen=True):
     curves: bool = False
 
 
-def foresee(path: Path, profile: Profile, asked: Asked, usual: NodeConfig) -> Foresight:
+def foresee(
+    path: Path, profile: Profile, asked: Asked, usual: NodeConfig, *, here: bool = False
+) -> Foresight:
     """What the model at `path` (a checkpoint, its headers, or config.json alone) would do, with all else as `usual`.
-    Raises DaemonError."""
+    `here`: the profile is this machine's, whose device is tried if `usual` names one. Raises DaemonError."""
     job = Job(asked.prompt_tokens, asked.new_tokens, asked.batch, asked.guesses, asked.chance)
     with described(path) as model:
         context = max(asked.context_tokens or 0, job.context_tokens)
@@ -128,6 +133,8 @@ def foresee(path: Path, profile: Profile, asked: Asked, usual: NodeConfig) -> Fo
         raise DaemonError(
             "bad_request", f"`ranks={asked.ranks}`: must be from 1 to {there}, the devices of the profile"
         )
+    if here and usual.names_device:
+        profile = _with_device(profile, models[0], usual)
     wanted = asks(job, context, usual.chunk_tokens, usual.max_sequences, usual.max_guesses)
     choices = Choices(asked.kv_type, asked.threads, asked.ranks, usual.wires)
     found = solve(models, wanted, profile, job, choices)
@@ -144,6 +151,17 @@ def foresee(path: Path, profile: Profile, asked: Asked, usual: NodeConfig) -> Fo
         device, kv_type = profile.head.on(asked.threads), asked.kv_type or usual.kv_type
         curves = [_curve(it, wanted(it, kv_type, device.threads), device, job) for it in models]
     return Foresight(chosen.name if chosen else None, reason(found), rows, start, more, curves)
+
+
+def _with_device(profile: Profile, model: Weighed, usual: NodeConfig) -> Profile:
+    """With the device that is named, if it can be tried with one of the model's experts."""
+    room = device_room(usual.device, budget_of(usual.memory_bytes), model).room
+    expert = next((its for block, its in model.products.items() if block.kind == "expert"), ())
+    its = accelerator(room, expert) if room is not None else None
+    if its is None:
+        return profile
+    head = replace(profile.head, accelerators=(*profile.head.accelerators, its))
+    return replace(profile, devices=(head, *profile.devices[1:]))
 
 
 def _curve(model: Weighed, contexts: Sequence[Wanted], device: Device, job: Job) -> Curve:

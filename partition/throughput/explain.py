@@ -27,6 +27,7 @@ _BOUND: dict[Binding, str] = {
     "memory": "memory-bound: its speed decides, as a token reads",
     "compute": "compute-bound: the processor decides",
     "disk": "disk-bound: each token waits for",
+    "link": "link-bound: bringing weights to the device decides",
     "network": "network-bound: what machines send each other decides",
     "overhead": "bound by fixed costs of each step",
 }

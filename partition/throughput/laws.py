@@ -21,6 +21,14 @@ DISTINCT_SHARE = 0.61
 ALL_TOUCHED = 16  # times experts / active: with so many rows even the least popular experts are chosen
 
 
+class Rows(NamedTuple):
+    """Like sequences in a step: `alike` of them, each with `rows` tokens behind `before` others."""
+
+    alike: int
+    rows: int
+    before: float
+
+
 class Share(NamedTuple):
     """Seconds of one part of a step: of these, `memory_s` are what reading the bytes takes anyhow."""
 

@@ -15,6 +15,7 @@ from ..amounts import format_bytes
 from ..group_choice import Choice, NoGroup
 from ..hardware_guesses import DISK_BYTES_PER_S
 from ..memory_layout import PAGE_TOKENS
+from ..placement import ModelBytes, NoRoomThere, plan_on_device, plan_passing
 from ..plan import Misfit, Plan, Wanted
 from ..sum_cost import Wire
 from .alone import USUAL, WINDOWS, best, ways
@@ -22,8 +23,11 @@ from .cost import beside_bytes, cost
 from .group_plans import Groups
 from .prediction import Job, Prediction
 from .profile import Device, Profile
+from .staging_worth import staged_from
 from .weights_of import Weighed
+from .with_device import room_of
 
+PASSING_TOKENS = 8192  # of prompts in a step for which weights pass through a device
 _EACH_SIZE = 8
 
 
@@ -133,6 +137,8 @@ def _candidates(
             if choices.ranks in (None, 1):
                 for found in _alone(model, asking, device, job, WINDOWS if asked else USUAL):
                     yield replace(found, name=found.name + suffix, asked=asked)
+                for found in _with_devices(model, asking, device, job):
+                    yield replace(found, name=found.name + suffix, asked=asked)
             if asked and len(profile.devices) > 1:
                 for found in _groups(model, asking[0], profile, job, choices, refused):
                     yield replace(found, name=found.name + suffix, asked=asked)
@@ -150,6 +156,28 @@ def _alone(
             found = _candidate(name, order, model, made, there, job, more)
             least = min(it.made.least_bytes for it in ways(model, asking, 0) if isinstance(it.made, Misfit))
             yield replace(found, missing="a disk to stream from", least_bytes=least + more)
+
+
+def _with_devices(model: Weighed, asking: Sequence[Wanted], device: Device, job: Job) -> Iterator[Candidate]:
+    """Each device of this machine computes with it: what fits there, or all layers, whose weights pass through it. That
+    takes long steps."""
+    more = beside_bytes(model, asking[0].kv_type)
+    memory_bytes = max(0, int(device.memory_bytes) - more)
+    tied = sum(it.nbytes for it in model.head) if model.spec.tied and model.spec.vocab else 0
+    vectors = 0 if model.quant == "keep" else model.vectors_bytes
+    sizes = ModelBytes(model.block_bytes, tied, vectors)
+    expert = next((its for block, its in model.products.items() if block.kind == "expert"), ())
+    for its in device.accelerators:
+        room = room_of(its, expert)
+        most = asking[0].chunk_tokens + asking[0].sequences + asking[0].guesses
+        staged = staged_from(model, device, room.expert, most) if room.expert else 0
+        long = [it._replace(chunk_tokens=max(it.chunk_tokens, PASSING_TOKENS)) for it in asking]
+        there = plan_on_device(asking, sizes, room, memory_bytes=memory_bytes, staged_tokens=staged)
+        rest = model.vectors_bytes - vectors
+        through = plan_passing(long, sizes, room, memory_bytes=memory_bytes, vectors_bytes=rest)
+        for order, name, made in ((5, f"on {its.name}", there), (6, f"through {its.name}", through)):
+            if not isinstance(made, NoRoomThere):
+                yield _candidate(name, order, model, made, device, job, more)
 
 
 def _candidate(

@@ -154,7 +154,7 @@ def test_one_choice_is_fixed_and_others_stay_open(config: Path, laptop: str) -> 
     assert found["chosen"]
 
 
-def test_accelerators_are_said_to_be_left_out(config: Path, tmp_path: Path) -> None:
+def test_placements_with_an_accelerator_are_shown_beside_the_others(config: Path, tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
     gpu = {
         "name": "gpu",
@@ -172,8 +172,9 @@ def test_accelerators_are_said_to_be_left_out(config: Path, tmp_path: Path) -> N
     }
     path.write_text(json.dumps({"devices": [head]}))
     _, result = run("plan", "--json", "--profile", path, config)
-    assert "gpu of pc is left out" in result.stderr
-    assert json.loads(result.stdout)["plans"]
+    assert "left out" not in result.stderr
+    names = [row["name"] for row in json.loads(result.stdout)["plans"]]
+    assert {"memory", "on gpu", "through gpu"} <= {*names}
 
 
 def test_options_that_plans_take_change_what_is_predicted(config: Path, tmp_path: Path) -> None:
