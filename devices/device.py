@@ -39,7 +39,7 @@ class DeviceWork(NamedTuple):
 
 class DeviceMemory:
     """`nbytes` of a device's memory, which it has again when nobody refers to them any more, or after `free`. `ready`:
-    the last thing that was begun to write to them; `used`: the last computation that was begun with weights there."""
+    the last thing that was begun to write to them; `used`: the last computation that was begun with what is there."""
 
     __slots__ = ("__weakref__", "_give_back", "nbytes", "ready", "used")
 

@@ -216,9 +216,6 @@ class DeviceHome(ComputeHome):
             *reading,
             work=work,
         )
-        for array in reading:
-            if array is not None:
-                array.memory.used = into.memory.ready
 
     def scores(self, x: Hidden, router: Linears) -> Hidden:
         (matrix,) = router.matrices
@@ -320,6 +317,7 @@ class DeviceHome(ComputeHome):
             sum(it.nbytes for it in room) + sum(it.nbytes for it in reading if it is not None)
         )
         insides, event = self.device.compute(what, work, run, _events(reading))
+        _note_used(reading, event)
         made = [self.device.within(memory, inside) for memory, inside in zip(room, insides, strict=True)]
         for memory in room:
             memory.ready = event
@@ -335,7 +333,9 @@ class DeviceHome(ComputeHome):
     ) -> None:
         """`run` writes to x."""
         work = work or DeviceWork(2 * x.nbytes)
-        _, x.memory.ready = self.device.compute(what, work, run, _events([x, *reading]))
+        _, event = self.device.compute(what, work, run, _events([x, *reading]))
+        _note_used(reading, event)
+        x.memory.ready = event
 
     def _brought(self, array: Array) -> Any:
         """The same numbers on the device, as soon as they have come."""
@@ -377,6 +377,13 @@ def _arrays(all: Linears) -> list[Any]:
 def _events(reading: Sequence[Any]) -> list[DeviceEvent]:
     """What has to have happened before somebody looks at these."""
     return [it.memory.ready for it in reading if it is not None and it.memory.ready is not None]
+
+
+def _note_used(reading: Sequence[Any], event: DeviceEvent) -> None:
+    """Until this has ended, nobody may write to these."""
+    for it in reading:
+        if it is not None:
+            it.memory.used = event
 
 
 def _multiplying(rows: int, *parts: Linears) -> DeviceWork:

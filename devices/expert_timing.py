@@ -13,11 +13,10 @@ import numpy as np
 from shoal.kernels.matrix import Linears, Matrix
 from shoal.kernels.types import WeightType
 from shoal.partition.memory_layout import staged_slot_bytes, staged_starts
-from shoal.partition.placement import ExpertTimes
+from shoal.partition.placement import FEW_ROWS, MANY_ROWS, ExpertTimes
 
 from .device_home import DeviceHome
 
-TRIED_ROWS = 64
 TRIED_BYTES = 16 << 20  # of weights; larger experts are tried in part
 
 
@@ -40,8 +39,9 @@ def part_of(shape: Shape, most_bytes: int) -> Shape:
 
 def tried_bytes(expert: Sequence[Shape]) -> int:
     """What trying takes of the device's memory, at most."""
-    numbers = TRIED_ROWS * sum(it.cols + 2 * it.rows for it in expert)
-    return staged_slot_bytes(_nbytes(_part(expert))) + 4 * numbers
+    part = _part(expert)
+    numbers = MANY_ROWS * max(it.cols + 2 * it.rows for it in part)
+    return staged_slot_bytes(_nbytes(part)) + 4 * numbers
 
 
 def expert_times(home: DeviceHome, expert: Sequence[Shape]) -> ExpertTimes:
@@ -53,18 +53,25 @@ def expert_times(home: DeviceHome, expert: Sequence[Shape]) -> ExpertTimes:
     ]
     *starts, end = staged_starts([it.nbytes for it in matrices])
     device, staging = home.device, home.staging(end)
-    inputs = [home.keep_vector(np.zeros((TRIED_ROWS, it.cols), np.float32)) for it in part]
+
+    def computed_s(rows: int, form: Shape, w: Matrix) -> float:
+        x = home.keep_vector(np.zeros((rows, form.cols), np.float32))
+        begun_s = device.now_s
+        device.wait(home.linears(x, Linears([w]))[0].memory.ready)
+        return device.now_s - begun_s
+
     for _ in range(2):  # the first time, kernels are made ready
         begun_s = device.now_s
         there = [home.stage(it, staging, start) for it, start in zip(matrices, starts, strict=True)]
         device.wait(staging.memory.ready)
-        came_s = device.now_s
-        made = [home.linears(x, Linears([w]))[0] for x, w in zip(inputs, there, strict=True)]
-        device.wait(made[-1].memory.ready)
-        computed_s = device.now_s
+        came_s = device.now_s - begun_s
+        few_s, many_s = (
+            sum(computed_s(rows, form, w) for form, w in zip(part, there, strict=True))
+            for rows in (FEW_ROWS, MANY_ROWS)
+        )
     whole = _nbytes(expert)
     share = sum(it.nbytes for it in matrices) / whole
-    return ExpertTimes(whole, (came_s - begun_s) / share, TRIED_ROWS, (computed_s - came_s) / share)
+    return ExpertTimes(whole, came_s / share, FEW_ROWS, few_s / share, MANY_ROWS, many_s / share)
 
 
 def _part(expert: Sequence[Shape]) -> list[Shape]:

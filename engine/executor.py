@@ -34,6 +34,7 @@ from shoal.partition.streamed_plan import experts_together
 from .collective import Collective, PendingSum
 from .expert_places import ExpertPlaces
 from .expert_staging import ExpertStaging
+from .passing.alternating import Alternating
 
 StillWanted = Callable[[float], bool]
 """Is told which share of a step is done, many times in it; False when nobody wants the step any more."""
@@ -98,6 +99,7 @@ class Executor:
         ]
         self._experts = ExpertPlaces(plan, home_of)
         self._staging = ExpertStaging(plan, home_of)
+        self._alternating = Alternating(model, plan, store, kv, home_of) if plan.passes else None
         own = model.spec.moe.own if model.spec.moe else ()
         self._own = {
             layer: {it: BlockId("expert", layer, it) for it in own} for layer in self._experts.layers
@@ -118,6 +120,7 @@ class Executor:
         self.store.close()
         self.store = ResidentStore({})
         self._staging.let_go()
+        self._alternating = None
         self.kv.let_go()
 
     def exchange_experts(self) -> bool:
@@ -139,6 +142,11 @@ class Executor:
     def _through_blocks(self, step: Step) -> Hidden:
         rotations = [self.model.rotations(part) for part in step.parts]
         hidden, home = self._embedded(step.tokens), self._embed.home
+        if self._alternating is not None:
+            there = self._alternating.home
+            hidden = carried(hidden, home, there)
+            hidden = self._alternating.through_layers(step, rotations, hidden, self._go_on_from)
+            return carried(hidden, there, self._head[0].home) if self._head else hidden
         count = len(step.tokens)
         parts = step.split(count)
         last, _ = self._layers[-1]
@@ -330,6 +338,10 @@ class Executor:
         if not self._wanted(self._share):
             raise Abandoned
 
+    def _go_on_from(self, share: float) -> None:
+        self._share = share
+        self._go_on()
+
     def _likely(self, layer: int, hidden: Hidden, home: ComputeHome) -> list[BlockId]:
         """The experts that the next mixture will probably choose for hidden (T, hidden), where guessing helps."""
         if (router := self._foreseen.get(layer)) is None:
@@ -347,7 +359,8 @@ def _batched(blocks: Sequence[BlockId], count: int) -> Iterator[Sequence[BlockId
 
 def attention_homes(plan: Plan, home_of: Callable[[str], ComputeHome]) -> list[ComputeHome]:
     """The home that computes the attention of each layer: its K and V lie there."""
-    return [home_of(item.device) for item in plan.blocks if item.block.kind == "attn"]
+    attention = [item for item in plan.blocks if item.block.kind == "attn"]
+    return [home_of("cpu" if item.passes else item.device) for item in attention]
 
 
 def _foreseen(plan: Plan) -> dict[int, BlockId]:

@@ -18,6 +18,12 @@ from shoal.partition.spec import BlockId
 from .learn.expert_use import NONE_YET, ExpertUse, UseCounts, all_exchanges, best_exchange
 
 
+def splits_experts(plan: Plan) -> bool:
+    """Whether some experts stay on a device, and others with the CPU."""
+    mine, whole = plan.device_experts
+    return 0 < mine < whole and not plan.passes
+
+
 def with_used_experts(plan: Plan, counts: UseCounts) -> Plan:
     """The same plan, in which experts that were used often have the places of a device's that were not, of as many
     bytes."""

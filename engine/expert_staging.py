@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import count
 
 from shoal.kernels import ComputeHome
-from shoal.kernels.arrays import Bytes
+from shoal.kernels.arrays import Bytes, Floats
 from shoal.models.weights import Weights
 from shoal.partition.memory_layout import staged_starts
 from shoal.partition.plan import Plan
@@ -62,9 +62,21 @@ class ExpertStaging:
         }
 
     def _brought(self, weights: Weights, buffer: Bytes, start: int) -> Weights:
-        home = self._home
-        assert home is not None
-        *starts, end = staged_starts([matrix.nbytes for matrix in weights.matrix.values()])
-        assert end <= self._slot_bytes, "an expert is larger than planned"
-        places = (start + its for its in starts)
-        return weights.elsewhere(lambda matrix: home.stage(matrix, buffer, next(places)))
+        assert self._home is not None
+        return brought(self._home, weights, buffer, start, self._slot_bytes)
+
+
+def brought(
+    home: ComputeHome,
+    weights: Weights,
+    room: Bytes,
+    start: int,
+    room_bytes: int,
+    vectors: Mapping[str, Floats] | None = None,
+) -> Weights:
+    """The same weights in `room_bytes` from byte `start` of some memory of a device, with vectors that are there
+    already: begins to bring the matrices, one behind the other."""
+    *starts, end = staged_starts([matrix.nbytes for matrix in weights.matrix.values()])
+    assert end <= room_bytes, "a block is larger than planned"
+    places = (start + its for its in starts)
+    return weights.elsewhere(lambda matrix: home.stage(matrix, room, next(places)), vectors)

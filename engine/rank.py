@@ -124,7 +124,8 @@ def computed(executor: Executor, segments: Sequence[Segment], wanted: StillWante
     """Logits (R, vocab) of the rows that are wanted. If there are none, a streamed head is not read."""
     if segments:
         rows = sum(len(segment.tokens) for segment in segments)
-        step = Step.build(segments, executor.plan.rows_together(rows))
+        plan = executor.plan
+        step = Step.build(segments, plan.rows_together(rows), alike=plan.passes)
         hidden = executor.forward(step, wanted)
         if len(step.rows):
             return executor.head(hidden)

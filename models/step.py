@@ -57,15 +57,20 @@ class Step:
         cls,
         segments: Iterable[Segment | tuple[Sequence[int], int, Sequence[int], int]],
         part_tokens: int = ALL_ROWS,
+        *,
+        alike: bool = False,
     ) -> Step:
-        """From the segments of a step, one for each sequence."""
+        """From the segments of a step, one for each sequence. `alike`: their order is such that two parts have about as
+        much of everything."""
+        its = [Segment(*segment) for segment in segments]
         parts: list[list[_Rows]] = [[]]
         room = part_tokens
         tokens: list[int] = []
-        rows: list[int] = []
-        for ids, start, pages, wanted, length in (Segment(*segment) for segment in segments):
+        wanted_of: dict[int, range] = {}
+        for place in _dealt(its) if alike else range(len(its)):
+            ids, start, pages, wanted, length = its[place]
             tokens += ids
-            rows += range(len(tokens) - wanted, len(tokens))
+            wanted_of[place] = range(len(tokens) - wanted, len(tokens))
             done = 0
             while done < len(ids):
                 if not room:
@@ -79,13 +84,22 @@ class Step:
             np.array(tokens, np.int64),
             tuple(_part(segments) for segments in parts),
             part_tokens,
-            np.array(rows, np.int64),
+            np.array([row for place in range(len(its)) for row in wanted_of[place]], np.int64),
         )
 
     def split(self, rows: int) -> list[slice]:
         """Rows [0, rows) of hidden states, cut into slices of as many rows as are computed together."""
         starts = range(0, max(rows, 1), self.part_tokens)
         return [slice(start, start + self.part_tokens) for start in starts]
+
+
+def _dealt(segments: Sequence[Segment]) -> list[int]:
+    """Their places in an order that rises and falls again: those with most rows are in the middle, where the order is
+    cut."""
+    rising = sorted(
+        range(len(segments)), key=lambda place: (len(segments[place].tokens), segments[place].start)
+    )
+    return [*rising[::2], *reversed(rising[1::2])]
 
 
 class _Rows(NamedTuple):

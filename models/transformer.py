@@ -66,14 +66,20 @@ class Transformer:
     ) -> Hidden:
         """hidden (T, C) → partial (T, C); stores the new K and V in `kv`, the layer's pages. `allreduce` sums over
         ranks, which norms over all heads need."""
+        q, k, v = self.asked(home, weights, hidden, allreduce)
+        mixed = self.look_back(home, layer, weights, q, k, v, segments, rotations, kv)
+        return self.attended(home, weights, mixed)
+
+    def asked(
+        self, home: ComputeHome, weights: Weights, hidden: Hidden, allreduce: Callable[[Hidden], Hidden]
+    ) -> tuple[Hidden, Hidden, Hidden]:
+        """First part of `attend`: hidden (T, C) → q (T, H*D), k and v (T, K*D), neither turned nor normalised by
+        heads."""
         spec, vector = self.spec, weights.vector
-        q, k, v = home.linears(  # (T, H*D), (T, K*D) twice
-            hidden, weights.linears("q", "k", "v"), self._pre_norm(weights), spec.norm_eps
-        )
-        norms = None
-        if spec.qk_norm == "head" and spec.qkv_clip is None:
-            norms = HeadNorms(vector["q_norm"], vector["k_norm"], spec.norm_eps)
-        elif spec.norm_share is not None:
+        q, k, v = home.linears(hidden, weights.linears("q", "k", "v"), self._pre_norm(weights), spec.norm_eps)
+        if self._normed_by_heads:
+            return q, k, v
+        if spec.norm_share is not None:
             q, k = self._normed_over_ranks(home, q, k, vector, allreduce)
         elif spec.qk_norm != "none":
             # Over one head or all heads: as many dimensions as the norm's weight has.
@@ -82,12 +88,39 @@ class Transformer:
         if spec.qkv_clip is not None:
             for x in (q, k, v):
                 home.clip(x, spec.qkv_clip)
+        return q, k, v
+
+    def look_back(
+        self,
+        home: ComputeHome,
+        layer: int,
+        weights: Weights,
+        q: Hidden,
+        k: Hidden,
+        v: Hidden,
+        segments: Segments,
+        rotations: list[Rotation],
+        kv: KvPages,
+    ) -> Hidden:
+        """Second part: what `asked` gave → (T, H*D). Needs no matrices. K and V lie in this home."""
+        spec, vector = self.spec, weights.vector
+        norms = None
+        if self._normed_by_heads:
+            norms = HeadNorms(vector["q_norm"], vector["k_norm"], spec.norm_eps)
         kind = spec.layers[layer]
         scoring = Scoring(rotations[kind.rope], spec.attention_scale, kind.window, norms)
-        mixed = home.attention(kv, segments, q, k, v, scoring)  # (T, H*D)
-        if any(spec.o_margins):  # a shard's o has columns that belong to heads of other ranks
-            mixed = home.pad(mixed, spec.o_margins)
+        return home.attention(kv, segments, q, k, v, scoring)
+
+    def attended(self, home: ComputeHome, weights: Weights, mixed: Hidden) -> Hidden:
+        """Third part: what `look_back` gave → partial (T, C)."""
+        if any(self.spec.o_margins):  # a shard's o has columns that belong to heads of other ranks
+            mixed = home.pad(mixed, self.spec.o_margins)
         return home.linears(mixed, weights.linears("o"))[0]
+
+    @property
+    def _normed_by_heads(self) -> bool:
+        """Whether attention itself normalises q and k."""
+        return self.spec.qk_norm == "head" and self.spec.qkv_clip is None
 
     def feed_forward(self, home: ComputeHome, weights: Weights, hidden: Hidden) -> Hidden:
         """Dense block: hidden (T, C) → partial (T, C)."""

@@ -22,6 +22,7 @@ SCALE_BYTES = 4  # of an f32
 STAGED_STARTS = (
     256  # weights that come and go begin at multiples of so many bytes, which are quick to read from
 )
+MOST_MATRICES = 5  # of a block: a router with a shared expert
 
 KERNEL_BYTES = 4 << 20  # scratch of the kernels for any model, and …
 THREAD_BYTES = 1 << 20  # … for each of their threads besides
@@ -74,6 +75,6 @@ def staged_starts(sizes: Sequence[int]) -> list[int]:
     return [*accumulate((-(-size // STAGED_STARTS) * STAGED_STARTS for size in sizes), initial=0)]
 
 
-def staged_slot_bytes(expert_bytes: int) -> int:
-    """Room there for the three matrices of an expert, whichever sizes they have."""
-    return expert_bytes + 3 * STAGED_STARTS
+def staged_slot_bytes(nbytes: int) -> int:
+    """Room there for the matrices of a block, whichever sizes they have."""
+    return nbytes + MOST_MATRICES * STAGED_STARTS

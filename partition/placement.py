@@ -4,11 +4,15 @@ Every token reads all dense weights, so what counts is how many bytes lie in the
 last one on, and the head before them: rows of the embedding are gathered on the host, so hidden states pass the link
 once, and logits come back. Of a mixture a token reads few experts, so the rest of all layers goes first, and then, from
 the last layer on, experts. The CPU computes the others, for which hidden states go out and come back; or, for many
-tokens, they come, through what whole layers leave of the device's memory. Pure.
+tokens, they come, through what whole layers leave of the device's memory.
+
+Or all layers pass through the device in every step, while the CPU attends to K and V in this machine's memory: for
+thousands of tokens at once, for which a device has no room. Pure.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -34,18 +38,21 @@ OPERANDS_BYTES = 1 << 20  # of a step besides hidden states: pages, positions, i
 LAYERS_KEPT = 0.9  # of those that would be there with the shortest context
 STAGED_EXPERTS = 4  # at most, that come together
 STAGED_BYTES = 64 << 20  # of those, if more than one
+FEW_ROWS, MANY_ROWS = 64, 512  # with which an expert is tried: reading it decides, or arithmetic
 LOADING_BYTES = 32 << 20  # memory in which a block lies on its way to the device, besides the block
 PINNED_BYTES = 6 << 20  # of memory that is page-locked, through which a device's copies go
 
 
 class ExpertTimes(NamedTuple):
     """What one expert of so many bytes takes a device: seconds to come from this machine's memory, and to be computed
-    for so many rows."""
+    for so many rows; for so many that arithmetic decides (0: not tried)."""
 
     nbytes: int
     come_s: float
     rows: int
     computed_s: float
+    many_rows: int = 0
+    many_s: float = 0.0
 
 
 class DeviceRoom(NamedTuple):
@@ -126,8 +133,8 @@ def _plan(
     layers = [sum(map(model.blocks.__getitem__, its)) for its in dense]
     sizes = [nbytes + pages * page_bytes for nbytes in layers]
     free = room.free_bytes - scratch - model.vectors
-    heads = {block: nbytes for block, nbytes in model.blocks.items() if block.kind == "head"}
-    head_bytes = max(sum(heads.values()), model.tied + 4 * spec.hidden if heads else 0)
+    heads = _heads(model)
+    head_bytes = _head_bytes(model, spec)
     last = len(layers)
     alone, beside = _fitting(sizes, free), _fitting(sizes, free - head_bytes) if heads else 0
     takes_head = beside > 0 and sum(layers[last - beside :]) + head_bytes >= sum(layers[last - alone :])
@@ -150,19 +157,13 @@ def _plan(
     blocks = dict(model.blocks)
     if takes_head:
         there |= heads.keys()
-        if model.tied:  # there are two of it now
-            embed, slices = BlockId("embed"), len(heads)
-            blocks[embed] = max(blocks[embed], model.tied)
-            blocks |= {block: max(nbytes, -(-head_bytes // slices)) for block, nbytes in heads.items()}
+        blocks = _with_head_there(model, spec)
     plans = [
         BlockPlan(block, nbytes, "gpu", room.name) if block in there else BlockPlan(block, nbytes)
         for block, nbytes in blocks.items()
     ]
-    held = sum(it.nbytes for it in plans if it.tier == "ram")
-    passing = LOADING_BYTES + 2 * max(it.nbytes for it in plans if it.tier == "gpu")
-    host = max(scratch_bytes(wanted), passing) + arena_slack(held)
     least = replace(
-        plan_of(wanted, plans, pages, host),
+        plan_of(wanted, plans, pages, _host_scratch(wanted, plans)),
         device_scratch_bytes=scratch + model.vectors,
         staged_tokens=staged_tokens if staged else 0,
         staged_experts=staged,
@@ -178,6 +179,96 @@ def _plan(
         half = (memory_bytes - least.peak_bytes + pages * first * page_bytes) // 2  # as `plan_in_ram`
         more = min(more, max(0, half // (first * page_bytes) - pages))
     return replace(least, kv=kv_plan(wanted, min(pages * wanted.sequences, pages + more)))
+
+
+def plan_passing(
+    contexts: Sequence[Wanted],
+    model: ModelBytes,
+    room: DeviceRoom,
+    *,
+    memory_bytes: int,
+    vectors_bytes: int,
+) -> Plan | Misfit | NoRoomThere:
+    """All layers in `memory_bytes` of this machine's memory, K and V, too; their weights pass through the device in
+    every step. Of experts as many stay there as there is room for, of every layer the same ones. contexts: as for
+    `plan_on_device`; the longest that fits is taken. `vectors_bytes`: of all norms and biases, which stay."""
+    tried = [_passing(wanted, model, room, memory_bytes, vectors_bytes) for wanted in contexts]
+    found = [made for made in tried if not isinstance(made, NoRoomThere)]
+    return first_fit(found) if found else min(made for made in tried if isinstance(made, NoRoomThere))
+
+
+def _passing(
+    wanted: Wanted, model: ModelBytes, room: DeviceRoom, memory_bytes: int, vectors_bytes: int
+) -> Plan | Misfit | NoRoomThere:
+    spec = wanted.spec
+
+    def made(kept: int) -> Plan:
+        """With experts of these numbers and beyond on the device."""
+        blocks = [
+            BlockPlan(block, nbytes)
+            if block.kind == "embed"
+            else BlockPlan(
+                block,
+                nbytes,
+                "gpu" if block.kind == "head" or (block.kind == "expert" and block.expert >= kept) else "ram",
+                room.name,
+            )
+            for block, nbytes in _with_head_there(model, spec).items()
+        ]
+        beside = (
+            _asking_bytes(wanted) + vectors_bytes
+        )  # the CPU attends, so nothing is gathered there for that
+        scratch = device_scratch_bytes(wanted, room._replace(gathers=False)) + beside
+        plan = plan_of(wanted, blocks, least_kv_pages(wanted), _host_scratch(wanted, blocks))
+        return replace(plan, device_scratch_bytes=scratch)
+
+    experts = spec.moe.experts if spec.moe else 0
+    least = made(experts)
+    if least.device_bytes > room.free_bytes:
+        return NoRoomThere(least.device_bytes)
+    kept = bisect_left(range(experts), True, key=lambda kept: made(kept).device_bytes <= room.free_bytes)
+    plan = made(max(1, kept))  # else nothing would pass
+    if plan.peak_bytes > memory_bytes:
+        return Misfit(plan.peak_bytes, plan)
+    if wanted.kv_tokens is not None:
+        return plan
+    half = (memory_bytes - plan.peak_bytes + plan.kv.nbytes) // 2  # as `plan_in_ram`
+    pages = min(plan.kv.pages * wanted.sequences, half // kv_page_bytes(spec, wanted.kv_type))
+    return replace(plan, kv=kv_plan(wanted, max(plan.kv.pages, pages)))
+
+
+def _asking_bytes(wanted: Wanted) -> int:
+    """What is on its way between queries and what the CPU finds: q, k and v once more, put together, and the latter."""
+    spec = wanted.spec
+    rows = wanted.chunk_tokens + wanted.sequences + wanted.guesses
+    return 4 * rows * (2 * spec.heads + 2 * spec.kv_heads) * spec.head_dim
+
+
+def _heads(model: ModelBytes) -> dict[BlockId, int]:
+    return {block: nbytes for block, nbytes in model.blocks.items() if block.kind == "head"}
+
+
+def _head_bytes(model: ModelBytes, spec: ModelSpec) -> int:
+    """Of a head on a device."""
+    heads = _heads(model)
+    return max(sum(heads.values()), model.tied + 4 * spec.hidden if heads else 0)
+
+
+def _with_head_there(model: ModelBytes, spec: ModelSpec) -> dict[BlockId, int]:
+    """Bytes of all blocks with the head on a device: if it is tied, there are two of it then."""
+    blocks, heads = dict(model.blocks), _heads(model)
+    if model.tied and heads:
+        embed, head_bytes = BlockId("embed"), _head_bytes(model, spec)
+        blocks[embed] = max(blocks[embed], model.tied)
+        blocks |= {block: max(nbytes, -(-head_bytes // len(heads))) for block, nbytes in heads.items()}
+    return blocks
+
+
+def _host_scratch(wanted: Wanted, blocks: Sequence[BlockPlan]) -> int:
+    """What this machine's memory holds besides weights that stay there, and K and V: of a step, or while loading."""
+    held = sum(it.nbytes for it in blocks if it.tier == "ram")
+    passing = LOADING_BYTES + 2 * max(it.nbytes for it in blocks if it.tier == "gpu")
+    return max(scratch_bytes(wanted), passing) + arena_slack(held)
 
 
 def _blocks(spec: ModelSpec, layer: int) -> tuple[tuple[BlockId, ...], tuple[BlockId, ...]]:

@@ -30,12 +30,18 @@ VOCABULARY_BYTES = 450  # that the tokenizer takes for each token of the vocabul
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """Where one block lives and is computed."""
+    """Where one block lives and is computed. K and V of a layer lie in the memory that its attention's weights are in:
+    where these come to a device for every step, the CPU attends."""
 
     block: BlockId
     nbytes: int
     tier: Tier = "ram"
     device: str = "cpu"
+
+    @property
+    def passes(self) -> bool:
+        """Whether it comes to the device that computes it, in every step."""
+        return self.tier != "gpu" and self.device != "cpu"
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,7 @@ class Plan:
     @property
     def device(self) -> str:
         """The device that computes blocks besides the CPU; "" if none does."""
-        return next((block.device for block in self.blocks if block.tier == "gpu"), "")
+        return next((block.device for block in self.blocks if block.device != "cpu"), "")
 
     @property
     def device_layers(self) -> tuple[int, int]:
@@ -111,12 +117,6 @@ class Plan:
         return all(mine == whole for mine, whole in (self.device_layers, self.device_experts))
 
     @property
-    def device_splits_experts(self) -> bool:
-        """Whether it computes some experts and not others."""
-        mine, whole = self.device_experts
-        return 0 < mine < whole
-
-    @property
     def device_weights_bytes(self) -> int:
         return sum(block.nbytes for block in self.blocks if block.tier == "gpu")
 
@@ -129,8 +129,26 @@ class Plan:
     @property
     def device_bytes(self) -> int:
         """Of the device's memory."""
-        held = self.device_weights_bytes + self.device_kv_bytes + self.staging_bytes
+        held = self.device_weights_bytes + self.device_kv_bytes + self.staging_bytes + self.passing_bytes
         return held + self.device_scratch_bytes
+
+    @property
+    def passes(self) -> bool:
+        """Whether blocks come to the device in every step, while the CPU attends."""
+        return any(block.passes for block in self.blocks)
+
+    @property
+    def passing_rooms(self) -> dict[tuple[str, int], int]:
+        """Bytes of the device in which this block of any layer has room (`BlockId.place`)."""
+        rooms: dict[tuple[str, int], int] = {}
+        for block, nbytes in ((it.block, it.nbytes) for it in self.blocks if it.passes):
+            rooms[block.place] = max(rooms.get(block.place, 0), staged_slot_bytes(nbytes))
+        return rooms
+
+    @property
+    def passing_bytes(self) -> int:
+        """Of the device's memory: each room is there twice."""
+        return 2 * sum(self.passing_rooms.values())
 
     @property
     def staged_slot_bytes(self) -> int:
@@ -166,8 +184,9 @@ class Plan:
 
     def rows_together(self, rows: int) -> int:
         """How many of a step's `rows` pass a block together. In a group, long steps are computed in two halves at
-        least: the sum of one travels while the other is computed."""
-        halved = self.ranks > 1 and rows >= self.overlap_rows
+        least: the sum of one travels while the other is computed. So they are where the CPU attends for one half while
+        a device computes the other."""
+        halved = self.passes or (self.ranks > 1 and rows >= self.overlap_rows)
         return min(self.part_tokens, -(-rows // 2)) if halved else self.part_tokens
 
     def worth_a_group(self, rows: int, pages: int) -> bool:
@@ -219,6 +238,10 @@ class Plan:
         if not self.device:
             return ""
         weights, pages = format_bytes(self.device_weights_bytes), format_bytes(self.device_kv_bytes)
+        if self.passes:
+            passing = format_bytes(sum(it.nbytes for it in self.blocks if it.passes))
+            there = f"{weights} of weights on {self.device}, {passing} pass through it in every step"
+            return f"{there} while the cpu attends"
         there = f"{self.there} on {self.device} with {weights} of weights and {pages} of KV"
         if self.staged_experts:
             there += f" (others come for steps of {counted(self.staged_tokens, 'token')} or more)"

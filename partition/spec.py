@@ -34,6 +34,11 @@ class BlockId(NamedTuple):
         suffix = f".{self.expert}" if self.expert >= 0 else ""
         return f"{self.kind}{suffix}" if self.layer < 0 else f"layers.{self.layer}.{self.kind}{suffix}"
 
+    @property
+    def place(self) -> tuple[str, int]:
+        """Which of its layer's blocks it is."""
+        return self.kind, self.expert
+
 
 @dataclass(frozen=True)
 class RopeSpec:

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from shoal.partition.placement import device_scratch_bytes
 from shoal.partition.plan import least_kv_pages
 from shoal.partition.throughput.cost import cost
 from shoal.partition.throughput.prediction import Job
+from shoal.partition.throughput.profile import Device
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -126,6 +128,7 @@ def tests(sizes: Sizes, place: Path) -> dict[str, Any]:
 
 def dense(sizes: Sizes, place: Path) -> dict[str, Any]:
     """Decode of a dense model in 4 bits that is wholly there."""
+    there = _laws(sizes.dense, sizes.whole, place)
     engine, facts = loaded(
         sizes.dense, place, context=1024, streams=1, threads=default_threads(), device=sizes.whole
     )
@@ -133,13 +136,14 @@ def dense(sizes: Sizes, place: Path) -> dict[str, Any]:
         "plan": facts["plan"],
         "weights_bytes": weights_bytes(sizes.dense),
         "interactive": _interactive(engine, sizes),
-        "predicted": _predicted(engine, sizes.whole, place, Job(sizes.prompt, sizes.decoded)),
+        "predicted": _predicted(engine, there, Job(sizes.prompt, sizes.decoded)),
     }
 
 
 def mixture(sizes: Sizes, place: Path, budget: str) -> dict[str, Any]:
     """One stream, then many, with so much of the card's memory."""
     device, began_s = sizes.budgets[budget], time.perf_counter()
+    there = _laws(sizes.mixture, device, place)
     pages = -(-(sizes.offline_prompt + sizes.offline_new) // PAGE_TOKENS)
     engine, facts = loaded(
         sizes.mixture, place, context=1024, streams=sizes.streams, threads=default_threads(), device=device,
@@ -153,14 +157,14 @@ def mixture(sizes: Sizes, place: Path, budget: str) -> dict[str, Any]:
     seconds = time.perf_counter() - began_s
     engine.end()
     found["offline"] = {"seconds": seconds, "tokens_per_s": sizes.streams * sizes.offline_new / seconds}
-    there: Any = device_home(device).device
-    found["peak_bytes"], found["limit_bytes"] = there.budget.peak_bytes, there.budget.limit_bytes
-    found["unpinned"] = there.unpinned
+    opened: Any = device_home(device).device
+    found["peak_bytes"], found["limit_bytes"] = opened.budget.peak_bytes, opened.budget.limit_bytes
+    found["unpinned"] = opened.unpinned
     jobs = {
         "interactive": Job(sizes.prompt, sizes.decoded),
         "offline": Job(sizes.offline_prompt, sizes.offline_new, sizes.streams),
     }
-    found["predicted"] = {name: _predicted(engine, device, place, job) for name, job in jobs.items()}
+    found["predicted"] = {name: _predicted(engine, there, job) for name, job in jobs.items()}
     return found
 
 
@@ -248,20 +252,31 @@ def _interactive(engine: Any, sizes: Sizes) -> dict[str, float]:
     return {"first_s": first["seconds"], "tokens_per_s": its["tokens"] / its["seconds"]}
 
 
-def _predicted(engine: Any, device: str, place: Path, job: Job) -> dict[str, float]:
-    """What the throughput model says of the plan, with the device tried and the processor measured briefly."""
-    model, plan = engine._model, engine._model.plan
-    sizes = weighed(model.checkpoint, "keep")
-    machine = OwnMachine(plan.threads)
-    room = device_room(device, Budget(1 << 62), sizes, machine, laws=True).room
-    measured = measure_briefly(plan.threads, place, model.main.expectation.kinds[:2], None, lambda: True)
+def _laws(shape: Shape, device: str, place: Path) -> Device | None:
+    """This machine with the device: the processor measured briefly, the device tried with the model's shapes, before
+    anything is loaded."""
+    threads = default_threads()
+    with hollow.filled(card_models.written(shape, place)) as checkpoint:
+        model = weighed(checkpoint, "keep")
+    sizes: Counter[str] = Counter()
+    for its in model.products.values():
+        sizes.update({it.kind: it.nbytes for it in its})
+    kinds = [kind for kind, _ in sizes.most_common(2)]
+    measured = measure_briefly(threads, place, kinds, None, lambda: True)
+    room = device_room(device, Budget(1 << 62), model, OwnMachine(threads), laws=True).room
     if room is None or room.laws is None or measured is None:
+        return None
+    return replace(measured, accelerators=(room.laws,))
+
+
+def _predicted(engine: Any, machine: Device | None, job: Job) -> dict[str, float]:
+    """What the throughput model says of the plan."""
+    if machine is None:
         return {}
-    here = replace(measured, accelerators=(room.laws,))
-    found = cost(sizes, plan, here, job)
-    whole_s = found.total_s(job)
+    model, plan = weighed(engine._model.checkpoint, "keep"), engine._model.plan
+    found = cost(model, plan, machine, job)
     return {
         "first_s": found.ttft_s,
         "tokens_per_s": found.tokens_per_s,
-        "whole_tokens_per_s": job.batch * job.new_tokens / whole_s,
+        "whole_tokens_per_s": job.batch * job.new_tokens / found.total_s(job),
     }

@@ -2,7 +2,8 @@
 
 The more rows a step has, the less each costs: weights are read once for all, and experts get many rows. Steps of a
 thousand rows cost half as much a row as steps of 64 (docs/LOG.md). But they take memory, and weights that have to be
-streamed for it would cost far more than that.
+streamed for it would cost far more than that. With a device, larger steps still may pay, or push too much out of its
+memory: there predictions decide.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.library import Library
 from shoal.daemon.library.packs import Packs
-from shoal.daemon.loading.outlook import Outlook, outlook
+from shoal.daemon.loading.device_rooms import may_have_device
+from shoal.daemon.loading.outlook import Outlook, TooLarge, outlook
 from shoal.daemon.model_name import Reference
 from shoal.daemon.throughput.own_machine import OwnMachine
 
@@ -32,27 +34,34 @@ BATCH_SIZES = (BatchSize(256, 1024), BatchSize(64, 512), BatchSize(16, 256))  # 
 IF_STREAMED = BATCH_SIZES[1]  # where weights are streamed in any case, steps hold what memory allows anyhow
 
 
+WITH_DEVICE = (BatchSize(1024, 8192), BatchSize(1024, 4096), BatchSize(512, 2048), *BATCH_SIZES)
+
+
 def batch_size(names: Iterable[str], config: NodeConfig, library: Library, packs: Packs) -> BatchSize:
     """The fastest that keeps the weights of all models in memory."""
     models, machine = [*names], OwnMachine(config.thread_count)
-    for size in BATCH_SIZES:
-        found = [
-            streamed
-            for name in models
-            if (streamed := _streamed(name, size.of(config), library, packs, machine)) is not None
-        ]
-        if not any(found):
+    rates: dict[BatchSize, float] = {}
+    maybe_there = may_have_device(config)
+    for size in WITH_DEVICE if maybe_there else BATCH_SIZES:
+        found = [_found(name, size.of(config), library, packs, machine) for name in models]
+        known = [it for it in found if it is not None]
+        if any(not isinstance(it, Outlook) or it.streamed_bytes for it in known):
+            continue
+        speeds = [it.batch_tokens_per_s for it in known if isinstance(it, Outlook)]
+        if not maybe_there or not speeds:
             return size
-    return IF_STREAMED
+        rates[size] = 1 / sum(1 / speed for speed in speeds) if all(speeds) else 0.0
+    if any(rates.values()):
+        return max(rates, key=lambda size: rates[size])
+    return next((size for size in rates if size in BATCH_SIZES), IF_STREAMED)
 
 
-def _streamed(
+def _found(
     name: str, config: NodeConfig, library: Library, packs: Packs, machine: OwnMachine
-) -> bool | None:
-    """Whether a model's weights would be streamed, or not fit at all; None if it cannot be opened."""
+) -> Outlook | TooLarge | None:
+    """How a model would run; None if it cannot be opened."""
     wanted = Reference.parse(name)
     try:
-        found = outlook(library.resolve(wanted.model), replace(config, quant=wanted.quant), packs, machine)
+        return outlook(library.resolve(wanted.model), replace(config, quant=wanted.quant), packs, machine)
     except DaemonError as error:  # loading will say what is wrong
-        return True if error.code == "resources" else None
-    return not isinstance(found, Outlook) or found.streamed_bytes > 0
+        return TooLarge(error.message, 0, 0) if error.code == "resources" else None

@@ -139,6 +139,9 @@ def plan(
         profile = read_profile(given)
         if config.names_device:
             note(f"--device {config.device} is left out: --profile says what devices there are")
+        for device in profile.devices[1:]:
+            for accelerator in device.accelerators:
+                note(f"{accelerator.name} of {device.name} is left out: a device belongs to no group")
     else:
         profile = own_machines(home, config.thread_count).profile
     asked = Asked(

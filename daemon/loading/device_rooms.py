@@ -43,6 +43,11 @@ def device_asked_for(config: NodeConfig, grouping: Grouping | None) -> str:
     return CPU if config.device == AUTO and others else config.device
 
 
+def may_have_device(config: NodeConfig) -> bool:
+    """Whether a device may compute: one is named, or there is a card. Opens none."""
+    return config.names_device or (config.device == AUTO and bool(present()))
+
+
 def device_room(
     device: str,
     budget: Budget,

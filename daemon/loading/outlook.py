@@ -23,6 +23,7 @@ from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shoal.offload.pack.builder import source_of
 from shoal.offload.pack.layout import layout
 from shoal.offload.read_speed import read_speed
+from shoal.partition.throughput.placing.device_ways import batch_rate, with_laws
 from shoal.partition.throughput.prediction import Binding
 
 from .budgeting import Shortfall, disk_buffer_bytes, plan_within_budget
@@ -46,8 +47,9 @@ class Outlook(Struct, frozen=True):
     `step_s`: what the disk takes for a token. Both are 0 if nothing is streamed. `tokens_per_s`, between the two of
     `band`: of an answer of usual length, whose first token comes after `first_s`; `binding` is what decides that.
     `measured`: whether this machine's speed is known. `device`: which one computes blocks besides the CPU, "" if none;
-    with one, nothing is predicted. `device_bytes`: of its memory; `placed`: what lies where, in words; `why` that,
-    where it was a choice, or what is not as it should be."""
+    with one, no more is predicted than `batch_tokens_per_s`: of answers to many requests at once, 0 if not even that.
+    `device_bytes`: of its memory; `placed`: what lies where, in words; `why` that, where it was a choice, or what is
+    not as it should be."""
 
     plan: str
     quant: Quant
@@ -71,6 +73,7 @@ class Outlook(Struct, frozen=True):
     device_bytes: int = 0
     placed: str = ""
     why: str = ""
+    batch_tokens_per_s: float = 0.0
 
 
 class TooLarge(Struct, frozen=True):
@@ -135,8 +138,9 @@ def _outlook(
         placed=plan.placed,
         why=plan.why or trouble,
     )
-    if plan.device:
-        return found
+    if plan.device and room is not None:
+        host = with_laws(model, machine.device, room)
+        return replace(found, batch_tokens_per_s=batch_rate(model, plan, host)) if host is not None else found
     usual = Expectation(model, plan, machine, speed).usual
     return replace(
         found,

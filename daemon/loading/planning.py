@@ -7,6 +7,7 @@ configuration; `partition.throughput` has the plans and chooses, and `budgeting`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -50,11 +51,13 @@ def make_plan(
     """
     contexts = wanted_of(model.spec, config)
     device = device or unmeasured(config.thread_count)
+    machine, many = device.on(config.threads), math.isinf(config.slowdown)
     if room is not None and room.laws is None:
-        return _on_device(model, contexts, room, memory_bytes, device.on(config.threads))
+        return _on_device(model, contexts, room, memory_bytes, machine, many=many)
     if room is not None:
-        machine = device.on(config.threads)
-        made = with_device_or_alone(model, contexts, room, memory_bytes, machine, streaming=streaming)
+        made = with_device_or_alone(
+            model, contexts, room, memory_bytes, machine, streaming=streaming, many=many
+        )
     else:
         made = best_plan(model, contexts, memory_bytes, device, streaming=streaming)
     if config.threads is not None or isinstance(made, Misfit) or made.device:
@@ -63,9 +66,15 @@ def make_plan(
 
 
 def _on_device(
-    model: Weighed, contexts: Sequence[Wanted], room: DeviceRoom, memory_bytes: int, machine: Device
+    model: Weighed,
+    contexts: Sequence[Wanted],
+    room: DeviceRoom,
+    memory_bytes: int,
+    machine: Device,
+    *,
+    many: bool,
 ) -> Plan | Misfit:
-    made = plan_with_device(model, contexts, room, memory_bytes, machine)
+    made = plan_with_device(model, contexts, room, memory_bytes, machine, many=many)
     if isinstance(made, NoRoomThere):
         raise DaemonError(
             "resources",

@@ -21,7 +21,7 @@ from shoal.devices.device_names import CPU
 from shoal.devices.opening import home_of
 from shoal.engine.collective import Alone
 from shoal.engine.executor import Executor, attention_homes
-from shoal.engine.expert_places import with_used_experts
+from shoal.engine.expert_places import splits_experts, with_used_experts
 from shoal.engine.learn.expert_use import NONE_YET
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shoal.models.checkpoint.shard import AnyCheckpoint
@@ -134,7 +134,7 @@ class Runnable:
                 peak_bytes += besides.plan.peak_bytes if besides is not None else 0
             else:
                 plan = require_plan(found, name)
-                if machine.home is not None and plan.device_splits_experts:
+                if machine.home is not None and splits_experts(plan):
                     kept_uses = KeptUses(machine.home.experts, checkpoint, config.quant)
                     counts = kept_uses.read()
                     plan = with_used_experts(plan, counts)

@@ -162,7 +162,9 @@ def foresee(
     if asked.curves:
         device, kv_type = profile.head.on(asked.threads), asked.kv_type or usual.kv_type
         curves = [_curve(it, wanted(it, kv_type, device.threads), device, job) for it in models]
-    return Foresight(chosen.name if chosen else None, reason(found), rows, start, would, curves, trouble or msgspec.UNSET)
+    return Foresight(
+        chosen.name if chosen else None, reason(found), rows, start, would, curves, trouble or msgspec.UNSET
+    )
 
 
 def _curve(model: Weighed, contexts: Sequence[Wanted], device: Device, job: Job) -> Curve:

@@ -14,12 +14,12 @@ from typing import NamedTuple
 from ..plan import Plan
 from ..spec import BlockId
 from .laws import DISTINCT_SHARE, NOTHING, Rows, products, read_bytes_per_s
-from .placing.device_cost import device_step
 from .prediction import Binding, Job, Prediction, uncertainty
 from .profile import Device
 from .schedule import Experts, Lap, Use, expert_waits, lap
 from .step_pieces import Pieces
 from .weights_of import Weighed
+from .with_device import device_step
 
 PROCESS_BYTES = 80 << 20  # the interpreter with its libraries, before there is a model
 _READ_BYTES = 4 << 20  # of the window's reads
@@ -86,6 +86,21 @@ def prompt_cost(model: Weighed, plan: Plan, device: Device, tokens: int) -> Took
     return Took(sum(count * step.seconds for count, step in steps), _together(steps))
 
 
+def batch_tokens_per_s(model: Weighed, plan: Plan, device: Device, job: Job) -> float:
+    """Tokens of answers to endlessly many requests like those of `job`: as many at once as the plan has place for, each
+    with its prompt in one step and an answer in the others, all beside each other."""
+    prompt, new = job.prompt_tokens, job.new_tokens
+    # In the middle of their time they hold half of an answer, in whole pages.
+    pages = sum(-(-(prompt + place) // plan.kv.page_tokens) for place in range(1, new + 1)) / new
+    streams = max(1, int(min(plan.sequences, plan.kv.pages / pages, plan.chunk_tokens * new / prompt)))
+    read = max(1, round(streams / new * prompt))  # tokens of prompts in a step
+    begins = -(-read // prompt)
+    part = read // begins
+    segments = [Rows(streams, 1, prompt + new / 2), Rows(begins, part, (prompt - part) / 2)]
+    step = _step(model, plan, device.on(plan.threads), segments, streams + begins, job.distinct)
+    return streams / step.seconds
+
+
 def _together(steps: Sequence[tuple[float, _Step]]) -> dict[Binding, float]:
     """The parts of so many of each step."""
     return {part: sum(count * step.parts[part] for count, step in steps) for part in steps[0][1].parts}
@@ -146,11 +161,11 @@ def _step(
     wanted: int,
     share: float | None = None,
 ) -> _Step:
-    """A step of these segments that gives logits for `wanted` rows. `share`: see `distinct_experts`."""
-    there = next((it for it in device.accelerators if it.name == plan.device), None)
-    if there is not None:
-        took = device_step(model, plan, device, there, segments, wanted, share)
-        return _Step(took.seconds, 0.0, took.parts)
+    """A step of these segments that gives logits for `wanted` rows. `share`: see `distinct_experts`. With a device of
+    which nothing is known, as if the CPU computed all."""
+    if any(it.name == plan.device for it in device.accelerators):
+        together = device_step(model, plan, device, segments, wanted, share)
+        return _Step(together.seconds, 0.0, together.parts)
     rows = sum(segment.alike * segment.rows for segment in segments)
     pieces = Pieces(model, plan, device, segments, share)
     tier = {it.block: it.nbytes if it.tier == "disk" else 0 for it in plan.blocks}

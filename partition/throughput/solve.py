@@ -20,11 +20,13 @@ from ..sum_cost import Wire
 from .alone import USUAL, WINDOWS, best, ways
 from .cost import beside_bytes, cost
 from .group_plans import Groups
-from .placing.device_ways import room_of, ways_with_device
+from .placing.device_ways import expert_of, ways_through_device, ways_with_device
 from .prediction import Job, Prediction
-from .profile import Accelerator, Device, Profile
+from .profile import Device, Profile
 from .weights_of import Weighed
+from .with_device import room_of
 
+PASSING_TOKENS = 8192  # of prompts in a step for which weights pass through a device
 _EACH_SIZE = 8
 
 
@@ -134,8 +136,8 @@ def _candidates(
             if choices.ranks in (None, 1):
                 for found in _alone(model, asking, device, job, WINDOWS if asked else USUAL):
                     yield replace(found, name=found.name + suffix, asked=asked)
-                for there in device.accelerators if asked else ():
-                    yield from _with_device(model, asking, device, there, job)
+                for found in _with_devices(model, asking, device, job):
+                    yield replace(found, name=found.name + suffix, asked=asked)
             if asked and len(profile.devices) > 1:
                 for found in _groups(model, asking[0], profile, job, choices, refused):
                     yield replace(found, name=found.name + suffix, asked=asked)
@@ -155,13 +157,18 @@ def _alone(
             yield replace(found, missing="a disk to stream from", least_bytes=least + more)
 
 
-def _with_device(
-    model: Weighed, asking: Sequence[Wanted], device: Device, there: Accelerator, job: Job
-) -> Iterator[Candidate]:
+def _with_devices(model: Weighed, asking: Sequence[Wanted], device: Device, job: Job) -> Iterator[Candidate]:
+    """Each device of this machine computes with it: what fits there, or all layers, whose weights pass through it. That
+    takes long steps."""
     more = beside_bytes(model, asking[0].kv_type)
     memory_bytes = max(0, int(device.memory_bytes) - more)
-    for name, order, made in ways_with_device(model, asking, room_of(there, model), memory_bytes, device):
-        yield _candidate(name, order, model, made, device, job, more)
+    long = [it._replace(chunk_tokens=max(it.chunk_tokens, PASSING_TOKENS)) for it in asking]
+    for its in device.accelerators:
+        room = room_of(its, expert_of(model))
+        for name, order, made in ways_with_device(model, asking, room, memory_bytes, device):
+            yield _candidate(name, order, model, made, device, job, more)
+        for name, order, made in ways_through_device(model, long, room, memory_bytes):
+            yield _candidate(name, order, model, made, device, job, more)
 
 
 def _candidate(

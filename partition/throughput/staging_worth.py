@@ -22,9 +22,9 @@ FAST = Device("any machine", 0.0, FAST_MEMORY_BYTES_PER_S, FAST_FLOPS)
 
 def staged_from(model: Weighed, machine: Device, expert: ExpertTimes, most: int) -> int:
     """The least number of tokens, up to `most`, with which they should; 0 if there is none. `expert`: what one of the
-    model's takes the device; one of other bytes takes it in proportion. A machine that was not measured is taken for a
-    fast one, or a device might make it slower."""
-    machine = machine if machine.measured else FAST
+    model's takes the device; one of other bytes takes it in proportion. Where a fast machine that nobody measured would
+    lose, they should not."""
+    machine = at_least_fast(machine)
 
     def worth(tokens: int) -> bool:
         gains = (
@@ -36,6 +36,11 @@ def staged_from(model: Weighed, machine: Device, expert: ExpertTimes, most: int)
 
     # The more rows an expert has, the longer the CPU takes for it, while it comes as fast as ever.
     return bisect_left(range(1, most), True, key=worth) + 1 if worth(most) else 0
+
+
+def at_least_fast(machine: Device) -> Device:
+    """A machine that was not measured is taken for a fast one."""
+    return machine if machine.measured else FAST
 
 
 def _gain_s(model: Weighed, kind: LayerKind, machine: Device, expert: ExpertTimes, tokens: int) -> float:

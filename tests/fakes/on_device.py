@@ -45,6 +45,19 @@ def with_blocks_on(plan: Plan, there: Callable[[BlockId], bool], name: str = "si
     return replace(plan, blocks=blocks)
 
 
+def with_blocks_passing(
+    plan: Plan, kept: Callable[[BlockId], bool] = lambda block: block.kind == "head", name: str = "sim:test"
+) -> Plan:
+    """The same plan, with all blocks but the embedding on a device: those that are kept there, others in every step."""
+    blocks = tuple(
+        item
+        if item.block.kind == "embed"
+        else replace(item, tier="gpu" if kept(item.block) else "ram", device=name)
+        for item in plan.blocks
+    )
+    return replace(plan, blocks=blocks)
+
+
 class TakingTime:
     """The CPU; a call of `experts` takes it so many seconds on a device's virtual clock."""
 
@@ -61,7 +74,7 @@ class TakingTime:
 
 def executor_of(running: Running, plan: Plan, home: ComputeHome, here: Any = None) -> Executor:
     """The same model, read again as `plan` has it, with K and V of its own. `here`: the CPU."""
-    homes = {"cpu": here or cpu(), **{item.device: home for item in plan.blocks if item.tier == "gpu"}}
+    homes = {"cpu": here or cpu(), **{item.device: home for item in plan.blocks if item.device != "cpu"}}
     old = running.executor
     with open_checkpoint(running.path) as checkpoint:
         store = ResidentStore.load(plan, checkpoint, home_of=homes.__getitem__)
@@ -86,6 +99,8 @@ def logits(executor: Executor, rounds: int = 3) -> Floats:
             )
             for i, wanted in ((0, count), (2, 0), (4, 1))
         ]
-        results.append(executor.head(executor.forward(Step.build(chunks, executor.plan.part_tokens))))
+        together = executor.plan.rows_together(3 * count)
+        step = Step.build(chunks, together, alike=executor.plan.passes)
+        results.append(executor.head(executor.forward(step)))
     table.give_back(taken)
     return np.concatenate(results)

@@ -1,4 +1,5 @@
-"""What a step takes where a device computes some of a plan's blocks and this machine's processor the others.
+"""What a step takes where a device computes some of a plan's blocks and this machine's processor the others, all where
+they are.
 
 Each block takes what it takes in its home, one after the other; hidden states pass the link where the home changes. Of
 a mixture whose experts are in both places both compute beside each other, and the processor's part begins and ends with
@@ -31,7 +32,7 @@ class DeviceStep(NamedTuple):
     parts: dict[Binding, float]
 
 
-def device_step(
+def staying_step(
     model: Weighed,
     plan: Plan,
     machine: Device,
@@ -117,13 +118,12 @@ class _DeviceStep:
             self._add(theirs + ours, 0.0)
         elif self._plan.staged_tokens and rows >= self._plan.staged_tokens:
             coming = used * (1 - share)
-            come_s = sum(it.nbytes for it in kind.expert) / self._link.host_bytes_per_s
-            first = min(coming, self._plan.staged_experts)
-            computed = each[True].times(coming)
-            self._computing += theirs + computed
-            self._link_s += coming * come_s
-            both = (come_s, each[True].seconds)
-            self._seconds += theirs.seconds + coming * max(both) + first * min(both)
+            come_s = coming * sum(it.nbytes for it in kind.expert) / self._link.host_bytes_per_s
+            computed = each[True].times(used)
+            self._computing += computed
+            self._link_s += come_s
+            both = (come_s, computed.seconds)
+            self._seconds += max(both) + min(1.0, self._plan.staged_experts / coming) * min(both)
         else:
             carried_s = self._carry_s(rows * (model.spec.hidden + moe.experts))
             carried_s += self._carry_s(rows * model.spec.hidden)

@@ -5,46 +5,78 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from ...placement import DeviceRoom, ExpertTimes, ModelBytes, NoRoomThere, plan_on_device
+from ...placement import DeviceRoom, ModelBytes, NoRoomThere, plan_on_device, plan_passing
 from ...plan import Misfit, Plan, Wanted
-from ..alone import Way, best, best_plan, usual_job
-from ..cost import cost
-from ..laws import products
-from ..profile import Accelerator, Device
-from ..staging_worth import FAST, staged_from
-from ..weights_of import Weighed
-
-_TRIED_ROWS = 64  # of an expert, by which it is judged whether it should come
+from ..alone import AS_QUICK, Way, best, best_plan, usual_job
+from ..cost import batch_tokens_per_s, cost
+from ..profile import Device
+from ..staging_worth import at_least_fast, staged_from
+from ..weights_of import Product, Weighed
+from ..with_device import accelerator
 
 
-def room_of(there: Accelerator, model: Weighed) -> DeviceRoom:
-    """Of a device that is not here, or not open."""
-    kind = next((kind for kind in model.layer_kinds if kind.expert), None)
-    expert = None
-    if kind is not None:
-        nbytes = sum(it.nbytes for it in kind.expert)
-        computed_s = products(there.computing, kind.expert, _TRIED_ROWS).seconds
-        expert = ExpertTimes(nbytes, nbytes / there.host_bytes_per_s, _TRIED_ROWS, computed_s)
-    memory = int(there.memory_bytes)
-    return DeviceRoom(there.name, memory, int(there.scratch_bytes), True, memory, expert, there)
+def expert_of(model: Weighed) -> Sequence[Product]:
+    """The matrices of one expert; none if it has none."""
+    return next((kind.expert for kind in model.layer_kinds if kind.expert), ())
+
+
+def with_laws(model: Weighed, machine: Device, room: DeviceRoom) -> Device | None:
+    """A machine with a device as it was found to be; None if that was not tried."""
+    there = accelerator(room, expert_of(model))
+    return replace(at_least_fast(machine), accelerators=(there,)) if there is not None else None
+
+
+def batch_rate(model: Weighed, plan: Plan, machine: Device) -> float:
+    """Tokens of answers per second to many requests of usual length."""
+    return batch_tokens_per_s(model, plan, machine, usual_job(plan.context_tokens))
 
 
 def plan_with_device(
-    model: Weighed, contexts: Sequence[Wanted], room: DeviceRoom, memory_bytes: int, machine: Device
+    model: Weighed,
+    contexts: Sequence[Wanted],
+    room: DeviceRoom,
+    memory_bytes: int,
+    machine: Device,
+    *,
+    many: bool = False,
 ) -> Plan | Misfit | NoRoomThere:
     """As much of the model as fits there, within `memory_bytes` of this machine's memory; experts come from so many
-    tokens on as is worth it."""
-    tied = sum(it.nbytes for it in model.head) if model.spec.tied and model.spec.vocab else 0
-    vectors = 0 if model.quant == "keep" else model.vectors_bytes
+    tokens on as is worth it. `many`: nobody waits for a single answer. Then weights may pass through the device in
+    every step, if that is predicted to be quicker."""
     longest = contexts[0]
     most = longest.chunk_tokens + longest.sequences + longest.guesses
-    return plan_on_device(
+    made = plan_on_device(
         contexts,
-        ModelBytes(model.block_bytes, tied, vectors),
+        _sizes(model),
         room,
         memory_bytes=memory_bytes,
         staged_tokens=staged_from(model, machine, room.expert, most) if room.expert else 0,
     )
+    if not many or (host := with_laws(model, machine, room)) is None:
+        return made
+    for way in ways_through_device(model, contexts, room, memory_bytes):
+        if isinstance(way.made, Plan):
+            if not isinstance(made, Plan):
+                return way.made
+            here, through = (batch_rate(model, plan, host) for plan in (made, way.made))
+            return way.made if through > AS_QUICK * here else made
+    return made
+
+
+def ways_through_device(
+    model: Weighed, contexts: Sequence[Wanted], room: DeviceRoom, memory_bytes: int
+) -> Iterator[Way]:
+    """All layers are computed there, and their weights pass through it in every step."""
+    sizes = _sizes(model)
+    rest = model.vectors_bytes - sizes.vectors
+    made = plan_passing(contexts, sizes, room, memory_bytes=memory_bytes, vectors_bytes=rest)
+    if not isinstance(made, NoRoomThere):
+        yield Way(f"through {room.name}", 6, made)
+
+
+def _sizes(model: Weighed) -> ModelBytes:
+    tied = sum(it.nbytes for it in model.head) if model.spec.tied and model.spec.vocab else 0
+    return ModelBytes(model.block_bytes, tied, 0 if model.quant == "keep" else model.vectors_bytes)
 
 
 def ways_with_device(
@@ -60,11 +92,11 @@ def ways_with_device(
         plan = made.plan if isinstance(made, Misfit) else made
         if (key := (plan.device_weights_bytes, plan.staged_tokens, plan.context_tokens)) not in known:
             known.add(key)
-            yield Way(name_of(plan), 4 - order, made)
+            yield Way(name_of(plan), 5 - order, made)
 
 
 def name_of(plan: Plan) -> str:
-    """What a plan with a device is called beside others."""
+    """What a plan whose blocks stay where they are is called beside others."""
     (mine, whole), (experts, among) = plan.device_layers, plan.device_experts
     if mine < whole:
         parts = f"{mine} of {whole} layers"
@@ -73,7 +105,7 @@ def name_of(plan: Plan) -> str:
     else:
         parts = "all layers"
     comes = f", experts come from {plan.staged_tokens} tokens on" if plan.staged_experts else ""
-    return f"{plan.device}: {parts}{comes}"
+    return f"on {plan.device}: {parts}{comes}"
 
 
 def with_device_or_alone(
@@ -84,12 +116,15 @@ def with_device_or_alone(
     machine: Device,
     *,
     streaming: bool = True,
+    many: bool = False,
 ) -> Plan | Misfit:
-    """The plan that is predicted to be the quickest for the usual job; among those that are hardly slower the one
-    without the device. A machine that nobody measured is taken for a fast one, or the device might make it slower."""
+    """The plan that is predicted to be the quickest for the usual job, or for `many` of them at once; among those that
+    are hardly slower the one without the device. A machine that nobody measured is taken for a fast one, or the device
+    might make it slower."""
     assert room.laws is not None
     alone = best_plan(model, contexts, memory_bytes, machine, streaming=streaming)
     found = [*ways_with_device(model, contexts, room, memory_bytes, machine)]
+    found += ways_through_device(model, contexts, room, memory_bytes) if many else ()
     there = [way for way in found if isinstance(way.made, Plan)]
     if isinstance(alone, Misfit) or not there:
         if there:
@@ -102,21 +137,21 @@ def with_device_or_alone(
             alone = replace(alone, why=f"the processor alone: {room.name} has no room for a layer")
         return alone
     disk = machine.disk_bytes_per_s
-    here = machine if machine.measured else replace(FAST, disk_bytes_per_s=disk, threads=machine.threads)
-    here = replace(here, accelerators=(room.laws,))
+    here = replace(at_least_fast(machine), disk_bytes_per_s=disk, accelerators=(room.laws,))
     ways = [Way("the processor alone", 0, alone), *there]
     job = usual_job(min(way.made.context_tokens for way in ways if isinstance(way.made, Plan)))
 
     def seconds(way: Way) -> float:
         assert isinstance(way.made, Plan)
+        if many:
+            return job.new_tokens / batch_tokens_per_s(model, way.made, here, job)
         return cost(model, way.made, here, job).total_s(job)
 
     chosen = best(ways, lambda way: way.order, seconds)
     others = ways[1:] if chosen is ways[0] else ways[:1]
     other = min(others, key=seconds)
     assert isinstance(chosen.made, Plan)
-    why = (
-        f"{chosen.name}: a prompt of {job.prompt_tokens} tokens and an answer of {job.new_tokens} are predicted to "
-        f"take {seconds(chosen):.2g} s, {seconds(other):.2g} s with {other.name}"
-    )
+    each = ", among many," if many else ""
+    said = f"a prompt of {job.prompt_tokens} tokens and an answer of {job.new_tokens}{each} are predicted to take"
+    why = f"{chosen.name}: {said} {seconds(chosen):.2g} s, {seconds(other):.2g} s with {other.name}"
     return replace(chosen.made, why=why)

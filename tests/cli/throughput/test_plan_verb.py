@@ -159,11 +159,11 @@ def planned_names(*asked: object) -> list[str]:
     return [row["name"] for row in planned(*asked)["plans"]]
 
 
-def test_accelerators_are_planned_with(config: Path, tmp_path: Path) -> None:
+def test_placements_with_an_accelerator_are_shown_beside_the_others(config: Path, tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
     gpu = {
         "name": "gpu",
-        "memory_bytes": 8e9,
+        "memory_bytes": 8.5e9,
         "memory_bytes_per_s": 2e11,
         "flops": 8e12,
         "host_bytes_per_s": 1.2e10,
@@ -177,13 +177,15 @@ def test_accelerators_are_planned_with(config: Path, tmp_path: Path) -> None:
     }
     path.write_text(json.dumps({"devices": [head]}))
     config.write_text(json.dumps(LLAMA_70B | {"num_hidden_layers": 4}))
-    rows = {row["name"]: row for row in planned(config, "--profile", path)["plans"]}
-    alone, there = rows["memory"], rows["gpu: 3 of 4 layers"]
+    _, result = run("plan", "--json", "--profile", path, config)
+    assert "left out" not in result.stderr
+    rows = {row["name"]: row for row in json.loads(result.stdout)["plans"]}
+    assert {"memory", "on gpu: 3 of 4 layers", "through gpu"} <= rows.keys()
+    alone, there = rows["memory"], rows["on gpu: 3 of 4 layers"]
     assert not alone["fits"]
     assert there["tokens_per_s"] > 2 * alone["tokens_per_s"]
-    assert not any(
-        name.startswith("gpu") for name in planned_names(config, "--profile", path, "--device", "cpu")
-    )
+    names = planned_names(config, "--profile", path, "--device", "cpu")
+    assert not any("gpu" in name for name in names)
 
 
 def test_options_that_plans_take_change_what_is_predicted(config: Path, tmp_path: Path) -> None:

@@ -17,14 +17,15 @@ from shoal.partition.spec import MoeSpec
 from shoal.partition.throughput.alone import AS_QUICK, best_plan, usual_job
 from shoal.partition.throughput.cost import cost
 from shoal.partition.throughput.placing.device_ways import (
+    expert_of,
     plan_with_device,
-    room_of,
     ways_with_device,
     with_device_or_alone,
 )
 from shoal.partition.throughput.prediction import Job
 from shoal.partition.throughput.profile import Accelerator, Device, Overheads
 from shoal.partition.throughput.weights_of import Weighed
+from shoal.partition.throughput.with_device import room_of
 
 FREE = Overheads(0.0, 0.0, 0.0, 0.0)
 DENSE = weighed(spec())
@@ -50,7 +51,7 @@ def card(**more: Any) -> Accelerator:
 
 
 def room(there: Accelerator, model: Weighed) -> DeviceRoom:
-    return room_of(there, model)._replace(kernel_bytes=0, gathers=False)
+    return room_of(there, expert_of(model))._replace(kernel_bytes=0, gathers=False)
 
 
 def planned(model: Weighed, there: Accelerator, machine: Device = MACHINE) -> Plan:
@@ -117,14 +118,14 @@ def test_which_way_is_best() -> None:
         MIXED.block_bytes[it] for it in MIXED.block_bytes if it.kind == "expert"
     )
     for model, there, said in (
-        (DENSE, card(), "gpu: all layers: "),
-        (DENSE, card(memory_bytes=DENSE.weights_bytes / 2), "gpu: 3 of 8 layers: "),
-        (MIXED, card(), "gpu: all layers: "),
-        (MIXED, card(memory_bytes=dense + 40e6, host_bytes_per_s=1e9), "gpu: all but experts: "),
+        (DENSE, card(), "on gpu: all layers: "),
+        (DENSE, card(memory_bytes=DENSE.weights_bytes / 2), "on gpu: 3 of 8 layers: "),
+        (MIXED, card(), "on gpu: all layers: "),
+        (MIXED, card(memory_bytes=dense + 40e6, host_bytes_per_s=1e9), "on gpu: all but experts: "),
         (
             MIXED,
             card(memory_bytes=dense + 100e6, host_bytes_per_s=100e9),
-            "gpu: all but experts, experts come ",
+            "on gpu: all but experts, experts come ",
         ),
         (DENSE, card(memory_bytes_per_s=1e9, flops=1e10), "the processor alone: "),
         (DENSE, card(layer_s=0.1), "the processor alone: "),
@@ -134,7 +135,27 @@ def test_which_way_is_best() -> None:
         found = with_device_or_alone(model, [wanted(model.spec)], room(there, model), MEMORY, MACHINE)
         assert isinstance(found, Plan)
         assert found.why.startswith(said), (said, found.why)
-        assert bool(found.device) == said.startswith("gpu")
+        assert bool(found.device) == said.startswith("on gpu")
+
+
+def test_for_many_requests_weights_may_pass() -> None:
+    """Where the device has room for next to nothing, and for nothing with the scratch of such steps."""
+    dense = MIXED.weights_bytes - sum(
+        MIXED.block_bytes[it] for it in MIXED.block_bytes if it.kind == "expert"
+    )
+    contexts = [wanted(MIXED.spec, sequences=256, chunk_tokens=1024, kv_tokens=256 * 1024)]
+    for link, many, said in (
+        (20e9, True, "through gpu: "),
+        (1e8, True, "the processor alone: "),
+        (20e9, False, "the processor alone: "),
+    ):
+        there = card(memory_bytes=dense + 300e6, host_bytes_per_s=link)
+        found = with_device_or_alone(MIXED, contexts, room(there, MIXED), MEMORY, MACHINE, many=many)
+        assert isinstance(found, Plan)
+        assert found.why.startswith(said), found.why
+        assert found.passes == said.startswith("through")
+        if many:
+            assert "among many" in found.why
 
 
 def test_where_the_processors_memory_is_too_small_the_device_helps() -> None:

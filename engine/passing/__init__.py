@@ -1,0 +1,1 @@
+"""Weights that pass through a device in every step, while the CPU attends."""

@@ -1,0 +1,115 @@
+"""Two groups of rows take turns through the layers: while the CPU attends for one of them, a device computes the other.
+
+Attention of answers reads K and V, for which a host's memory has more room than a device's; all else multiplies by
+weights, which pass through the device once for both groups. A group gives way when its queries are on their way to the
+host, so that the device has something to do until they have been looked at. The host waits twice in a layer of each
+group: for its queries, and for what its router says. (VSLPipe: Yuan et al. 2025, "MoE-Lens", arXiv 2504.09345; CGOPipe:
+Cao et al. 2024, "MoE-Lightning", arXiv 2411.11217.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import zip_longest
+
+from shoal.kernels import ComputeHome
+from shoal.kernels.arrays import Hidden
+from shoal.kernels.attention_operands import Rotation
+from shoal.kernels.compute_home import carried
+from shoal.models.step import Part, Step
+from shoal.models.transformer import Transformer
+from shoal.models.weights import Weights
+from shoal.offload.block_store import BlockStore
+from shoal.offload.kv.pool import KvPool
+from shoal.partition.plan import Plan
+from shoal.partition.spec import BlockId
+
+from .passing_weights import PassingWeights
+
+
+class Alternating:
+    """Of a plan whose blocks pass through a device. `home_of` gives the home of a device. Raises HomeFull and
+    HomeLost."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        plan: Plan,
+        store: BlockStore,
+        kv: KvPool,
+        home_of: Callable[[str], ComputeHome],
+    ) -> None:
+        self.home = home_of(plan.device)
+        self._model = model
+        self._store = store
+        self._kv = kv
+        self._cpu = home_of("cpu")
+        self._passing = PassingWeights(plan, store, self.home)
+        layers = range(len(model.spec.layers))
+        self._layers = [(BlockId("attn", layer), *model.spec.ffn_blocks(layer)) for layer in layers]
+
+    def through_layers(
+        self,
+        step: Step,
+        rotations: Sequence[list[Rotation]],
+        hidden: Hidden,
+        go_on: Callable[[float], None],
+    ) -> Hidden:
+        """hidden (T, C) → of the rows that the step asks for (R, C), all in the device's home. Each part of the step is
+        a group. `go_on` is told which share of the step is done, and raises what ends it."""
+        rows = [self.home.rows(hidden, its) for its in step.split(len(step.tokens))]
+        groups = [self._group(*its) for its in zip(rows, step.parts, rotations, strict=True)]
+        self._passing.begin(len(groups))
+        for layer, _ in enumerate(zip_longest(*groups)):
+            go_on(layer / len(self._layers))
+        wanted = self.home.rows(hidden, step.rows)  # nobody needs the others any more
+        if len(step.rows):
+            self._feed(self._layers[-1], wanted)
+        self._passing.end()
+        return wanted
+
+    def _group(self, hidden: Hidden, part: Part, rotations: list[Rotation]) -> Iterator[None]:
+        """Takes hidden (T, C) through all layers, up to the last attention. Gives way where the CPU is to attend."""
+        for blocks in self._layers:
+            attention, *feeding = blocks
+            with self._store.acquire(attention) as here:
+                there = self._passing.lend(attention)
+                asked = self._model.asked(self.home, there, hidden, lambda x: x)
+                self.home.prefetch(*asked)
+                yield
+                q, k, v = (carried(x, self.home, self._cpu) for x in asked)
+                kv = self._kv.layers[attention.layer]
+                mixed = self._model.look_back(
+                    self._cpu, attention.layer, here, q, k, v, part.segments, rotations, kv
+                )
+            mixed = carried(mixed, self._cpu, self.home)
+            self._add(hidden, there, self._model.attended(self.home, there, mixed))
+            self._passing.lent(attention)
+            if blocks is not self._layers[-1]:
+                self._feed(blocks, hidden)
+                self._passing.lent(*filter(self._passing.passes, feeding))
+
+    def _feed(self, blocks: Sequence[BlockId], hidden: Hidden) -> None:
+        """Adds the feed-forward part of a layer, or its mixture, to hidden (T, C)."""
+        block = blocks[1]
+        home, there = self.home, self._passing.lend(block)
+        if block.kind != "router":
+            self._add(hidden, there, self._model.feed_forward(home, there, hidden))
+            return
+        partial = home.zeros_like(hidden)
+        x, routing, shared = self._model.route(home, there, hidden)
+        used = [BlockId("expert", block.layer, expert) for expert in routing.used]
+        self._model.mix(home, {it.expert: self._weights(it) for it in used}, x, routing, partial)
+        if shared is not None:
+            home.add(partial, shared)
+        self._add(hidden, there, partial)
+
+    def _weights(self, block: BlockId) -> Weights:
+        """On the device, where some stay."""
+        if self._passing.passes(block):
+            return self._passing.lend(block)
+        with self._store.acquire(block) as weights:
+            return weights
+
+    def _add(self, hidden: Hidden, weights: Weights, partial: Hidden) -> None:
+        self.home.add(hidden, self._model.leave(self.home, weights, partial))

@@ -1,0 +1,205 @@
+"""How long a step takes whose weights pass through a device while the CPU attends, for one group of rows or for several
+that take turns: the schedule of `engine.passing`, with seconds instead of arrays.
+
+Five things go on beside each other: the device computes, weights come to it, hidden states come, others leave, and the
+host attends and waits. Each does one thing after the other. Pure.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
+from typing import Literal, NamedTuple
+
+PassingPiece = Literal["attn", "ffn", "router", "experts"]
+
+PLACES = 2  # on the device, for each piece
+_LAPS = 4  # until a step begins as the one before did
+
+
+class Feeding(NamedTuple):
+    """The feed-forward part of a layer for some rows, in seconds. Of a layer without experts `mixed_s` is all but what
+    is added.
+
+    The device is busy for `normed_s` before it needs the router. What that scored leaves, and meanwhile a shared expert
+    takes `shared_s`. When the host has heard the scores, routes come, and experts are computed; then all is added."""
+
+    normed_s: float
+    scored_s: float
+    leaves_s: float
+    shared_s: float
+    routes_s: float
+    mixed_s: float
+    added_s: float
+
+
+class LayerTurn(NamedTuple):
+    """One layer for one group, in seconds: the device asks (q, k and v), which leave; the host attends; what it found
+    comes back, is multiplied by the layer's last matrix (`attended_s`) and added. `feeding`: of all layers but the
+    last, where all groups are fed together."""
+
+    asked_s: float
+    leaves_s: float
+    attends_s: float
+    back_s: float
+    attended_s: float
+    added_s: float
+    feeding: Feeding | None = None
+
+
+class Layer(NamedTuple):
+    """`comes_s`: what pieces of its weights take to come. `turns`: of each group."""
+
+    comes_s: Mapping[PassingPiece, float]
+    turns: tuple[LayerTurn, ...]
+
+
+class Tail(NamedTuple):
+    """What comes after the last attention of all groups: ids of the rows that are wanted come, these are picked, fed,
+    go through the head, and logits leave. `between_s`: the host, until the next step begins."""
+
+    ids_s: float
+    picked_s: float
+    fed: Feeding | None
+    head_s: float
+    leaves_s: float
+    between_s: float
+
+
+class Alternation(NamedTuple):
+    """A step among many, and for how long of it each was at work."""
+
+    step_s: float
+    device_s: float
+    weights_s: float
+    host_s: float
+
+
+def alternate(layers: Sequence[Layer], tail: Tail, enters_s: float = 0.0) -> Alternation:
+    """A step in the long run. `enters_s`: until its rows have come to the device."""
+    clock = _Clock(layers)
+    ends = [clock.step(tail, enters_s) for _ in range(_LAPS)]
+    device_s, weights_s, host_s = (clock.busy[it] / _LAPS for it in ("device", "weights", "host"))
+    return Alternation(ends[-1] - ends[-2], device_s, weights_s, host_s)
+
+
+def step_ends(layers: Sequence[Layer], tail: Tail, enters_s: float, steps: int) -> list[float]:
+    """When each of so many steps ends, before the first of which nothing has come."""
+    clock = _Clock(layers)
+    return [clock.step(tail, enters_s) for _ in range(steps)]
+
+
+class _Clock:
+    """When each is free again, in seconds."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.host_s = self.device_s = self.weights_s = self.in_s = self.out_s = 0.0
+        self.busy = dict.fromkeys(("device", "weights", "host"), 0.0)
+        self._layers = layers
+        self._numbers: list[
+            dict[PassingPiece, int]
+        ] = []  # of each layer: the how manieth of its kind each piece is
+        counts: Counter[PassingPiece] = Counter()
+        for layer in layers:
+            self._numbers.append({piece: counts[piece] for piece in layer.comes_s})
+            counts.update(layer.comes_s.keys())
+        self._counts = counts
+        self._came: dict[PassingPiece, list[float]] = {piece: [] for piece in counts}
+        self._used: dict[PassingPiece, list[float]] = {piece: [] for piece in counts}
+        self._coming = self._come()
+        self._laps = 0
+        self._entered_s = 0.0
+
+    def step(self, tail: Tail, enters_s: float) -> float:
+        """→ when the host goes on to the next one"""
+        self._entered_s = self._enter(enters_s)
+        groups = [self._group(number) for number in range(len(self._layers[0].turns))]
+        for _ in zip_longest(*groups):
+            pass
+        self._compute(tail.picked_s, self._enter(tail.ids_s))
+        if tail.fed is not None:
+            self._feed(len(self._layers) - 1, tail.fed, last=True)
+        else:  # nobody needs what has come for that
+            for piece in self._layers[-1].comes_s.keys() - {"attn"}:
+                self._used[piece].append(self.device_s)
+        self._compute(tail.head_s)
+        self._wait(self._leave(tail.leaves_s))
+        self._host(tail.between_s)
+        self._laps += 1
+        return self.host_s
+
+    def _group(self, number: int) -> Iterator[None]:
+        last = number == len(self._layers[0].turns) - 1
+        for place, layer in enumerate(self._layers):
+            turn = layer.turns[number]
+            self._compute(turn.asked_s, max(self._entered_s, self._arrival(place, "attn")))
+            left_s = self._leave(turn.leaves_s)
+            yield
+            self._wait(left_s)
+            self._host(turn.attends_s)
+            self._compute(turn.attended_s, self._enter(turn.back_s))
+            if last:
+                self._used["attn"].append(self.device_s)
+            self._compute(turn.added_s)
+            if turn.feeding is not None:
+                self._feed(place, turn.feeding, last=last)
+
+    def _feed(self, place: int, its: Feeding, *, last: bool) -> None:
+        """`last`: no other group needs these weights in this step."""
+        self._compute(its.normed_s)
+        piece: PassingPiece = "ffn"
+        routed_s = 0.0
+        if "router" in self._layers[place].comes_s:
+            self._compute(its.scored_s, self._arrival(place, "router"))
+            left_s = self._leave(its.leaves_s)
+            self._compute(its.shared_s)
+            if last:
+                self._used["router"].append(self.device_s)
+            self._wait(left_s)
+            routed_s = self._enter(its.routes_s)
+            piece = "experts"
+        self._compute(its.mixed_s, max(routed_s, self._arrival(place, piece)))
+        if last:
+            self._used[piece].append(self.device_s)
+        self._compute(its.added_s)
+
+    def _arrival(self, place: int, piece: PassingPiece) -> float:
+        """When this step's piece of a layer has come."""
+        number = self._laps * self._counts[piece] + self._numbers[place][piece]
+        while len(self._came[piece]) <= number:
+            next(self._coming)
+        return self._came[piece][number]
+
+    def _come(self) -> Iterator[None]:
+        """Pieces come one after the other, over and over, each when the one before the last of its kind has been used:
+        its place is free then."""
+        while True:
+            for layer in self._layers:
+                for piece, seconds in layer.comes_s.items():
+                    number = len(self._came[piece])
+                    free_s = self._used[piece][number - PLACES] if number >= PLACES else 0.0
+                    self.weights_s = max(self.weights_s, free_s) + seconds
+                    self.busy["weights"] += seconds
+                    self._came[piece].append(self.weights_s)
+                    yield
+
+    def _compute(self, seconds: float, after_s: float = 0.0) -> None:
+        if seconds:
+            self.device_s = max(self.device_s, self.host_s, after_s) + seconds
+            self.busy["device"] += seconds
+
+    def _leave(self, seconds: float) -> float:
+        self.out_s = max(self.out_s, self.host_s, self.device_s) + seconds
+        return self.out_s
+
+    def _enter(self, seconds: float) -> float:
+        self.in_s = max(self.in_s, self.host_s) + seconds
+        return self.in_s
+
+    def _wait(self, until_s: float) -> None:
+        self.host_s = max(self.host_s, until_s)
+
+    def _host(self, seconds: float) -> None:
+        self.host_s += seconds
+        self.busy["host"] += seconds

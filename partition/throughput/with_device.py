@@ -1,0 +1,181 @@
+"""What a step takes that a device computes together with its host: blocks that stay on the device (`placing`), or
+weights that pass through the device in every step while the CPU attends.
+
+Both are known by their laws, the link by its speed. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+from ..placement import FEW_ROWS, MANY_ROWS, DeviceRoom, ExpertTimes
+from ..plan import BlockPlan, Plan
+from ..spec import BlockId
+from .laws import Rows, attention, distinct_experts, product, products
+from .placing.device_cost import DeviceStep, staying_step
+from .prediction import Binding
+from .profile import Accelerator, Device
+from .two_groups import Feeding, Layer, LayerTurn, PassingPiece, Tail, alternate
+from .weights_of import LayerKind, Product, Weighed
+
+_NUMBER_BYTES = 4  # of hidden states, scores, logits
+_ROUTE_BYTES = 8 + _NUMBER_BYTES  # of each expert that a row chose: its number and a factor
+_GROUPS = 2  # of rows, that take turns
+
+
+def accelerator(room: DeviceRoom, expert: Sequence[Product]) -> Accelerator | None:
+    """A device as it was found to be, or to compute with these matrices of an expert; None if neither was tried."""
+    if room.laws is not None:
+        return room.laws
+    its = room.expert
+    if its is None or not its.many_rows or not expert:
+        return None
+    numbers = sum(it.rows * it.cols for it in expert)
+    return Accelerator(
+        room.name,
+        room.limit_bytes,
+        memory_bytes_per_s=its.nbytes / its.computed_s,
+        flops=2 * numbers * its.many_rows / its.many_s,
+        host_bytes_per_s=its.nbytes / its.come_s,
+        layer_s=0.0,
+        mixture_s=0.0,
+        copy_s=0.0,
+    )
+
+
+def room_of(its: Accelerator, expert: Sequence[Product]) -> DeviceRoom:
+    """The inverse: all of its memory, and what it should take for an expert with these matrices."""
+    times, nbytes = None, sum(it.nbytes for it in expert)
+    if expert:
+        flops = 2 * sum(it.rows * it.cols for it in expert)
+        few_s = max(nbytes / its.memory_bytes_per_s, FEW_ROWS * flops / its.flops)
+        many_s = max(few_s, MANY_ROWS * flops / its.flops)
+        times = ExpertTimes(nbytes, nbytes / its.host_bytes_per_s, FEW_ROWS, few_s, MANY_ROWS, many_s)
+    memory_bytes = int(its.memory_bytes)
+    return DeviceRoom(its.name, memory_bytes, int(its.scratch_bytes), True, memory_bytes, times, its)
+
+
+def device_step(
+    model: Weighed, plan: Plan, host: Device, segments: Sequence[Rows], wanted: int, share: float | None
+) -> DeviceStep:
+    """A step of these segments that gives logits for `wanted` rows. `host` has the plan's device among its
+    accelerators; `share`: see `distinct_experts`."""
+    there = next(it for it in host.accelerators if it.name == plan.device)
+    if plan.passes:
+        return _Passing(model, plan, host, there, segments, wanted, share).step()
+    return staying_step(model, plan, host, there, segments, wanted, share)
+
+
+class _Passing:
+    def __init__(
+        self,
+        model: Weighed,
+        plan: Plan,
+        host: Device,
+        there: Accelerator,
+        segments: Sequence[Rows],
+        wanted: int,
+        share: float | None,
+    ) -> None:
+        self._model, self._plan, self._share = model, plan, share
+        self._host, self._link = host, there.host_bytes_per_s
+        self._there = there.computing
+        self._segments, self._wanted = segments, wanted
+        self._rows = sum(it.alike * it.rows for it in segments)
+        self._parts: dict[Binding, float] = dict.fromkeys(
+            ("memory", "compute", "disk", "link", "overhead"), 0.0
+        )
+
+    @cached_property
+    def _blocks(self) -> Mapping[BlockId, BlockPlan]:
+        return {it.block: it for it in self._plan.blocks}
+
+    def step(self) -> DeviceStep:
+        spec, own = self._model.spec, self._host.overheads
+        groups = _GROUPS if self._rows > 1 else 1
+        rows = self._rows / groups
+        last = len(spec.layers) - 1
+        turns: dict[tuple[LayerKind, bool], LayerTurn] = {}
+        layers = []
+        for layer in range(last + 1):
+            kind = self._model.kind_of(layer)
+            key = kind, layer == last
+            if key not in turns:
+                turns[key] = self._turn(kind, rows, groups, fed=layer < last)
+            layers.append(Layer(self._comes(layer, kind), (turns[key],) * groups))
+        fed = self._feeding(self._model.kind_of(last), self._wanted) if self._wanted else None
+        heads_s = logits_s = 0.0
+        if self._wanted:
+            heads_s = products(self._there, self._model.head, self._wanted).seconds
+            logits_s = self._carried_s(self._wanted * spec.vocab)
+        between_s = own.step_s + own.logit_s * self._wanted * spec.vocab
+        tail = Tail(0.0, 0.0, fed, heads_s, logits_s, between_s)
+        found = alternate(layers, tail, self._carried_s(self._rows * spec.hidden))
+        calls_s = between_s + (last + 1) * groups * own.layer_s
+        parts = self._parts
+        parts["link"], parts["compute"] = found.weights_s, found.device_s
+        parts["memory"], parts["overhead"] = max(0.0, found.host_s - calls_s), calls_s
+        return DeviceStep(found.step_s, parts)
+
+    def _comes(self, layer: int, kind: LayerKind) -> dict[PassingPiece, float]:
+        """Seconds in which what passes of a layer comes."""
+        feeding, *experts = self._model.spec.ffn_blocks(layer)
+        pieces: dict[PassingPiece, Sequence[BlockId]] = {"attn": [BlockId("attn", layer)]}
+        if kind.expert:
+            pieces |= {"router": [feeding], "experts": experts}
+        else:
+            pieces["ffn"] = [feeding]
+        return {
+            piece: sum(self._blocks[it].nbytes for it in its if self._blocks[it].passes) / self._link
+            for piece, its in pieces.items()
+        }
+
+    def _turn(self, kind: LayerKind, rows: float, groups: int, *, fed: bool) -> LayerTurn:
+        spec, there = self._model.spec, self._there
+        *asking, last = kind.attention
+        heads, kv_heads = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+        attends_s = self._attends_s(self._host, kind) / groups + self._host.overheads.layer_s
+        return LayerTurn(
+            asked_s=products(there, asking, rows).seconds,
+            leaves_s=self._carried_s(rows * (heads + 2 * kv_heads)),
+            attends_s=attends_s,
+            back_s=self._carried_s(rows * heads),
+            attended_s=product(there, last, rows).seconds,
+            added_s=0.0,
+            feeding=self._feeding(kind, rows) if fed else None,
+        )
+
+    def _feeding(self, kind: LayerKind, rows: float) -> Feeding:
+        moe, there = self._model.spec.moe, self._there
+        if not kind.expert or moe is None:
+            return Feeding(0.0, 0.0, 0.0, 0.0, 0.0, products(there, kind.dense, rows).seconds, 0.0)
+        router = [it for it in kind.dense if it.rows == moe.experts]
+        shared = [it for it in kind.dense if it.rows != moe.experts]
+        used, each = self._used(rows)
+        return Feeding(
+            normed_s=0.0,
+            scored_s=products(there, router, rows).seconds,
+            leaves_s=self._carried_s(rows * moe.experts),
+            shared_s=products(there, shared, rows).seconds,
+            routes_s=rows * moe.active * _ROUTE_BYTES / self._link,
+            mixed_s=used * products(there, kind.expert, each).seconds,
+            added_s=0.0,
+        )
+
+    def _attends_s(self, at: Device, kind: LayerKind) -> float:
+        spec, kv_type = self._model.spec, self._plan.kv.dtype
+        return sum(
+            it.alike * attention(at, spec, kv_type, it.rows, it.before, kind.window).seconds
+            for it in self._segments
+        )
+
+    def _used(self, rows: float) -> tuple[float, float]:
+        """How many experts of a layer are used, and for how many rows each."""
+        moe = self._model.spec.moe
+        assert moe is not None
+        used = distinct_experts(moe.experts, moe.active, rows, self._share)
+        return used, max(1.0, rows * moe.active / used)
+
+    def _carried_s(self, numbers: float) -> float:
+        return _NUMBER_BYTES * numbers / self._link

@@ -1,0 +1,208 @@
+"""Weights that pass through a device while the CPU attends, for two groups in turns: logits are those of the CPU to the
+bit, and nothing is read before it has come or overwritten while it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import tiny
+from fakes.on_device import ROOMY, executor_of, logits, sim, with_blocks_passing
+from fakes.running import FP32, Running, relative_error
+from fakes.torch_on_host import torch_home
+
+from shoal.devices.device_home import DeviceHome
+from shoal.devices.errors import DeviceFull, DeviceLost
+from shoal.devices.sim_device import Scheduled, SimDevice
+from shoal.devices.sim_kernels import SimKernels
+from shoal.engine.executor import Abandoned
+from shoal.kernels import routing
+from shoal.kernels.arrays import Floats
+from shoal.kernels.homes import cpu
+from shoal.models.step import Step
+from shoal.partition.spec import BlockId
+
+# All mixtures, and of what is dense what has norms after blocks, clips, biases, windows and scaled embeddings.
+FAMILIES = ("mixtral", "olmoe", "qwen3_moe", "qwen2_moe", "llama", "gemma3", "olmo2")
+IN_TORCH = 1e-4  # of the largest logit
+Kept = Callable[[BlockId], bool]
+
+
+def the_head(block: BlockId) -> bool:
+    return block.kind == "head"
+
+
+def some_experts(block: BlockId) -> bool:
+    return block.kind == "head" or (block.kind == "expert" and block.expert in (0, 2, 3))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Running:
+    overrides = {"clip_qkv": 0.5} if request.param == "olmoe" else {}
+    path = tmp_path_factory.mktemp(request.param) / "m"
+    tiny.save_hf(tiny.hf_model(request.param, **overrides), path)
+    return Running(path)
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Running:
+    path = tmp_path_factory.mktemp("m") / "m"
+    tiny.save_hf(tiny.hf_model("qwen3_moe"), path)
+    return Running(path)
+
+
+def of(device: SimDevice, queue: str) -> list[Scheduled]:
+    return [it for it in device.schedule if it.queue == queue]
+
+
+@pytest.mark.parametrize("kept", [the_head, some_experts])
+def test_logits_are_those_of_the_cpu(running: Running, kept: Kept) -> None:
+    plan = with_blocks_passing(running.plan, kept)
+    device, home = sim()
+    executor = executor_of(running, plan, home)
+    assert device.budget.held_bytes <= plan.device_weights_bytes + plan.passing_bytes + (1 << 20)
+    assert np.array_equal(logits(executor), logits(running.executor))
+    passed = sum(it.nbytes for it in plan.blocks if it.passes)
+    assert 3 * passed * 0.9 < sum(it.nbytes for it in of(device, "stage")) < 4 * passed
+    assert isinstance(executor.kv.layers[0].data, np.ndarray)  # on the host
+    executor.let_go()
+    del executor
+    assert device.budget.held_bytes == 0
+
+
+@pytest.mark.parametrize("kv_type", ["i8", "bf16"])
+def test_types_of_kv(tmp_path: Path, kv_type: str) -> None:
+    tiny.save_hf(tiny.hf_model("qwen3_moe"), tmp_path / "m")
+    running = Running(tmp_path / "m", replace(FP32, kv_type=kv_type))  # type: ignore[arg-type]
+    for part_tokens in (33, 1 << 30):  # of more parts than two, each is a group
+        plan = replace(with_blocks_passing(running.plan), part_tokens=part_tokens)
+        assert np.array_equal(logits(executor_of(running, plan, sim()[1])), logits(running.executor))
+
+
+@pytest.mark.parametrize("stored", ["F32", "Q4_0"])
+def test_in_torch_they_are_the_same_but_for_rounding(tmp_path: Path, stored: str) -> None:
+    model, path = tiny.hf_model("qwen2_moe"), tmp_path / "m.gguf"
+    running = Running(tiny.save_hf(model, path) if stored == "F32" else tiny.save_gguf(model, path, stored))
+    found = logits(executor_of(running, with_blocks_passing(running.plan), torch_home()))
+    assert relative_error(found, logits(running.executor)) < (IN_TORCH if stored == "F32" else 1e-3)
+
+
+class _Impatient(SimDevice):
+    """Computes something without waiting for copies in one of its queues."""
+
+    def __init__(self, queue: str, what: str) -> None:
+        super().__init__("sim:test", ROOMY)
+        self._copies, self._what = queue, what
+
+    def compute(self, what, work, run, after):  # type: ignore[no-untyped-def]
+        known = [event for event in after if what != self._what or event.queue != self._copies]
+        return super().compute(what, work, run, known)
+
+
+@pytest.mark.parametrize(
+    ("queue", "what"), [("stage", "experts"), ("stage", "linears"), ("stage", "scores"), ("in", "linears")]
+)
+def test_what_is_read_before_it_has_come_is_poisoned(mixture: Running, queue: str, what: str) -> None:
+    home = DeviceHome(_Impatient(queue, what), SimKernels(cpu()))
+    with np.errstate(invalid="ignore"):
+        executor = executor_of(mixture, with_blocks_passing(mixture.plan), home)
+        assert np.isnan(logits(executor, rounds=1)).all()
+
+
+def test_what_is_looked_at_before_it_has_left_is_poisoned(
+    mixture: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, home = sim()
+    executor = executor_of(mixture, with_blocks_passing(mixture.plan), home)
+    step = Step.build([([1, 2, 3], 0, [0], 3)], 2)
+    expected = executor.head(executor.forward(step))
+    wait, waits = device.wait, []
+
+    def impatient(event: Any) -> None:
+        waits.append(event)
+        if event is not waits[0]:  # queries of the first group
+            wait(event)
+
+    monkeypatch.setattr(device, "wait", impatient)
+    with np.errstate(invalid="ignore"):
+        found = executor.head(executor.forward(step))
+    assert np.isnan(found).any()
+    monkeypatch.setattr(device, "wait", wait)
+    assert np.array_equal(executor.head(executor.forward(step)), expected)
+
+
+def test_a_step_that_was_given_up_leaves_nothing_behind(mixture: Running) -> None:
+    device, home = sim()
+    executor = executor_of(mixture, with_blocks_passing(mixture.plan), home)
+    expected, held = logits(mixture.executor), device.budget.held_bytes
+    for share in (0.0, 0.5):
+        with pytest.raises(Abandoned):
+            executor.forward(Step.build([([1, 2, 3], 0, [7], 3)], 2), lambda done, most=share: done < most)
+        assert np.array_equal(logits(executor), expected)
+        assert device.budget.held_bytes == held
+
+
+def test_steps_that_want_no_rows(mixture: Running) -> None:
+    found = []
+    for executor in (mixture.executor, executor_of(mixture, with_blocks_passing(mixture.plan), sim()[1])):
+        parts = [[([5, 6, 7], 0, [5], 0)], [([8], 3, [5], 0), ([1, 2], 0, [6], 0)], [([9, 10], 4, [5], 2)]]
+        for part in parts:
+            hidden = executor.forward(Step.build(part, executor.plan.rows_together(3), alike=True))
+        found.append(executor.head(hidden))
+    assert np.array_equal(*found)
+
+
+def test_one_expert_gets_everything(mixture: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    def skewed(scores: Floats, count: int, normalize: bool) -> routing.Routing:
+        rows = len(scores), 1
+        return routing.Routing.of(np.full(rows, 3), np.ones(rows, np.float32))
+
+    monkeypatch.setattr(routing, "route", skewed)
+    monkeypatch.setattr(type(cpu()), "route", lambda _, *operands: skewed(*operands))
+    executor = executor_of(mixture, with_blocks_passing(mixture.plan), sim()[1])
+    assert np.array_equal(logits(executor), logits(mixture.executor))
+
+
+@pytest.mark.parametrize("copy", [0, 4, 40])
+def test_a_device_that_is_lost_in_the_middle(
+    mixture: Running, monkeypatch: pytest.MonkeyPatch, copy: int
+) -> None:
+    device, home = sim()
+    executor = executor_of(mixture, with_blocks_passing(mixture.plan), home)
+    stage_in, copies = device.stage_in, []
+
+    def going(*args: Any) -> Any:
+        if len(copies) == copy:
+            device.lose("the driver was restarted")
+        copies.append(stage_in(*args))
+        return copies[-1]
+
+    monkeypatch.setattr(device, "stage_in", going)
+    for _ in range(2):
+        with pytest.raises(DeviceLost, match="the driver was restarted"):
+            logits(executor)
+        executor.kv.table.give_back(list(executor.kv.table._taken))
+    executor.let_go()
+    copies.clear()
+    del executor
+    assert device.budget.held_bytes == 0  # nothing has to be asked of it for that
+
+
+def test_no_room_is_said_before_any_step_and_a_full_device_fails_one(mixture: Running) -> None:
+    plan = with_blocks_passing(mixture.plan)
+    device, home = sim()
+    executor = executor_of(mixture, plan, home)
+    least = device.budget.held_bytes
+    device.budget.limit_bytes = least + 1000
+    with pytest.raises(DeviceFull):
+        logits(executor)
+    device.budget.limit_bytes = ROOMY
+    executor.kv.table.give_back(list(executor.kv.table._taken))
+    assert np.array_equal(logits(executor), logits(mixture.executor))
+    del executor
+    with pytest.raises(DeviceFull):
+        executor_of(mixture, plan, sim(least - 1)[1])

@@ -1,0 +1,169 @@
+"""Steps whose weights pass through a device take, on its virtual clock, what the schedule of the throughput model says,
+whatever takes longest; and that is the longest of copying, computing and attending, but for what is at the ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fakes import tiny
+from fakes.on_device import executor_of, sim, with_blocks_passing
+from fakes.running import Running
+
+from shoal.devices import sim_device
+from shoal.devices.sim_device import Scheduled, SimDevice
+from shoal.engine.executor import Executor
+from shoal.kernels.homes import cpu
+from shoal.models.step import Step
+from shoal.partition.throughput.two_groups import (
+    Feeding,
+    Layer,
+    LayerTurn,
+    PassingPiece,
+    Tail,
+    alternate,
+    step_ends,
+)
+
+LAYERS, STEPS = 4, 5
+FAMILIES = ("qwen2_moe", "olmoe", "mixtral", "llama")
+
+
+class Attending:
+    """The CPU; attention takes it so many seconds on a device's virtual clock."""
+
+    def __init__(self, device: SimDevice, seconds: float) -> None:
+        self._device, self._seconds = device, seconds
+
+    def attention(self, *operands: Any) -> Any:
+        self._device.now_s += self._seconds
+        return cpu().attention(*operands)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(cpu(), name)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Running:
+    path = tmp_path_factory.mktemp(request.param) / "m"
+    tiny.save_hf(tiny.hf_model(request.param, num_hidden_layers=LAYERS), path)
+    return Running(path)
+
+
+def ends(executor: Executor, device: SimDevice) -> list[float]:
+    """When each of some like steps ends: two prompts, and an answer."""
+    began_s, found = device.now_s, []
+    device.schedule.clear()
+    ids = [*range(1, 200, 2)]  # for which all experts are used
+    for _ in range(STEPS):
+        segments = [(ids[:40], 0, [0], 40), ([7], 1, [1], 1), (ids[-50:], 0, [2], 50)]
+        step = Step.build(segments, executor.plan.rows_together(91), alike=True)
+        executor.head(executor.forward(step))
+        found.append(device.now_s - began_s)
+    return found
+
+
+class Durations:
+    """Of what was done first in each queue, in its order."""
+
+    def __init__(self, device: SimDevice) -> None:
+        self._device = device
+        self._queues: dict[str, Iterator[Scheduled]] = {
+            queue: iter([it for it in device.schedule if it.queue == queue])
+            for queue in ("in", "out", "stage", "compute")
+        }
+
+    def of(self, queue: str, *whats: str) -> float:
+        seconds = 0.0
+        for what in whats:
+            it = next(self._queues[queue])
+            assert it.what == what
+            seconds += it.end_s - it.begin_s
+        return seconds
+
+    def copies(self, queue: str, count: int = 1) -> float:
+        return self.of(queue, *["copy"] * count)
+
+
+def measured(running: Running, device: SimDevice, attends_s: float) -> tuple[list[Layer], Tail, float]:
+    """The parts of the first step, as the schedule has their durations."""
+    spec, took = running.spec, Durations(device)
+    moe, norms = spec.moe, {"full": ["norm", "norm"]}.get(spec.qk_norm, [])
+    after = ["norm"] if spec.post_norm else []
+    comes: list[dict[PassingPiece, float]] = []
+    for _ in range(LAYERS):
+        pieces: dict[PassingPiece, float] = {"attn": took.copies("stage", 4)}
+        if moe:
+            pieces["router"] = took.copies("stage", 5 if moe.shared_gated else 1)
+            pieces["experts"] = took.copies("stage", 3 * moe.experts)
+        else:
+            pieces["ffn"] = took.copies("stage", 3)
+        comes.append(pieces)
+
+    def fed() -> Feeding:
+        if not moe:
+            mixed_s = took.of("compute", "feed forward")
+            return Feeding(0.0, 0.0, 0.0, 0.0, 0.0, mixed_s, took.of("compute", *after, "add"))
+        shared = ["feed forward", "linears", "gate"] if moe.shared_gated else []
+        return Feeding(
+            took.of("compute", "zeros", "norm"),
+            took.of("compute", "scores"),
+            took.copies("out"),
+            took.of("compute", *shared),
+            took.copies("in", 2),
+            took.of("compute", "experts"),
+            took.of("compute", *(["add"] if shared else []), *after, "add"),
+        )
+
+    enters_s = took.copies("in")
+    asked: list[tuple[float, float]] = []
+    turns: list[list[LayerTurn]] = [[] for _ in range(LAYERS)]
+
+    def ask() -> None:
+        asked.append((took.of("compute", "linears", *norms, "join"), took.copies("out")))
+
+    ask()
+    ask()
+    for layer in range(LAYERS):
+        for _ in range(2):
+            asked_s, leaves_s = asked.pop(0)
+            back_s, attended_s = took.copies("in"), took.of("compute", "linears")
+            added_s = took.of("compute", *after, "add")
+            feeding = fed() if layer < LAYERS - 1 else None
+            turns[layer].append(LayerTurn(asked_s, leaves_s, attends_s, back_s, attended_s, added_s, feeding))
+            if layer < LAYERS - 1:
+                ask()
+    ids_s, picked_s = took.copies("in"), took.of("compute", "rows")
+    tail = Tail(ids_s, picked_s, fed(), took.of("compute", "linears"), took.copies("out"), 0.0)
+    return [Layer(its, tuple(both)) for its, both in zip(comes, turns, strict=True)], tail, enters_s
+
+
+CASES = {  # bytes per second of the link, of its arithmetic, seconds of attention
+    "nothing": (16e9, 20e12, 0.0),
+    "weights": (100e6, 20e12, 1e-4),
+    "device": (16e9, 1e9, 1e-4),
+    "host": (16e9, 20e12, 5e-3),
+    "weights and host": (400e6, 20e12, 1e-3),
+    "all alike": (400e6, 2e10, 4e-4),
+}
+
+
+@pytest.mark.parametrize("longest", CASES)
+def test_steps_take_what_the_schedule_says(
+    running: Running, longest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link, flops, attends_s = CASES[longest]
+    monkeypatch.setattr(sim_device, "SIM_FLOPS", flops)
+    monkeypatch.setattr(sim_device, "PACKET_BYTES", 1)  # what small copies wait for packets
+    device, home = sim(link_bytes_per_s=link)
+    plan = with_blocks_passing(running.plan)
+    found = ends(executor_of(running, plan, home, Attending(device, attends_s)), device)
+    layers, tail, enters_s = measured(running, device, attends_s)
+    assert found == pytest.approx(step_ends(layers, tail, enters_s, STEPS), rel=1e-5)
+    passage = alternate(layers, tail, enters_s)
+    assert passage.step_s == pytest.approx(found[-1] - found[-2], rel=1e-5)
+    busy = {"weights": passage.weights_s, "device": passage.device_s, "host": passage.host_s}
+    if longest in busy:
+        assert busy[longest] == max(busy.values())
+        assert 0.999 * busy[longest] < passage.step_s < 1.15 * busy[longest]
