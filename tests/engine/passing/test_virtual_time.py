@@ -139,6 +139,33 @@ def measured(running: Running, device: SimDevice, attends_s: float) -> tuple[lis
     return [Layer(its, tuple(both)) for its, both in zip(comes, turns, strict=True)], tail, enters_s
 
 
+def test_the_host_waits_twice_in_a_layer_of_each_group(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For queries, and for what a router says; in the last layer once for both groups, and for logits. When it attends
+    for a group, the device has the other one's experts still before it."""
+    monkeypatch.setattr(sim_device, "SIM_FLOPS", 1e8)
+    device, home = sim()
+    executor = executor_of(running, with_blocks_passing(running.plan), home)
+    waits: list[object] = []
+    wait, attended = device.wait, []
+
+    def waited(event: Any) -> None:
+        waits.append(event)
+        wait(event)
+        attended.append((device.now_s, max(it.end_s for it in device.schedule if it.queue == "compute")))
+
+    monkeypatch.setattr(device, "wait", waited)
+    device.schedule.clear()
+    ids = [*range(1, 200, 2)]
+    executor.head(executor.forward(Step.build([(ids, 0, [0, 1], 100)], 50)))
+    routed = 2 * (LAYERS - 1) + 1 if running.spec.moe else 0
+    assert len({id(event) for event in waits}) == 2 * LAYERS + routed + 1
+    if running.spec.moe:
+        busy = [now_s < until_s for event, (now_s, until_s) in zip(waits, attended, strict=True)]
+        assert busy.count(True) >= 3 * (2 * LAYERS - 2)  # q, k and v of all but the last of each group
+
+
 CASES = {  # bytes per second of the link, of its arithmetic, seconds of attention
     "nothing": (16e9, 20e12, 0.0),
     "weights": (100e6, 20e12, 1e-4),
