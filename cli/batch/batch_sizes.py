@@ -32,8 +32,6 @@ class BatchSize(NamedTuple):
 
 BATCH_SIZES = (BatchSize(256, 1024), BatchSize(64, 512), BatchSize(16, 256))  # the fastest first
 IF_STREAMED = BATCH_SIZES[1]  # where weights are streamed in any case, steps hold what memory allows anyhow
-
-
 WITH_DEVICE = (BatchSize(1024, 8192), BatchSize(1024, 4096), BatchSize(512, 2048), *BATCH_SIZES)
 
 

@@ -15,6 +15,7 @@ from shoal.partition.placement import (
     NoRoomThere,
     device_scratch_bytes,
     plan_on_device,
+    plan_passing,
 )
 from shoal.partition.plan import Misfit, Plan, Wanted
 from shoal.partition.spec import BlockId, LayerSpec, ModelSpec, MoeSpec, RopeSpec
@@ -133,6 +134,43 @@ def test_no_layer_makes_room_for_experts_to_come_that_has_none_here() -> None:
     assert coming.device_experts[0] < without.device_experts[0]
     found = plan(device_bytes, coming.peak_bytes - 1, staged_tokens=40, **asked)
     assert found == without
+
+
+def passing(device_bytes: int, memory_bytes: int = 1 << 33, spec: ModelSpec = MIXTURE, **changes: Any) -> Any:
+    blocks = dict.fromkeys(spec.blocks(), MB) | {BlockId("head"): 5 * MB}
+    room = DeviceRoom("sim:x", device_bytes, 0, False, device_bytes)
+    sizes = ModelBytes(blocks, changes.pop("tied", 0), 0)
+    wanted = WANTED._replace(spec=spec, **changes)
+    return plan_passing([wanted], sizes, room, memory_bytes=memory_bytes, vectors_bytes=MB)
+
+
+@given(st.integers(1, 60 * MB), st.integers(1, 120 * MB), st.sampled_from([SPEC, MIXTURE]), st.booleans())
+def test_weights_pass_within_both_memories(
+    device_bytes: int, memory_bytes: int, spec: ModelSpec, tied: bool
+) -> None:
+    changes = {"spec": spec, "tied": 5 * MB if tied else 0}
+    made = passing(device_bytes, memory_bytes, **changes)
+    if isinstance(made, NoRoomThere):
+        assert made.least_bytes > device_bytes
+        assert isinstance(passing(made.least_bytes, **changes), Plan)
+        return
+    if isinstance(made, Misfit):
+        assert made.least_bytes > memory_bytes
+        assert isinstance(passing(device_bytes, made.least_bytes, **changes), Plan)
+        return
+    assert made.passes
+    assert made.device_bytes <= device_bytes
+    assert made.peak_bytes <= memory_bytes
+    assert made.device_kv_bytes == 0  # the CPU attends
+    assert made.passing_bytes > 2 * 2 * MB
+    kept = {it.block for it in made.blocks if it.tier == "gpu"}
+    assert BlockId("head") in kept
+    assert all(block.kind in ("head", "expert") for block in kept)
+    experts = sorted({block.expert for block in kept if block.kind == "expert"})
+    assert len(kept) == 1 + 6 * len(experts)  # of every layer the same
+    assert experts == [*range(4 - len(experts), 4)]
+    more = passing(device_bytes + 30 * MB, memory_bytes, **changes)
+    assert more.device_weights_bytes >= made.device_weights_bytes
 
 
 def test_all_experts_of_a_layer_are_in_one_place() -> None:
