@@ -79,7 +79,7 @@ class _Passing:
         share: float | None,
     ) -> None:
         self._model, self._plan, self._share = model, plan, share
-        self._host, self._link = host, there.host_bytes_per_s
+        self._host, self._link = host, there
         self._there = there.computing
         self._segments, self._wanted = segments, wanted
         self._rows = sum(it.alike * it.rows for it in segments)
@@ -109,7 +109,7 @@ class _Passing:
         if self._wanted:
             heads_s = products(self._there, self._model.head, self._wanted).seconds
             logits_s = self._carried_s(self._wanted * spec.vocab)
-        between_s = own.step_s + own.logit_s * self._wanted * spec.vocab
+        between_s = max(own.step_s, self._link.step_s) + own.logit_s * self._wanted * spec.vocab
         tail = Tail(0.0, 0.0, fed, heads_s, logits_s, between_s)
         found = alternate(layers, tail, self._carried_s(self._rows * spec.hidden))
         calls_s = between_s + (last + 1) * groups * own.layer_s
@@ -127,7 +127,8 @@ class _Passing:
         else:
             pieces["ffn"] = [feeding]
         return {
-            piece: sum(self._blocks[it].nbytes for it in its if self._blocks[it].passes) / self._link
+            piece: sum(self._blocks[it].nbytes for it in its if self._blocks[it].passes)
+            / self._link.host_bytes_per_s
             for piece, its in pieces.items()
         }
 
@@ -136,12 +137,13 @@ class _Passing:
         *asking, last = kind.attention
         heads, kv_heads = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
         attends_s = self._attends_s(self._host, kind) / groups + self._host.overheads.layer_s
+        calls_s = there.overheads.layer_s / 2
         return LayerTurn(
-            asked_s=products(there, asking, rows).seconds,
+            asked_s=products(there, asking, rows).seconds + calls_s,
             leaves_s=self._carried_s(rows * (heads + 2 * kv_heads)),
             attends_s=attends_s,
             back_s=self._carried_s(rows * heads),
-            attended_s=product(there, last, rows).seconds,
+            attended_s=product(there, last, rows).seconds + calls_s,
             added_s=0.0,
             feeding=self._feeding(kind, rows) if fed else None,
         )
@@ -158,8 +160,8 @@ class _Passing:
             scored_s=products(there, router, rows).seconds,
             leaves_s=self._carried_s(rows * moe.experts),
             shared_s=products(there, shared, rows).seconds,
-            routes_s=rows * moe.active * _ROUTE_BYTES / self._link,
-            mixed_s=used * products(there, kind.expert, each).seconds,
+            routes_s=self._copied_s(rows * moe.active * _ROUTE_BYTES),
+            mixed_s=used * products(there, kind.expert, each).seconds + there.overheads.mixture_s,
             added_s=0.0,
         )
 
@@ -178,4 +180,7 @@ class _Passing:
         return used, max(1.0, rows * moe.active / used)
 
     def _carried_s(self, numbers: float) -> float:
-        return _NUMBER_BYTES * numbers / self._link
+        return self._copied_s(_NUMBER_BYTES * numbers)
+
+    def _copied_s(self, nbytes: float) -> float:
+        return self._link.copy_s + nbytes / self._link.host_bytes_per_s

@@ -29,7 +29,7 @@ from shoal.partition.throughput.with_device import device_step
 
 HOST_FLOPS, HOST_BYTES_PER_S = 2e9, 4e9
 FLOPS, LINK, BYTES_PER_S = 2e10, 1e9, 1e11
-CONTEXT = 60
+CONTEXT = 12
 AT_ONCE = 64  # requests whose K and V have room on the device
 
 
@@ -69,7 +69,7 @@ class Lawful:
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Running:
     path = tmp_path_factory.mktemp("m") / "m"
-    tiny.save_hf(tiny.hf_model("qwen3_moe", moe_intermediate_size=96, num_experts=16), path)
+    tiny.save_hf(tiny.hf_model("qwen3_moe", moe_intermediate_size=192, num_experts=16), path)
     return Running(path, replace(FP32, kv_tokens=1 << 15))
 
 
