@@ -3,7 +3,8 @@
 Knows streams, events and torch's errors; `torch_kernels` computes.
 
 Copies go through page-locked memory (`PinnedRing`), if there is any: from other memory torch's copies make the caller
-wait, those that come out too. This memory is asked for once, so nothing that is copied later can lack it.
+wait, those that come out too. A thread of its own fills it with weights that come and go (`CopyThread`). This memory is
+asked for once, so nothing that is copied later can lack it.
 
 Memory is the computing stream's. Both ends of a copy are kept until it has ended, so torch need not be told which other
 streams use them (`record_stream`): if it was, it asks the driver when memory is given back, and where the card is lost
@@ -29,6 +30,7 @@ from shoal.kernels.arrays import Array
 from shoal.partition.amounts import format_bytes
 from shoal.partition.placement import PINNED_BYTES
 
+from .copy_thread import Begun, CopyThread
 from .device import PACKET_BYTES, DeviceArray, DeviceBudget, DeviceEvent, DeviceMemory, DeviceWork
 from .errors import DeviceLost, NoSuchDevice
 from .pinned_ring import PinnedRing
@@ -83,6 +85,7 @@ class CudaDevice:
         self.lost = ""
         self.pinned_bytes, self.unpinned = 0, ""
         self._pinned: dict[torch.cuda.Stream, _Pinned] = {}
+        self._copies_begin = CopyThread(f"shoal-copies-{number}")
         self._number = number
         self._device = torch.device("cuda", number)
         self._copies: list[_Copy] = []
@@ -134,7 +137,9 @@ class CudaDevice:
         return self._copy(self._coming, torch.from_numpy(source), target.inside, after)
 
     def stage_in(self, source: Array, target: DeviceArray, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
-        return self._copy(self._staging, torch.from_numpy(source), target.inside, after, PACKET_BYTES)
+        ends = torch.from_numpy(source), target.inside
+        begin = bound(self._copy, self._staging, *ends, tuple(after), PACKET_BYTES)
+        return self._copies_begin.begin(begin) if self.pinned_bytes else begin()
 
     def copy_out(self, source: DeviceArray, target: Array, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
         return self._copy(self._going, source.inside, torch.from_numpy(target), after)
@@ -146,7 +151,8 @@ class CudaDevice:
 
     def wait(self, event: DeviceEvent) -> None:
         with self._calling():
-            event.synchronize()  # type: ignore[attr-defined]
+            event = _recorded(event)
+            event.synchronize()
             if (pinned := self._pinned.get(self._going)) is not None:
                 with pinned.lock:
                     pinned.ring.land(event)
@@ -218,7 +224,7 @@ class CudaDevice:
             torch.cuda.set_device(self._device)
             with torch.cuda.stream(stream):
                 for event in after:
-                    stream.wait_event(event)  # type: ignore[arg-type]
+                    stream.wait_event(_recorded(event))
                 made = run()
                 ended = _cuda.Event()
                 ended.record(stream)
@@ -254,6 +260,11 @@ def _driver() -> str:
         return DRIVER.read_text(errors="replace").partition("\n")[0]
     except OSError:
         return ""
+
+
+def _recorded(event: DeviceEvent) -> Any:
+    """The event in torch, which may have to be recorded first."""
+    return event.event if isinstance(event, Begun) else event
 
 
 def _begin_copy(target: torch.Tensor, source: torch.Tensor) -> None:

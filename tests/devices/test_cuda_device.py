@@ -147,7 +147,8 @@ def test_through_page_locked_memory_everything_arrives(monkeypatch: pytest.Monke
         came = device.copy_in(source, there, [there.memory.ready])
         came = device.stage_in(source, staged, [staged.memory.ready, came])
         expected = source.copy()
-        source[:] = 7  # it has left
+        device.wait(came)
+        source[:] = 7
         back = np.full(size, np.nan, np.float32)
         kept.append((back, expected, device.copy_out(staged, back, [came])))
     for back, expected, ended in reversed(kept):
@@ -169,6 +170,43 @@ def test_what_leaves_is_here_when_its_event_has_ended(monkeypatch: pytest.Monkey
     device.wait(events[1])
     device.wait(events[0])
     assert np.array_equal(second, numbers)
+
+
+def test_who_stages_weights_goes_on_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though there is room for two packets only, which are copied when somebody lets them."""
+    device, goes_on, ends = pinned(monkeypatch), threading.Event(), Event.synchronize
+
+    def slow(self: Event) -> None:
+        assert goes_on.wait(10)
+        ends(self)
+
+    monkeypatch.setattr(Event, "synchronize", slow)
+    source = np.arange(5 * PACKET_BYTES + 10).astype(np.uint8)
+    there = device.allocate(source.shape, source.dtype)
+    came = [device.stage_in(source, there, [there.memory.ready]) for _ in range(2)]
+    assert not np.array_equal(there.inside.numpy(), source)
+    goes_on.set()
+    device.wait(came[1])
+    assert np.array_equal(there.inside.numpy(), source)
+
+
+def test_what_goes_wrong_while_weights_are_staged_is_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = pinned(monkeypatch)
+    source = np.zeros(4 * PACKET_BYTES, np.uint8)
+    there = device.allocate(source.shape, source.dtype)
+    Event.fails = RuntimeError("CUDA error: the bus is gone")
+    came = device.stage_in(source, there)
+    for _ in range(2):
+        with pytest.raises(DeviceLost, match="the bus is gone"):
+            device.wait(came)
+    with pytest.raises(DeviceLost, match="the bus is gone"):
+        device.compute("x", WORK, lambda: 7, [came])
+    again = pinned(monkeypatch)
+    monkeypatch.setattr(torch, "from_numpy", lambda array: torch.zeros(3))  # not as long as what it goes to
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="size"):
+            again.wait(again.stage_in(source, there))
+    assert not again.lost
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, torch.OutOfMemoryError, torch.AcceleratorError])

@@ -163,14 +163,14 @@ def test_placements_with_an_accelerator_are_shown_beside_the_others(config: Path
     path = tmp_path / "gpu.json"
     gpu = {
         "name": "gpu",
-        "memory_bytes": 8.5e9,
+        "memory_bytes": 12e9,
         "memory_bytes_per_s": 2e11,
         "flops": 8e12,
         "host_bytes_per_s": 1.2e10,
     }
     head = {
         "name": "pc",
-        "memory_bytes": 4e9,
+        "memory_bytes": 8e9,
         "memory_bytes_per_s": 25e9,
         "flops": 2e11,
         "accelerators": [gpu],
@@ -180,9 +180,9 @@ def test_placements_with_an_accelerator_are_shown_beside_the_others(config: Path
     _, result = run("plan", "--json", "--profile", path, config)
     assert "left out" not in result.stderr
     rows = {row["name"]: row for row in json.loads(result.stdout)["plans"]}
-    assert {"memory", "on gpu: 3 of 4 layers", "through gpu"} <= rows.keys()
-    alone, there = rows["memory"], rows["on gpu: 3 of 4 layers"]
-    assert not alone["fits"]
+    assert {"memory", "on gpu: all layers", "through gpu"} <= rows.keys()
+    alone, there = rows["memory"], rows["on gpu: all layers"]
+    assert (alone["fits"], there["fits"]) == (False, True)
     assert there["tokens_per_s"] > 2 * alone["tokens_per_s"]
     names = planned_names(config, "--profile", path, "--device", "cpu")
     assert not any("gpu" in name for name in names)

@@ -1,0 +1,70 @@
+"""A thread that begins copies which take the host time, one after the other, so that who asked for one goes on at once.
+
+Weights that come to a device are put into page-locked memory packet by packet. Meanwhile the thread that computes has
+attention to compute. Knows order and errors; not what is copied.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from queue import Queue
+from typing import Any
+
+from .device import DeviceEvent
+
+MOST_WAITING = 1 << 14  # copies that were not begun; whoever asks for one more waits
+BEGIN_LIMIT_S = 120.0
+
+
+class Begun(DeviceEvent):
+    """A copy that is begun, or will be. `event` waits for that, and is what `begin` made. Raises what `begin` raised,
+    and RuntimeError if nothing came of it."""
+
+    def __init__(self, begin: Callable[[], Any]) -> None:
+        self._begin: Callable[[], Any] | None = begin
+        self._settled = threading.Event()
+        self._event: Any = None
+        self._error: BaseException | None = None
+
+    def settle(self) -> None:
+        """Begin it."""
+        assert self._begin is not None
+        try:
+            self._event = self._begin()
+        except BaseException as error:  # handed on to who waits
+            self._error = error
+        self._begin = None
+        self._settled.set()
+
+    @property
+    def event(self) -> Any:
+        if not self._settled.wait(BEGIN_LIMIT_S):
+            raise RuntimeError(f"CUDA: a copy was not begun in {BEGIN_LIMIT_S:.0f} s")
+        if self._error is not None:
+            raise self._error
+        return self._event
+
+
+class CopyThread:
+    """Begins with the first copy, and ends with the process."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._waiting: Queue[Begun] = Queue(MOST_WAITING)
+        self._lock = threading.Lock()
+        self._started = False
+
+    def begin(self, begin: Callable[[], Any]) -> Begun:
+        """Have a copy begun after those before it."""
+        copy = Begun(begin)
+        with self._lock:
+            if not self._started:
+                threading.Thread(target=self._run, name=self._name, daemon=True).start()
+                self._started = True
+        self._waiting.put(copy, timeout=BEGIN_LIMIT_S)
+        return copy
+
+    def _run(self) -> None:
+        while True:
+            self._waiting.get().settle()
