@@ -151,11 +151,11 @@ class CudaDevice:
 
     def wait(self, event: DeviceEvent) -> None:
         with self._calling():
-            event = _recorded(event)
-            event.synchronize()
+            recorded = _recorded(event)
+            recorded.synchronize()
             if (pinned := self._pinned.get(self._going)) is not None:
                 with pinned.lock:
-                    pinned.ring.land(event)
+                    pinned.ring.land(recorded)
             self._forget_ended()
 
     def _copy(

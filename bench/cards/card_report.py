@@ -23,7 +23,8 @@ def report(results: Mapping[str, Any]) -> list[str]:
     if "dense" in parts:
         lines += _dense(parts["dense"], parts.get("copies"))
     for budget in ("16", "24"):
-        lines += _mixture(budget, parts.get(f"mixture-{budget}"), parts.get(f"peer-{budget}"))
+        for which in AIMS:
+            lines += _mixture(budget, which, parts.get(f"{which}-{budget}"), parts.get(f"peer-{budget}"))
     return lines
 
 
@@ -47,24 +48,25 @@ def _dense(its: Mapping[str, Any], copies: Mapping[str, Any] | None) -> Iterator
     yield from _foreseen("dense", speed, its["predicted"].get("tokens_per_s"))
 
 
-def _mixture(budget: str, ours: Mapping[str, Any] | None, peer: Mapping[str, Any] | None) -> Iterator[str]:
+def _mixture(
+    budget: str, which: str, ours: Mapping[str, Any] | None, peer: Mapping[str, Any] | None
+) -> Iterator[str]:
     if ours is None:
         return
-    yield f"mixture in {budget} GB: {ours['plan']}; loaded in {ours['load_s']:.0f} s"
+    yield f"{which} in {budget} GB: {ours['plan']}; tried in {ours['tried_s']:.0f} s, loaded in {ours['load_s']:.0f} s"
     within = ours["peak_bytes"] <= ours["limit_bytes"]
     yield f"  peak {ours['peak_bytes'] / 1e9:.3g} GB, {'within' if within else 'BEYOND'} its budget"
     if ours["unpinned"]:
         yield f"  without page-locked memory: {ours['unpinned']}"
-    for name, aim in AIMS.items():
-        speed = ours[name]["tokens_per_s"]
-        said = f"  {name}: {speed:.4g} tokens/s"
-        if peer is not None:
-            ratio = speed / peer[name]["tokens_per_s"]
-            theirs = peer[name]["tokens_per_s"]
-            said += f", Accelerate {theirs:.4g}: {ratio:.3g} times ({_aimed(ratio, aim, f'{aim:g}')})"
-        yield said
-        which = "tokens_per_s" if name == "interactive" else "whole_tokens_per_s"
-        yield from _foreseen(f"  {name}", speed, ours["predicted"][name].get(which))
+    speed = ours["measured"]["tokens_per_s"]
+    said = f"  {speed:.4g} tokens/s"
+    if peer is not None:
+        theirs, aim = peer[which]["tokens_per_s"], AIMS[which]
+        ratio = speed / theirs
+        said += f", Accelerate {theirs:.4g}: {ratio:.3g} times ({_aimed(ratio, aim, f'{aim:g}')})"
+    yield said
+    rate = "tokens_per_s" if which == "interactive" else "whole_tokens_per_s"
+    yield from _foreseen("  it", speed, ours["predicted"].get(rate))
 
 
 def _crossover(its: Mapping[str, Any]) -> Iterator[str]:

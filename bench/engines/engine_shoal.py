@@ -85,9 +85,10 @@ class Shoal:
             "streamed_bytes": self._model.plan.streamed_bytes,
         }
 
-    def begin(self, streams: int, tokens: int, seed: int) -> dict[str, float]:
+    def begin(self, streams: int, tokens: int, seed: int, new: int = 0) -> dict[str, float]:
+        """`new`: tokens of each answer, at most, by which it is admitted; 0: as many as the context has."""
         vocab = self._model.checkpoint.spec.vocab
-        return self._begin(worker.prompts(streams, tokens, vocab, seed))
+        return self._begin(worker.prompts(streams, tokens, vocab, seed), new=new)
 
     def begin_chat(self, text: str) -> dict[str, float]:
         """Prefill a conversation that begins with these tokens, up to its first new token."""
@@ -97,12 +98,14 @@ class Shoal:
     def dictate(self, prompt: list[int], answer: list[int]) -> dict[str, float]:
         return self._begin([prompt], Dictated(answer))
 
-    def _begin(self, prompts: list[list[int]], sampler: Dictated | None = None) -> dict[str, float]:
-        context = self._model.plan.context_tokens
+    def _begin(
+        self, prompts: list[list[int]], sampler: Dictated | None = None, new: int = 0
+    ) -> dict[str, float]:
+        most = new or self._model.plan.context_tokens
         started_s = time.perf_counter()
         for index, prompt in enumerate(prompts):
             self._counts.append(0)
-            request = Generate(prompt_tokens=prompt, max_tokens=context, ignore_eos=True, sampling=GREEDY)
+            request = Generate(prompt_tokens=prompt, max_tokens=most, ignore_eos=True, sampling=GREEDY)
             model, arrived_s = self._model, self._model.clock()
             sequence = sequence_of(model, request, prompt, client="", arrived_s=arrived_s)
             sequence.sampler = sampler or sequence.sampler  # type: ignore[assignment]

@@ -19,29 +19,33 @@ RESULTS: dict[str, Any] = {
     "copies": {"bytes_per_s": {"within": 4e12, "in, page-locked": 5e10, "card": "a card"}},
     "dense": {"weights_bytes": 5e9, "interactive": {"tokens_per_s": 500.0}, "predicted": {"tokens_per_s": 480.0}},
     "crossover": {"predicted_tokens": 100, "seen_tokens": 128, "seconds": {"64": {"stay": 0.1, "come": 0.2}}},
-    "mixture-16": {
-        "plan": "a plan", "load_s": 30.0, "peak_bytes": 15e9, "limit_bytes": 16e9, "unpinned": "no memory",
-        "interactive": SPEEDS, "offline": {"tokens_per_s": 2000.0},
-        "predicted": {"interactive": {"tokens_per_s": 61.0}, "offline": {}},
+    "interactive-16": {
+        "plan": "a plan", "tried_s": 3.0, "load_s": 30.0, "peak_bytes": 15e9, "limit_bytes": 16e9,
+        "unpinned": "no memory", "measured": SPEEDS, "predicted": {"tokens_per_s": 61.0},
+    },
+    "offline-16": {
+        "plan": "a plan", "tried_s": 3.0, "load_s": 30.0, "peak_bytes": 17e9, "limit_bytes": 16e9, "unpinned": "",
+        "measured": {"tokens_per_s": 2000.0}, "predicted": {},
     },
     "peer-16": {"interactive": {"tokens_per_s": 6.0}, "offline": {"tokens_per_s": 500.0}},
-    "mixture-24": {"failed": "not done in 130 s"},
+    "offline-24": {"failed": "not done in 130 s"},
 }  # fmt: skip
 
 
 def test_what_is_said() -> None:
     said = "\n".join(report(RESULTS))
     for part in (
-        "mixture-24: failed: not done in 130 s",
+        "offline-24: failed: not done in 130 s",
         "tests on the card: passed: 60 passed",
         "in, page-locked: 50.0 GB/s",
         "dense, 4 bits: 500 tokens/s, 2500 GB/s of weights, 62% of the card's memory (aim 60%: met)",
         "dense: predicted 480 tokens/s, measured +4% (aim 6%: met)",
         "peak 15 GB, within its budget",
         "without page-locked memory: no memory",
-        "interactive: 60 tokens/s, Accelerate 6: 10 times (aim 5: met)",
-        "interactive: predicted 61 tokens/s, measured -2% (aim 6%: met)",
-        "offline: 2000 tokens/s, Accelerate 500: 4 times (aim 10: MISSED)",
+        "60 tokens/s, Accelerate 6: 10 times (aim 5: met)",
+        "it: predicted 61 tokens/s, measured -2% (aim 6%: met)",
+        "2000 tokens/s, Accelerate 500: 4 times (aim 10: MISSED)",
+        "peak 17 GB, BEYOND its budget",
         "experts come: predicted from 100 tokens on, seen from 128 on",
         "64 tokens: 100.0 ms where they stay, 200.0 ms where they come",
     ):
