@@ -67,9 +67,9 @@ def ways_through_device(
     model: Weighed, contexts: Sequence[Wanted], room: DeviceRoom, memory_bytes: int
 ) -> Iterator[Way]:
     """All layers are computed there, and their weights pass through it in every step."""
-    sizes = _sizes(model)
-    rest = model.vectors_bytes - sizes.vectors
-    made = plan_passing(contexts, sizes, room, memory_bytes=memory_bytes, vectors_bytes=rest)
+    made = plan_passing(
+        contexts, _sizes(model), room, memory_bytes=memory_bytes, vectors_bytes=model.vectors_bytes
+    )
     if not isinstance(made, NoRoomThere):
         yield Way(f"through {room.name}", 6, made)
 

@@ -23,6 +23,7 @@ from shoal.daemon.throughput.own_machine import OwnMachine
 from shoal.devices import opening, sim_device
 from shoal.devices.sim_device import SimDevice
 from shoal.partition.throughput import staging_worth
+from shoal.partition.throughput.placing import device_ways
 from shoal.partition.throughput.profile import ANY, Device, RowsLaw
 
 MANY = replace(CONFIG, slowdown=math.inf, chunk_tokens=256, max_sequences=16, kv_tokens=4096)
@@ -37,6 +38,11 @@ def _a_device_that_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     monkeypatch.setattr(staging_worth, "FAST", SLOW)
     yield
     opening._opened.clear()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_gguf(tiny.hf_model("qwen3_moe"), tmp_path_factory.mktemp("m") / "small.gguf", type="Q8_0")
 
 
 @pytest.fixture(scope="module")
@@ -64,17 +70,18 @@ def sim() -> SimDevice:
 
 @pytest.mark.parametrize(("quant", "lost"), [("", False), ("", True), (":q4", False)])
 def test_answers_are_those_of_the_cpu(
-    mixture: Path, tmp_path: Path, quant: str, lost: bool, monkeypatch: pytest.MonkeyPatch
+    small: Path, tmp_path: Path, quant: str, lost: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(device_ways, "AS_QUICK", 0.0)  # of two placements the later one
     packs = Packs(Home(tmp_path / "home"))
-    with loaded(f"{mixture}{quant}", packs) as node:
+    with loaded(f"{small}{quant}", packs) as node:
         expected = [text_of(node, prompt(i, tokens=40, new=8))[:2] for i in range(2)]
-    with loaded(f"{mixture}{quant}", packs, device=NAME) as there:
+    with loaded(f"{small}{quant}", packs, device=NAME) as there:
         assert "pass through it in every step while the cpu attends" in status(there).plan
         device, stage_in, copies = sim(), sim().stage_in, count()
 
         def coming(*args: Any) -> Any:
-            if lost and next(copies) == 900:
+            if lost and next(copies) == 200:
                 device.lose("the driver was restarted")
             return stage_in(*args)
 

@@ -156,6 +156,18 @@ def test_steps_that_want_no_rows(mixture: Running) -> None:
     assert np.array_equal(*found)
 
 
+def test_both_groups_have_as_much_of_everything() -> None:
+    pages = [*range(8)]
+    answers = [([number], 100 + number, pages, 1) for number in range(64)]
+    prompts = [([100] * 300, 0, pages, 0), ([101] * 20, 0, pages, 1), ([102] * 180, 5, pages, 2)]
+    step = Step.build([*answers, *prompts], 282, alike=True)
+    assert [part.segments.tokens for part in step.parts] == [282, 282]
+    for part in step.parts:
+        rows = part.segments.table[:, 1].tolist()
+        assert rows.count(1) == 32
+    assert step.tokens[step.rows].tolist() == [*range(64), 101, 102, 102]
+
+
 def test_one_expert_gets_everything(mixture: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     def skewed(scores: Floats, count: int, normalize: bool) -> routing.Routing:
         rows = len(scores), 1
