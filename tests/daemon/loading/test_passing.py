@@ -42,7 +42,9 @@ def _a_device_that_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save_gguf(tiny.hf_model("qwen3_moe"), tmp_path_factory.mktemp("m") / "small.gguf", type="Q8_0")
+    return tiny.save_gguf(
+        tiny.hf_model("qwen3_moe"), tmp_path_factory.mktemp("m") / "small.gguf", type="Q8_0"
+    )
 
 
 @pytest.fixture(scope="module")
