@@ -31,7 +31,7 @@ Device = Callable[[BlockId], str]
 def on(running: Running, device: Device, home: OpaqueHome, part_tokens: int = 1 << 30) -> Executor:
     """The same model and KV, its blocks on other devices."""
     old = running.executor
-    blocks = tuple(replace(item, device=device(item.block)) for item in old.plan.blocks)
+    blocks = tuple(replace(item, device=device(item.block), tier="gpu") for item in old.plan.blocks)
     plan = replace(old.plan, blocks=blocks, part_tokens=part_tokens)
     homes = {"cpu": cpu(), "opaque": home}
     return Executor(old.model, plan, old.store, old.kv, Alone(), homes.__getitem__)
@@ -118,6 +118,7 @@ def test_nobody_else_looks_into_hidden_states() -> None:
 
 def test_a_device_without_a_home_is_refused(running: Running) -> None:
     old = running.executor
-    plan = replace(old.plan, blocks=tuple(replace(item, device="cuda:7") for item in old.plan.blocks))
+    blocks = tuple(replace(item, device="cuda:7", tier="gpu") for item in old.plan.blocks)
+    plan = replace(old.plan, blocks=blocks)
     with pytest.raises(KernelError, match=r"^nothing computes on device 'cuda:7': use one of cpu$"):
         Executor(old.model, plan, old.store, old.kv, Alone())
