@@ -42,6 +42,7 @@ from shoal.daemon.installed import package_version
 from shoal.daemon.memory import resident_bytes
 from shoal.daemon.private_files import private_dir
 from shoal.offload.budget import Budget
+from shoal.partition.throughput.profile import Device
 
 from .control_messages import Attach
 from .links.link_test import longest_waits, measure_links
@@ -61,8 +62,9 @@ ACCEPT_S = 0.5  # and then it is seen whether others than before are awaited
 
 
 class Membership:
-    """`directory` holds key, certificate and peers. `speed` measures this machine. `computing` names the models that
-    compute now (for people). `network`: where a head says that it is there; None = nowhere. `own`: its addresses."""
+    """`directory` holds key, certificate and peers. `speed` measures this machine, and `device` says what is known of
+    it. `computing` names the models that compute now (for people). `network`: where a head says that it is there;
+    None = nowhere. `own`: its addresses."""
 
     def __init__(
         self,
@@ -75,6 +77,7 @@ class Membership:
         computing: Callable[[], Sequence[str]] = lambda: (),
         network: LocalNetwork | None = None,
         own: Callable[[], Sequence[OwnAddress]] = own_addresses,
+        device: Callable[[], Device | None] = lambda: None,
     ) -> None:
         self._directory = directory
         self._config = config
@@ -85,6 +88,7 @@ class Membership:
         self._computing = computing
         self._network = network
         self._own = own
+        self._device = device
         self._announcer: Announcer | None = None
         self._lock = threading.RLock()
         self._codes = Codes()
@@ -256,7 +260,7 @@ class Membership:
         return next((peer for peer in self._peers.listed() if peer.role == "head"), None)
 
     def _attach(self) -> Attach:
-        speed = self._speed()
+        speed, device = self._speed(), self._device()
         return Attach(
             name=self._identity().name,
             version=package_version(),
@@ -267,6 +271,7 @@ class Membership:
             flops=speed.flops,
             disk_bytes_per_s=speed.disk_bytes_per_s,
             measured=speed.measured,
+            device=device if device is not None and device.measured else None,
         )
 
     def follow_files(self) -> None:

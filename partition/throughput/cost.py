@@ -13,19 +13,24 @@ from typing import NamedTuple
 from ..plan import Plan
 from ..spec import BlockId
 from ..streamed_plan import experts_together
-from .laws import DISTINCT_SHARE, NOTHING, Share, attention, distinct_experts, products, read_bytes_per_s
+from .laws import (
+    DISTINCT_SHARE,
+    NOTHING,
+    Share,
+    attention,
+    distinct_experts,
+    products,
+    together,
+    windowed_bytes_per_s,
+)
 from .prediction import Binding, Job, Prediction, uncertainty
 from .profile import Device
-from .schedule import Experts, Lap, Use, expert_waits, lap
+from .schedule import Experts, Lap, Use, expert_waits, guessed_right, lap
 from .weights_of import LayerKind, Product, Weighed
 
 PROCESS_BYTES = 80 << 20  # the interpreter with its libraries, before there is a model
-_READ_BYTES = 4 << 20  # of the window's reads
-# Times what reading alone takes, by steps that did nothing else (1.04 to 1.17: docs/LOG.md).
-_THROUGH_WINDOW = 1.1
 _SAMPLES = 4  # chunks of a long prompt that are worked out; the others lie between
 _ROUNDS = 2  # how contention is found, which depends on what it changes
-GUESSED_RIGHT = 0.85  # of guesses which experts the next layer will choose (0.85 to 0.9: docs/LOG.md)
 
 
 class Rows(NamedTuple):
@@ -62,7 +67,7 @@ def cost(model: Weighed, plan: Plan, device: Device, job: Job) -> Prediction:
     prompt = list(_prompt(model, plan, device, job))
     ttft_s = sum(count * step.seconds for count, step in prompt)
     shown = decode if job.new_tokens > 1 else prompt[-1][1]
-    off = 1 + uncertainty(shown.parts, device.measured)
+    off = 1 + uncertainty(shown.parts, device.measured, device.repeats.by_part)
     tokens = job.batch * job.step_tokens
     load_s, pack_s = _start_s(model, plan, device)
     return Prediction(
@@ -181,7 +186,9 @@ def _step(
             heads = products(device, model.products[item.block], wanted)
             computing += heads
             uses.append(Use(heads.seconds, tier[item.block]))
-    between_s = overheads.step_s + overheads.logit_s * wanted * model.spec.vocab
+    more = sum(segment.alike for segment in segments) - 1
+    own_s = overheads.step_s + more * (overheads.stream_s + (last + 1) * overheads.stream_layer_s)
+    between_s = own_s + overheads.logit_s * wanted * model.spec.vocab
     found = _contended(device, plan, uses, mixtures, between_s)
     seconds = max(found.step_s, found.disk_s)
     parts: dict[Binding, float] = {
@@ -211,26 +218,14 @@ def _contended(
         for place, use in enumerate(uses):
             waited_s = 0.0
             if (its := mixtures.get(place)) is not None:
-                speed = _through_window(device, its.nbytes) / read
+                speed = windowed_bytes_per_s(device, its.nbytes) / read
                 waited_s, disk_s = expert_waits(its.slower(computed), speed)
                 experts_disk_s += disk_s
             contended.append(use._replace(compute_s=use.compute_s * computed + waited_s))
-        passing = lap(contended, plan.window_bytes, _through_window(device, _READ_BYTES) / read, between_s)
+        passing = lap(contended, plan.window_bytes, windowed_bytes_per_s(device) / read, between_s)
         found = passing._replace(disk_s=passing.disk_s + experts_disk_s)
-        reading, working = (
-            min(1.0, found.disk_s / found.step_s),
-            min(1.0, compute_s * computed / found.step_s),
-        )
-        keeps = device.contention
-        slower = 1 / (1 - (1 - keeps.compute_keeps) * reading), 1 / (1 - (1 - keeps.disk_keeps) * working)
+        slower = together(device, compute_s * computed / found.step_s, found.disk_s / found.step_s)
     return found
-
-
-def _through_window(device: Device, nbytes: float) -> float:
-    """Bytes per second of a disk whose reads are handed over. No plan streams from no disk; whoever asks anyhow gets
-    what a very slow one would do."""
-    speed = read_bytes_per_s(device, min(nbytes, _READ_BYTES))
-    return speed / _THROUGH_WINDOW if speed > 0 else 1.0
 
 
 class _Pieces:
@@ -285,7 +280,6 @@ class _Pieces:
             return None
         moe, used = self._model.spec.moe, self._used(rows)
         assert moe is not None
-        right = GUESSED_RIGHT + (1 - GUESSED_RIGHT) * used / moe.experts  # any may be chosen
         return Experts(
             used,
             used * self._missing,
@@ -293,7 +287,7 @@ class _Pieces:
             experts_together(self._plan.expert_slots),
             mixed.seconds,
             attending.seconds,
-            right if self._guesses else 0.0,
+            guessed_right(used, moe.experts) if self._guesses else 0.0,
         )
 
     def _used(self, rows: int) -> float:
