@@ -1,12 +1,18 @@
-"""Measures what steps cost whatever the size of a model: the engine's round, the calls of a layer, routing, logits.
+"""Measures what steps cost whatever the size of a model: the engine's round, the calls of a layer, routing, streams,
+logits.
 
-Runs the real engine with models that have next to nothing to multiply.
+Runs the real engine with models that have next to nothing to multiply. Between their blocks as much memory is read as
+weights have that pass the caches in a real step: an interpreter whose caches are never swept is twice as fast.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
+from itertools import cycle
+from statistics import median
 
 import numpy as np
 
@@ -31,38 +37,80 @@ from shoal.partition.throughput.profile import Overheads
 
 from .kernel_laws import usual_s
 
-FEW, MANY = 2, 22  # layers
-ANSWER_TOKENS = 96  # of an answer
+FEW, MANY = 2, 14  # layers
+STREAMS = 8
+ANSWER_TOKENS = 32  # of each stream that are measured
 VOCAB = 1 << 17
+LOGIT_ROWS = 16
+SWEPT_BYTES = 2 << 20  # before each block
+SWEPT_MEMORY_BYTES = 64 << 20
 _SIZE = 32
 _CHUNK = 64
 
 
-def overheads() -> Overheads:
-    """Measured with models of few and of many layers, dense and with experts."""
-    few, many, mixed = _step_s(FEW), _step_s(MANY), _step_s(MANY, MoeSpec(8, 2, _SIZE, True))
+def overheads(done: Callable[[str], None]) -> Overheads:
+    """Measured with models of few and of many layers, dense and with experts, with one stream and with several, step by
+    step in turn, as a machine changes its speed meanwhile. `done` is called before each round."""
+    memory = np.ones(SWEPT_MEMORY_BYTES // 4, np.float32)
+    mixture = MoeSpec(8, 2, _SIZE, True)
+    each = (
+        _Steps(memory, FEW),
+        _Steps(memory, MANY),
+        _Steps(memory, MANY, moe=mixture),
+        _Steps(memory, FEW, STREAMS),
+        _Steps(memory, MANY, STREAMS),
+    )
+    for _ in range(ANSWER_TOKENS):
+        done("fixed costs")
+        for steps in each:
+            steps.step()
+    few, many, mixed, few_streams, many_streams = (median(steps.took) for steps in each)
     layer_s = max(1e-7, (many - few) / (MANY - FEW))
+    stream_few, stream_many = (many_of - one for many_of, one in ((few_streams, few), (many_streams, many)))
+    stream_layer_s = max(0.0, (stream_many - stream_few) / (MANY - FEW) / (STREAMS - 1))
     return Overheads(
         step_s=max(1e-6, few - FEW * layer_s),
         layer_s=layer_s,
         mixture_s=max(0.0, (mixed - many) / MANY),
         logit_s=_sampling_s() / VOCAB,
+        stream_s=max(0.0, stream_few / (STREAMS - 1) - FEW * stream_layer_s),
+        stream_layer_s=stream_layer_s,
     )
 
 
-def _step_s(layers: int, moe: MoeSpec | None = None) -> float:
-    """Of a decode, the lesser half of them."""
-    engine = _engine(_spec(layers, moe))
-    sampler = Sampler(SamplingParams(temperature=0.0), [1])
-    engine.submit(Sequence([1] * 8, 8 + ANSWER_TOKENS, sampler))
-    took: list[float] = []
-    while True:
+class _Steps:
+    """Decodes so many streams. `took`: seconds of each step, without the sweeping."""
+
+    def __init__(self, memory: Floats, layers: int, streams: int = 1, moe: MoeSpec | None = None) -> None:
+        spec = _spec(layers, moe)
+        self.took: list[float] = []
+        self._store = _Swept({block: Resident(_weights(spec, block)) for block in spec.blocks()}, memory)
+        self._engine = _engine(spec, self._store, streams)
+        for _ in range(streams):
+            sampler = Sampler(SamplingParams(temperature=0.0), [1])
+            self._engine.submit(Sequence([1] * 4, 4 + 2 * ANSWER_TOKENS, sampler))
+        self._engine.step()  # the prompts
+
+    def step(self) -> None:
+        began_s, swept_s = time.perf_counter(), self._store.swept_s
+        self._engine.step()
+        self._engine.events()
+        self.took.append(time.perf_counter() - began_s - (self._store.swept_s - swept_s))
+
+
+class _Swept(ResidentStore):
+    """Sweeps the caches before it lends a block. `swept_s`: how long that took, all in all."""
+
+    def __init__(self, blocks: Mapping[BlockId, Resident], memory: Floats) -> None:
+        super().__init__(blocks)
+        self.swept_s = 0.0
+        self._pieces = cycle(np.array_split(memory, max(1, memory.nbytes // SWEPT_BYTES)))
+
+    def acquire(self, block: BlockId) -> AbstractContextManager[Weights]:
         began_s = time.perf_counter()
-        if not engine.step():
-            break
-        engine.events()
-        took.append(time.perf_counter() - began_s)
-    return sorted(took)[len(took) // 4]
+        next(self._pieces).max()
+        self.swept_s += time.perf_counter() - began_s
+        return super().acquire(block)
 
 
 def _spec(layers: int, moe: MoeSpec | None) -> ModelSpec:
@@ -81,17 +129,16 @@ def _spec(layers: int, moe: MoeSpec | None) -> ModelSpec:
     )
 
 
-def _engine(spec: ModelSpec) -> Engine:
-    wanted = Wanted(spec, 256, 256, "f16", _CHUNK, 1, 0, 1)
+def _engine(spec: ModelSpec, store: ResidentStore, streams: int) -> Engine:
+    wanted = Wanted(spec, 256, 256 * streams, "f16", _CHUNK, streams, 0, 1)
     plan = plan_in_ram(wanted, dict.fromkeys(spec.blocks(), _SIZE), memory_bytes=1 << 30)
     assert isinstance(plan, Plan)
     kv = KvPool(spec, plan.kv)
-    store = ResidentStore({block: Resident(_weights(spec, block)) for block in spec.blocks()})
     executor = Executor(Transformer(spec), plan, store, kv, Alone())
     scheduler = Scheduler(
         PrefixCache(kv.table, kv.page_tokens),
-        sequences=1,
-        queue=4,
+        sequences=streams,
+        queue=streams,
         chunk_tokens=_CHUNK,
         guesses=0,
         ropes=spec.ropes,
@@ -113,8 +160,7 @@ def _weights(spec: ModelSpec, block: BlockId) -> Weights:
 
 
 def _sampling_s() -> float:
-    """Of one greedy choice among many logits."""
-    logits = np.random.default_rng(7).standard_normal(VOCAB, np.float32)
+    """Of one greedy choice among many logits, of those of several streams."""
+    rows = np.random.default_rng(7).standard_normal((LOGIT_ROWS, VOCAB), np.float32)
     sampler = Sampler(SamplingParams(temperature=0.0), [1])
-
-    return usual_s(iter(lambda: partial(sampler.sample, logits), None))
+    return usual_s(cycle([partial(sampler.sample, row) for row in rows]))
