@@ -199,7 +199,7 @@ class Cost:
             () if layered else means,
             max(self.prompts),
             lambda rows, context: self._compute_s([part], rows, context, last),
-            self._laws_of(machines[0]).fixed,
+            self._laws_of(machines[0]).fixed(0.0),
         )
         return self._divided(max(self.prompts), steps)
 
@@ -211,7 +211,7 @@ class Cost:
         if any(network.hop_s(*pair, 0) is None for pair in ring):
             return None
 
-        fixed = self._laws_of(parts[0].machine).fixed
+        fixed = self._laws_of(parts[0].machine).fixed(1.0)
 
         def stages(rows: int, context: float) -> tuple[list[float], float]:
             """(seconds of each rank's part and of sending what it gives; of the slowest disk)"""
@@ -241,7 +241,7 @@ class Cost:
             means,
             self._chunk(parts),
             lambda rows, context: self._compute_s(parts, rows, context),
-            self._laws_of(parts[0].machine).fixed,
+            self._laws_of(parts[0].machine).fixed(parts[0].portion.heads),
             max((it.portion.vocab for it in parts[1:]), default=0.0),
         )
 

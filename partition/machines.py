@@ -78,8 +78,9 @@ class RankShares(Protocol):
 class PartLaws(Protocol):
     """How fast a machine is with parts of one model, where more is known of it than two speeds."""
 
-    @property
-    def fixed(self) -> FixedCosts: ...
+    def fixed(self, share: float) -> FixedCosts:
+        """Of a rank that has such a share of every layer."""
+        ...
 
     def times(self, portion: RankShares, rows: int, context: float, crowd: float) -> BlockTimes:
         """Of `rows` tokens that attend to `context` others each. `crowd`: times its share of the experts that are

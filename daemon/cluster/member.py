@@ -253,7 +253,7 @@ class Member:
 def _believed(attach: Attach) -> Device | None:
     """What a worker says its kernels take; None if it says nothing, or what cannot be true."""
     device = attach.device
-    if device is None or not device.products:
+    if device is None or not (device.measured and device.products):
         return None
     try:
         return check_profile(Profile((device,))).head

@@ -261,8 +261,7 @@ class Membership:
         self._follow_members()
 
     def _reachable(self) -> list[str]:
-        listening = self._listening
-        return reachable(listening.addresses) if listening is not None else []
+        return reachable(listening.addresses) if (listening := self._listening) is not None else []
 
     def _listens(self) -> list[str]:
         try:
@@ -276,7 +275,7 @@ class Membership:
         return next((peer for peer in self._peers.listed() if peer.role == "head"), None)
 
     def _attach(self) -> Attach:
-        speed, device = self._speed(), self._device()
+        speed = self._speed()
         return Attach(
             name=self._identity().name,
             version=package_version(),
@@ -287,7 +286,7 @@ class Membership:
             flops=speed.flops,
             disk_bytes_per_s=speed.disk_bytes_per_s,
             measured=speed.measured,
-            device=device if device is not None and device.measured else None,
+            device=self._device(),
         )
 
     def follow_files(self) -> None:

@@ -2,7 +2,8 @@
 logits.
 
 Runs the real engine with models that have next to nothing to multiply. Between their blocks as much memory is read as
-weights have that pass the caches in a real step: an interpreter whose caches are never swept is twice as fast.
+weights have that pass the caches in a real step: an interpreter whose caches are never swept is two or three times as
+fast.
 """
 
 from __future__ import annotations
@@ -33,27 +34,30 @@ from shoal.offload.kv.pool import KvPool
 from shoal.offload.kv.prefix_cache import PrefixCache
 from shoal.partition.plan import Plan, Wanted, plan_in_ram
 from shoal.partition.spec import BlockId, LayerSpec, ModelSpec, MoeSpec, RopeSpec
-from shoal.partition.throughput.profile import Overheads
+from shoal.partition.throughput.profile import SWEPT_LAYER_BYTES, Overheads
 
 from .kernel_laws import usual_s
 
 FEW, MANY = 2, 14  # layers
-STREAMS = 8
-ANSWER_TOKENS = 32  # of each stream that are measured
+STREAMS = 16
+ANSWER_TOKENS = 24  # of each stream that are measured
 VOCAB = 1 << 17
 LOGIT_ROWS = 16
-SWEPT_BYTES = 2 << 20  # before each block
+SWEPT_BYTES = SWEPT_LAYER_BYTES // 2  # before each block
 SWEPT_MEMORY_BYTES = 64 << 20
 _SIZE = 32
 _CHUNK = 64
 
 
 def overheads(done: Callable[[str], None]) -> Overheads:
-    """Measured with models of few and of many layers, dense and with experts, with one stream and with several, step by
-    step in turn, as a machine changes its speed meanwhile. `done` is called before each round."""
+    """Measured with models of few and of many layers, dense and with experts, with one stream and with several, with
+    swept caches and without, step by step in turn, as a machine changes its speed meanwhile. `done` is called before
+    each round."""
     memory = np.ones(SWEPT_MEMORY_BYTES // 4, np.float32)
     mixture = MoeSpec(8, 2, _SIZE, True)
     each = (
+        _Steps(None, FEW),
+        _Steps(None, MANY),
         _Steps(memory, FEW),
         _Steps(memory, MANY),
         _Steps(memory, MANY, moe=mixture),
@@ -64,24 +68,29 @@ def overheads(done: Callable[[str], None]) -> Overheads:
         done("fixed costs")
         for steps in each:
             steps.step()
-    few, many, mixed, few_streams, many_streams = (median(steps.took) for steps in each)
-    layer_s = max(1e-7, (many - few) / (MANY - FEW))
+    few_warm, many_warm, few, many, mixed, few_streams, many_streams = (median(it.took) for it in each)
+    warm_s, layer_s = (
+        max(1e-7, (most - least) / (MANY - FEW)) for least, most in ((few_warm, many_warm), (few, many))
+    )
     stream_few, stream_many = (many_of - one for many_of, one in ((few_streams, few), (many_streams, many)))
     stream_layer_s = max(0.0, (stream_many - stream_few) / (MANY - FEW) / (STREAMS - 1))
     return Overheads(
         step_s=max(1e-6, few - FEW * layer_s),
-        layer_s=layer_s,
+        layer_s=min(warm_s, layer_s),
         mixture_s=max(0.0, (mixed - many) / MANY),
         logit_s=_sampling_s() / VOCAB,
         stream_s=max(0.0, stream_few / (STREAMS - 1) - FEW * stream_layer_s),
         stream_layer_s=stream_layer_s,
+        swept_layer_s=max(0.0, layer_s - warm_s),
     )
 
 
 class _Steps:
-    """Decodes so many streams. `took`: seconds of each step, without the sweeping."""
+    """Decodes so many streams. `memory`: what sweeps the caches. `took`: seconds of each step, without the sweeping."""
 
-    def __init__(self, memory: Floats, layers: int, streams: int = 1, moe: MoeSpec | None = None) -> None:
+    def __init__(
+        self, memory: Floats | None, layers: int, streams: int = 1, moe: MoeSpec | None = None
+    ) -> None:
         spec = _spec(layers, moe)
         self.took: list[float] = []
         self._store = _Swept({block: Resident(_weights(spec, block)) for block in spec.blocks()}, memory)
@@ -101,10 +110,11 @@ class _Steps:
 class _Swept(ResidentStore):
     """Sweeps the caches before it lends a block. `swept_s`: how long that took, all in all."""
 
-    def __init__(self, blocks: Mapping[BlockId, Resident], memory: Floats) -> None:
+    def __init__(self, blocks: Mapping[BlockId, Resident], memory: Floats | None) -> None:
         super().__init__(blocks)
         self.swept_s = 0.0
-        self._pieces = cycle(np.array_split(memory, max(1, memory.nbytes // SWEPT_BYTES)))
+        pieces = [] if memory is None else np.array_split(memory, max(1, memory.nbytes // SWEPT_BYTES))
+        self._pieces = cycle(pieces or [np.zeros(1, np.float32)])
 
     def acquire(self, block: BlockId) -> AbstractContextManager[Weights]:
         began_s = time.perf_counter()
@@ -120,8 +130,8 @@ def _spec(layers: int, moe: MoeSpec | None) -> ModelSpec:
         hidden=_SIZE,
         vocab=_SIZE,
         context=1024,
-        heads=1,
-        kv_heads=1,
+        heads=8,
+        kv_heads=4,
         head_dim=_SIZE,
         ffn=0 if moe else _SIZE,
         ropes=(RopeSpec(_SIZE, 10000.0),),

@@ -170,25 +170,27 @@ def _step(
     for layer in range(last + 1):
         kind = model.kind_of(layer)
         attending = pieces.attention(kind)
-        uses.append(Use(attending.seconds + overheads.layer_s / 2, tier[BlockId("attn", layer)]))
+        own_s = overheads.layer_with_s(pieces.passing_bytes(kind, rows)) / 2
+        uses.append(Use(attending.seconds + own_s, tier[BlockId("attn", layer)]))
+        calls_s += own_s
         fed = rows if layer < last else wanted  # of the last layer, only what logits are wanted of is needed
         feeding = pieces.feeding(kind, fed)
         mixed = pieces.experts(kind, fed)
         if (experts := pieces.on_disk(kind, fed, mixed, attending)) is not None:
             mixtures[len(uses)] = experts
-        own_s = overheads.layer_s / 2 + (overheads.mixture_s if kind.expert else 0.0)
+        own_s += overheads.mixture_s if kind.expert else 0.0
         block = model.spec.ffn_blocks(layer)[0]
         uses.append(Use(feeding.seconds + mixed.seconds + own_s, tier[block]))
         computing += attending + feeding + mixed
-        calls_s += overheads.layer_s / 2 + own_s
+        calls_s += own_s
     for item in plan.blocks:
         if item.block.kind == "head" and wanted:
             heads = products(device, model.products[item.block], wanted)
             computing += heads
             uses.append(Use(heads.seconds, tier[item.block]))
     more = sum(segment.alike for segment in segments) - 1
-    own_s = overheads.step_s + more * (overheads.stream_s + (last + 1) * overheads.stream_layer_s)
-    between_s = own_s + overheads.logit_s * wanted * model.spec.vocab
+    streams_s = more * (overheads.stream_s + (last + 1) * overheads.stream_layer_s)
+    between_s = overheads.step_s + streams_s + overheads.logit_s * wanted * model.spec.vocab
     found = _contended(device, plan, uses, mixtures, between_s)
     seconds = max(found.step_s, found.disk_s)
     parts: dict[Binding, float] = {
@@ -238,6 +240,7 @@ class _Pieces:
         self._segments = segments
         self._rows = sum(segment.alike * segment.rows for segment in segments)
         self._known: dict[object, Share] = {}
+        self._sizes: dict[object, float] = {}
         moe = model.spec.moe
         held = [it for it in plan.blocks if it.block.kind == "expert" and it.tier == "disk"] if moe else []
         self._missing = max(0.0, 1 - plan.expert_slots / len(held)) if held else 0.0
@@ -273,6 +276,15 @@ class _Pieces:
             each = products(self._device, kind.expert, max(1.0, rows * moe.active / used))
             self._known[key] = each.times(used)
         return self._known[key]
+
+    def passing_bytes(self, kind: LayerKind, rows: int) -> float:
+        """Of the weights that a layer uses."""
+        key = "bytes", kind, rows
+        if key not in self._sizes:
+            used = self._used(rows) if kind.expert else 0.0
+            experts = used * sum(it.nbytes for it in kind.expert)
+            self._sizes[key] = experts + sum(it.nbytes for it in (*kind.attention, *kind.dense))
+        return self._sizes[key]
 
     def on_disk(self, kind: LayerKind, rows: int, mixed: Share, attending: Share) -> Experts | None:
         """The experts that a layer uses, if every one is as likely to be chosen; None if all are in memory."""

@@ -109,7 +109,9 @@ class Groups:
         ttft_s = figures.first_token_s[0] * self.job.batch
         alone_s = token_s - min(figures.network_s, token_s)
         disk_s = figures.disk_s
-        own, layers = self.profile.head.overheads, self.model.spec.layers
+        laws, layers = self._machines[0].laws, self.model.spec.layers
+        assert laws is not None
+        own = laws.fixed(choice.ranks[0].share)
         fixed_s = own.step_s + len(layers) * own.layer_s + own.mixture_s * sum(layer.moe for layer in layers)
         overhead_s = min(alone_s, fixed_s)
         computing_s = max(0.0, alone_s - overhead_s - disk_s) if disk_s < alone_s else 0.0

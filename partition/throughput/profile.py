@@ -25,6 +25,7 @@ from .prediction import Binding
 
 ANY = "*"  # in a link: every device that no other link names; in a table: every type that has none
 CORRECTED = (0.5, 2.0)  # the least and the most of a correction
+SWEPT_LAYER_BYTES = 16 << 20
 _FOLLOW = 0.2  # how much of what was measured goes into it each time
 
 
@@ -69,6 +70,12 @@ class Overheads:
     logit_s: float = LOGIT_S
     stream_s: float = 0.0  # of each further stream in a step, and …
     stream_layer_s: float = 0.0  # … in each layer of it
+    swept_layer_s: float = 0.0  # of a layer besides, if SWEPT_LAYER_BYTES of weights pass the caches in it
+
+    def layer_with_s(self, nbytes: float) -> float:
+        """Of a layer in which so many bytes of weights pass. What an interpreter finds in the caches afterwards shrinks
+        about with their square root (2 to 32 MiB were measured), until it finds nothing."""
+        return self.layer_s + self.swept_layer_s * min(2.0, math.sqrt(nbytes / SWEPT_LAYER_BYTES))
 
 
 @dataclass(frozen=True)

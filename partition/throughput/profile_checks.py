@@ -32,6 +32,7 @@ _LIMITS: Mapping[str, tuple[float, float]] = {
     "logit_s": (0, 1e-3),
     "stream_s": (0, 1),
     "stream_layer_s": (0, 1),
+    "swept_layer_s": (0, 1),
     "compute_keeps": (0.01, 1),
     "disk_keeps": (0.01, 1),
     **dict.fromkeys(("memory_apart", "compute_apart", "disk_apart"), (0, 1)),

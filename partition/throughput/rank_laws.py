@@ -7,6 +7,7 @@ it, which are far fewer than the step has. Pure.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 from ..machines import BlockTimes, DiskTimes, FixedCosts, RankHolds, RankShares
 from ..streamed_plan import experts_together
@@ -25,10 +26,19 @@ class RankLaws:
         self._device, self._model, self._kv_type, self._distinct = device, model, kv_type, distinct
         self._known: dict[tuple[object, ...], float] = {}
 
-    @property
-    def fixed(self) -> FixedCosts:
+    def fixed(self, share: float) -> FixedCosts:
+        """See `PartLaws`."""
         own = self._device.overheads
-        return FixedCosts(own.step_s, own.layer_s, own.mixture_s)
+        return FixedCosts(own.step_s, own.layer_with_s(share * self._layer_bytes), own.mixture_s)
+
+    @cached_property
+    def _layer_bytes(self) -> float:
+        """Of the weights that a layer uses for one token, on average."""
+        spec = self._model.spec
+        active = spec.moe.active / spec.moe.experts if spec.moe else 0.0
+        layers = (item for item in self._model.block_bytes.items() if item[0].layer >= 0)
+        used = (nbytes * (active if block.kind == "expert" else 1.0) for block, nbytes in layers)
+        return sum(used) / len(spec.layers)
 
     def times(self, portion: RankShares, rows: int, context: float, crowd: float) -> BlockTimes:
         """See `PartLaws`."""

@@ -405,7 +405,7 @@ def test_a_vocabulary_that_the_head_has_no_room_for_is_cut() -> None:
 
 def test_what_would_stream_with_a_whole_vocabulary_and_not_with_a_cut_one_does_not() -> None:
     """Embedding and head are 0.9 GB each."""
-    machines = [machine("head", 1.9, disk=1), machine("other", 3, disk=1), machine("third", 3, disk=1)]
+    machines = [machine("head", 1.2, disk=1), machine("other", 4, disk=1), machine("third", 4, disk=1)]
     links = all_linked(3, CABLE)
     found = chosen(model(vocab=400_000), machines, links, ranks=3)
     whole = chosen(model(vocab=400_000), machines, links, ranks=3, may_cut_vocabulary=False)
