@@ -54,7 +54,7 @@ def overheads(done: Callable[[str], None]) -> Overheads:
     swept caches and without, step by step in turn, as a machine changes its speed meanwhile. `done` is called before
     each round."""
     memory = np.ones(SWEPT_MEMORY_BYTES // 4, np.float32)
-    mixture = MoeSpec(8, 2, _SIZE, True)
+    mixture = MoeSpec(32, 8, _SIZE, True)
     each = (
         _Steps(None, FEW),
         _Steps(None, MANY),
