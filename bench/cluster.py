@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from statistics import median
@@ -54,8 +54,8 @@ class Machine:
             self.pid = int(found[1])
         return done.stdout
 
-    def serve(self) -> None:
-        self.shoal("serve", "--detach", "--threads", self._threads)
+    def serve(self, more: Sequence[str]) -> None:
+        self.shoal("serve", "--detach", "--threads", self._threads, *more)
 
     def join(self, head: Machine, port: int) -> None:
         made = json.loads(head.shoal("cluster", "init", "--listen", f"127.0.0.1:{port}", "--json"))
@@ -68,11 +68,13 @@ class Machine:
 
 
 @contextmanager
-def group(model: Path, ranks: int, threads: int, port: int, pins: list[str]) -> Iterator[Client]:
-    """A client of a head that computes `model` with so many ranks."""
+def group(
+    model: Path, ranks: int, threads: int, port: int, pins: list[str], serving: Sequence[str] = ()
+) -> Iterator[Client]:
+    """A client of a head that computes `model` with so many ranks. `serving`: more options of `shoal serve`."""
     with tempfile.TemporaryDirectory(prefix="shoal-cluster-") as root, ExitStack() as stack:
         head, *workers = (Machine(Path(root) / str(rank), threads, pins[rank]) for rank in range(ranks))
-        head.serve()
+        head.serve(serving)
         stack.callback(head.close)
         for worker in workers:
             worker.join(head, port)

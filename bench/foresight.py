@@ -90,7 +90,7 @@ def cells(models: Path, threads: int) -> Iterator[Cell]:
 
 def floors(threads: int, file: Path) -> Floors:
     """Of memory and of the disk, now."""
-    return Floors(machine.dram_read_gb_per_s(threads), disk.read_gb_per_s(file, sample_bytes=SAMPLE_BYTES))
+    return Floors(machine.pieces_read_gb_per_s(threads), disk.read_gb_per_s(file, sample_bytes=SAMPLE_BYTES))
 
 
 def profile_of(threads: int, usual: int, file: Path) -> tuple[Profile, Floors]:
@@ -260,7 +260,8 @@ def alone(file: Path, foretold: Foretold) -> tuple[float, float, int]:
 def in_group(file: Path, foretold: Foretold) -> tuple[float, float, int]:
     """The same by daemons on loopback; what they take is not looked at."""
     cell, source = foretold.cell, random.Random(0)
-    with group(file.resolve(), cell.ranks, cell.threads, PORT, [""] * cell.ranks) as client:
+    pins, exact = [""] * cell.ranks, ("--speculate", "off")  # one token a step, as is predicted
+    with group(file.resolve(), cell.ranks, cell.threads, PORT, pins, exact) as client:
         found = [
             ask(client, [source.randrange(1000) for _ in range(cell.prompt_tokens)], cell.new_tokens)
             for _ in range(foretold.rounds + 1)

@@ -67,14 +67,15 @@ def serve(
     except KeyFileError as error:
         raise DaemonError("bad_request", str(error)) from error
     library = Library(home)
-    neighbours = Neighbours(lambda: _place(home, config, node))
+    neighbours = Neighbours(lambda: _place(home, config, node, machine))
+    machine = OwnMachine(config.thread_count, home.profile, home.models, lambda: neighbours.apart)
     node = Node(
         config,
         library.resolve_stored if models_only else library.resolve,
         packs=Packs(home, lambda estimate: log.info(estimate.describe())),
         kv_root=home.kv,
         grouping=neighbours,
-        machine=OwnMachine(config.thread_count, home.profile, home.models, lambda: neighbours.apart),
+        machine=machine,
     )
     node.neighbours = neighbours
     if home.cluster.exists():
@@ -108,13 +109,13 @@ def serve(
     _leave_threads()
 
 
-def _place(home: Home, config: NodeConfig, node: Node) -> tuple[Forming, Membership]:
+def _place(home: Home, config: NodeConfig, node: Node, machine: OwnMachine) -> tuple[Forming, Membership]:
     from shoal.daemon.cluster.place import place_in_cluster  # see `neighbours`
 
     def computing() -> list[str]:
         return [model.name for model in node.status().models if model.running]
 
-    return place_in_cluster(home, config, node.budget, computing, node.kv_files)
+    return place_in_cluster(home, config, node.budget, computing, node.kv_files, lambda: machine.device)
 
 
 def _begin_to_end() -> None:

@@ -21,11 +21,14 @@ SECONDS = 0.5
 TARGET_BYTES = 64 << 20
 
 
-def read_speed(path: Path, seconds: float = SECONDS, read_bytes: int = READ_BYTES) -> float:
-    """Bytes per second of reading `path` at this moment, so many bytes at a time; 0 if the file is too short to tell.
-    No byte is read twice, since whatever is behind a disk may keep it. Raises StoreError."""
+def read_speed(
+    path: Path, seconds: float = SECONDS, read_bytes: int = READ_BYTES, first_bytes: int = 1 << 62
+) -> float:
+    """Bytes per second of reading `path` at this moment, so many bytes at a time, of its `first_bytes` at most; 0 if
+    the file is too short to tell. No byte is read twice, since whatever is behind a disk may keep it. Raises
+    StoreError."""
     file = DirectFile(path)
-    places = path.stat().st_size // read_bytes
+    places = min(path.stat().st_size, first_bytes) // read_bytes
     stride = max(1, places // READERS)
     own = max(1, min(places, TARGET_BYTES // read_bytes // READERS))  # reads that a reader has memory for
     try:

@@ -59,7 +59,8 @@ class Unused(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A group, and why it is this one. `shares` and `experts` are what `divide` gets; () for one rank or a pipeline.
+    """A group, and why it is this one. `shares`, `experts` and `cuts_vocabulary` are what `divide` gets; () for one
+    rank or a pipeline.
     `alone`: what the head would do by itself, `freely`: what would have been chosen if no number had been asked for;
     None if that cannot be."""
 
@@ -74,6 +75,7 @@ class Choice(NamedTuple):
     alone: Figures | None = None
     freely: Figures | None = None
     freely_ranks: int = 0
+    cuts_vocabulary: bool = False
 
     def describe(self) -> str:
         """One line for people."""

@@ -3,7 +3,8 @@
 A step of one token reads all of a rank's weights; one of many tokens computes. Whatever takes longer counts, unless a
 machine has laws of its own (`PartLaws`); block by block for the slowest rank, because all wait for the sum after every
 block. Then come the sums themselves, what each step costs anyhow, and the head of the vocabulary, which rank 0 has
-alone. A disk reads ahead all the time, so a step takes as long as the slower of the disk and everything else.
+alone, or whose parts are gathered. A disk reads ahead all the time, so a step takes as long as the slower of the disk
+and everything else.
 
 Ranks divide every layer (tensor parallel), or the layers among them (a pipeline). Pure.
 """
@@ -16,12 +17,13 @@ from itertools import takewhile
 from math import ceil
 from typing import NamedTuple
 
-from .machines import FixedCosts, Machine, PartLaws, Workload
+from .machines import DiskTimes, FixedCosts, Machine, PartLaws, Workload
 from .memory_layout import PAGE_TOKENS, kv_page_bytes
 from .plan import Wanted
 from .rank_sizes import Held, Operations, Portion, Sizes, TwoSpeeds, crowding
 from .sum_cost import Means, Network
 
+NO_DISK = DiskTimes(0.0)
 NEVER = 1 << 30  # rows: more than any step has
 OVERLAPS = (32, 64, 128, 256, 512)  # rows from which on it may be worth to compute steps in halves
 # Rows from which on a group may help a head that could do without it: not answers, which have few even with guesses.
@@ -51,7 +53,8 @@ class Figures(NamedTuple):
     overlap_rows: int = NEVER
     group_rows: int = 1
     page_rows: int = 0
-    network_s: float = 0.0  # of a token: all that goes between machines
+    network_s: float = 0.0  # of a token: all that goes between machines, and …
+    disk_s: float = 0.0  # … what the slowest disk reads
 
     def within(self, other: Figures, factor: float) -> bool:
         """Whether nothing takes longer than `factor` times what it takes there."""
@@ -96,6 +99,7 @@ class _Steps(NamedTuple):
     prompt: Means | None
     overlap_rows: int
     network_s: float  # of a step with one token
+    disk_s: float
 
 
 class Cost:
@@ -152,6 +156,7 @@ class Cost:
             total_s=first[0] + self._workload.answer_tokens * answers.token_s,
             decode=None,
             network_s=answers.network_s,
+            disk_s=0.0,
             group_rows=least,
             page_rows=min(NEVER, ceil(page_s / row_s)) if row_s > 0 else NEVER,
         )
@@ -162,11 +167,18 @@ class Cost:
         return network.dealt_s(share * kv_page_bytes(self._wanted.spec, self._wanted.kv_type))
 
     def bound(
-        self, machines: Sequence[Machine], network: Network, means: Sequence[Means], *, layered: bool = False
+        self,
+        machines: Sequence[Machine],
+        network: Network,
+        means: Sequence[Means],
+        *,
+        layered: bool = False,
+        cut_vocabulary: bool = False,
     ) -> Figures:
         """No group of exactly these machines takes less, whatever their shares: as if their memory, processors and
-        disks were one machine's, and prompts were read in one step. Only the head computes the last of it. `layered`:
-        the layers are divided among them, so that nothing is added, but a token has to wait for one after the other."""
+        disks were one machine's, and prompts were read in one step. Only the head computes the last of it, unless they
+        may `cut_vocabulary`. `layered`: the layers are divided among them, so that nothing is added, but a token has to
+        wait for one after the other."""
         memory = sum(machine.memory_bytes for machine in machines)
         paces = [machine.memory_bytes_per_s for machine in machines]
         together = Machine(
@@ -181,12 +193,13 @@ class Cost:
         part = Placement(
             together, Portion.even(self._wanted.spec, 1.0), Held(0, streamed, 0.0, max(self.prompts))
         )
+        last = None if cut_vocabulary else machines[0]
         steps = self._steps(
             network,
             () if layered else means,
             max(self.prompts),
-            lambda rows, context: self._compute_s([part], rows, context, machines[0]),
-            self._laws_of(machines[0]).fixed,
+            lambda rows, context: self._compute_s([part], rows, context, last),
+            self._laws_of(machines[0]).fixed(0.0),
         )
         return self._divided(max(self.prompts), steps)
 
@@ -198,7 +211,7 @@ class Cost:
         if any(network.hop_s(*pair, 0) is None for pair in ring):
             return None
 
-        fixed = self._laws_of(parts[0].machine).fixed
+        fixed = self._laws_of(parts[0].machine).fixed(1.0)
 
         def stages(rows: int, context: float) -> tuple[list[float], float]:
             """(seconds of each rank's part and of sending what it gives; of the slowest disk)"""
@@ -228,7 +241,8 @@ class Cost:
             means,
             self._chunk(parts),
             lambda rows, context: self._compute_s(parts, rows, context),
-            self._laws_of(parts[0].machine).fixed,
+            self._laws_of(parts[0].machine).fixed(parts[0].portion.heads),
+            max((it.portion.vocab for it in parts[1:]), default=0.0),
         )
 
     def _steps(
@@ -238,18 +252,23 @@ class Cost:
         chunk: int,
         compute: Callable[[int, float], StepWork],
         fixed: FixedCosts,
+        gathered: float = 0.0,
     ) -> _Steps:
+        """`gathered`: the largest share of the vocabulary that is not rank 0's."""
         calls_s = self._calls_s(fixed)
         decode, prompt = (self._best(network, means, rows) for rows in (1, min(chunk, max(self.prompts))))
 
         def whole_s(rows: int, context: float) -> float:
             work = compute(rows, context)
-            sums_s = self._sums_s(network, decode if rows == 1 else prompt, rows)
+            sums_s = self._sums_s(network, decode if rows == 1 else prompt, rows, gathered)
             return max(work.chain_s + sums_s + calls_s, work.disk_s) + fixed.step_s
 
         def halved_s(rows: int, context: float) -> float:
-            work = compute(rows, context)
-            chain_s = self._overlapped_s(network, prompt, rows, work) if prompt else work.chain_s
+            half = compute(-(-rows // 2), context)  # what a kernel takes for half of the rows, twice
+            work = half._replace(
+                attn_s=2 * half.attn_s, ffn_s=2 * half.ffn_s, disk_s=compute(rows, context).disk_s
+            )
+            chain_s = self._overlapped_s(network, prompt, rows, work, gathered) if prompt else work.chain_s
             return max(chain_s + 2 * calls_s, work.disk_s) + fixed.step_s
 
         worth = (rows for rows in OVERLAPS if prompt and halved_s(rows, 0.0) < whole_s(rows, 0.0))
@@ -258,11 +277,14 @@ class Cost:
         def step_s(rows: int, context: float) -> float:
             return (halved_s if rows >= overlap_rows else whole_s)(rows, context)
 
-        return _Steps(step_s, decode, prompt, overlap_rows, self._sums_s(network, decode, 1))
+        network_s = self._sums_s(network, decode, 1, gathered)
+        return _Steps(step_s, decode, prompt, overlap_rows, network_s, compute(1, 0.0).disk_s)
 
     def _divided(self, chunk: int, steps: _Steps) -> Figures:
         figures = self._figures(chunk, steps.step_s, steps.step_s, steps.decode, steps.prompt)
-        return figures._replace(overlap_rows=steps.overlap_rows, network_s=steps.network_s)
+        return figures._replace(
+            overlap_rows=steps.overlap_rows, network_s=steps.network_s, disk_s=steps.disk_s
+        )
 
     def _calls_s(self, fixed: FixedCosts) -> float:
         """What all layers cost anyhow."""
@@ -304,22 +326,20 @@ class Cost:
         self, parts: Sequence[Placement], rows: int, context: float, head: Machine | None = None
     ) -> StepWork:
         """Of `rows` tokens that attend to `context` others."""
-        sizes, moe = self._sizes, self._wanted.spec.moe
-        touched, crowd = 1.0, 1.0
-        if moe:
-            touched = 1 - (1 - moe.active / moe.experts) ** rows
-            if parts[0].portion.whole_experts and rows == 1:
-                crowd = crowding(moe.experts, moe.active, min(len(parts), moe.experts))
+        moe, crowd = self._wanted.spec.moe, 1.0
+        if moe and parts[0].portion.whole_experts and rows == 1:
+            crowd = crowding(moe.experts, moe.active, min(len(parts), moe.experts))
         attn_s = ffn_s = disk_s = head_s = 0.0
         for machine, portion, held in parts:
-            own = self._laws_of(machine).times(portion, rows, context, crowd)
-            attn_s, ffn_s = max(attn_s, own.attn_s), max(ffn_s, own.ffn_s)
-            if held.streams:
-                expert_bytes = sizes.experts * portion.experts * touched * crowd
-                streamed = held.streamed_bytes + expert_bytes * held.missing_experts
-                disk_s = max(disk_s, streamed / max(machine.disk_bytes_per_s, 1.0))
-            if portion.first:
-                head_s = own.head_s if head is None else self._laws_of(head).head_s()
+            laws = self._laws_of(machine)
+            own = laws.times(portion, rows, context, crowd)
+            disk = laws.disk(portion, held, rows, crowd, own) if held.streams else NO_DISK
+            attn_s = max(attn_s, disk.slower * own.attn_s)
+            ffn_s = max(ffn_s, disk.slower * own.ffn_s + disk.stall_s)
+            disk_s = max(disk_s, disk.least_s)
+            head_s = max(head_s, own.head_s)
+        if head is not None:
+            head_s = self._laws_of(head).head_s(1.0)
         return StepWork(attn_s, ffn_s, head_s, disk_s)
 
     def _laws_of(self, machine: Machine) -> PartLaws:
@@ -327,7 +347,9 @@ class Cost:
             machine, self._sizes, self._work, self._windows, self._wanted.spec.moe
         )
 
-    def _overlapped_s(self, network: Network, means: Means, rows: int, work: StepWork) -> float:
+    def _overlapped_s(
+        self, network: Network, means: Means, rows: int, work: StepWork, gathered: float
+    ) -> float:
         """Seconds of a step's blocks and sums if it is computed in halves: of every block, the sums of both halves or
         computing both, with the work that sums make, whatever takes longer; then the last sum."""
         spec = self._wanted.spec
@@ -340,17 +362,24 @@ class Cost:
             attn_s = work.attn_s + sums_s + squares_s
         ffn_s = max(work.ffn_s + busy_s, sums_s)
         last_s = network.sum_s(means, half, spec.hidden)
-        return attn_s + ffn_s + last_s + work.head_s + network.broadcast_s(rows, spec.hidden)
+        return attn_s + ffn_s + last_s + work.head_s + self._ends_s(network, means, rows, gathered)
 
-    def _sums_s(self, network: Network, means: Means | None, rows: int) -> float:
+    def _ends_s(self, network: Network, means: Means, rows: int, gathered: float) -> float:
+        """Seconds until all ranks have the rows of a step, and rank 0 the logits of one: rank 0 sends its rows, or all
+        add theirs and send their logits."""
+        spec = self._wanted.spec
+        if not gathered:
+            return network.broadcast_s(rows, spec.hidden)
+        return network.sum_s(means, rows, spec.hidden) + network.gathered_s(4 * spec.vocab * gathered)
+
+    def _sums_s(self, network: Network, means: Means | None, rows: int, gathered: float) -> float:
         """Seconds of all that goes over the network in a step, with the work it makes."""
         if means is None:
             return 0.0
         spec = self._wanted.spec
         layers = len(spec.layers)
-        seconds = 2 * layers * network.sum_s(means, rows, spec.hidden) + network.broadcast_s(
-            rows, spec.hidden
-        )
+        seconds = 2 * layers * network.sum_s(means, rows, spec.hidden)
+        seconds += self._ends_s(network, means, rows, gathered)
         if spec.qk_norm == "full":  # the squares of q and of k
             seconds += layers * network.sum_s(means._replace(wire="f32"), rows, 2)
         return seconds

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
+from typing import NamedTuple
 
 from .amounts import format_bytes
 from .errors import ShardError
 from .group_cost import Placement
 from .machines import Machine
 from .plan import Wanted
-from .rank_sizes import Memory, Portion, Sizes
+from .rank_plans import Fit
+from .rank_sizes import Held, Memory, Portion, Sizes
 from .shares import level, level_by
 from .slicing import CutOfExperts, Grains, divide
 
@@ -28,15 +30,25 @@ Layers = tuple[tuple[int, int], ...]  # each rank's, half-open
 class Cuts:
     """All that is tried for one model."""
 
-    def __init__(self, wanted: Wanted, sizes: Sizes, memory: Memory, grains: Grains) -> None:
+    def __init__(
+        self,
+        wanted: Wanted,
+        sizes: Sizes,
+        memory: Memory,
+        grains: Grains,
+        *,
+        may_cut_vocabulary: bool = False,
+    ) -> None:
         self._wanted, self._sizes, self._memory, self._grains = wanted, sizes, memory, grains
-        self._portions: dict[tuple[tuple[float, ...], CutOfExperts], list[Portion] | str] = {}
+        self.may_cut_vocabulary = may_cut_vocabulary
+        self._portions: dict[tuple[tuple[float, ...], CutOfExperts, bool], list[Portion] | str] = {}
 
     def divided(
-        self, machines: Sequence[Machine], *, all_wishes: bool
+        self, machines: Sequence[Machine], *, all_wishes: bool, beside: bool = False
     ) -> Iterator[tuple[tuple[float, ...], tuple[Placement, ...]]]:
         """Every layer divided: (shares as `divide` takes them, the ranks, whose portions tell how experts are cut).
-        `all_wishes`: shares for prompts, for answers and between; otherwise those between alone."""
+        `all_wishes`: shares for prompts, for answers and between; otherwise those between alone. `beside`: a head that
+        has all of the model besides, whose vocabulary stays whole."""
         tried = set()
         cuts = EXPERT_CUTS if self._wanted.spec.moe and len(machines) > 1 else EXPERT_CUTS[:1]
         for shares, experts in product(self._wishes(machines, all_wishes), cuts):
@@ -45,7 +57,7 @@ class Cuts:
                 if (whole, experts) in tried:
                     break
                 tried.add((whole, experts))
-                parts, over = self._as_shared(machines, whole, experts)
+                parts, over = self._as_shared(machines, whole, experts, beside=beside)
                 if parts:
                     yield whole, parts
                 if not over:
@@ -53,74 +65,96 @@ class Cuts:
                 shares = [share * factor for share, factor in zip(shares, over, strict=True)]
 
     def as_before(
-        self, machines: Sequence[Machine], shares: tuple[float, ...], experts: CutOfExperts
+        self,
+        machines: Sequence[Machine],
+        shares: tuple[float, ...],
+        experts: CutOfExperts,
+        *,
+        beside: bool = False,
     ) -> tuple[Placement, ...]:
         """The ranks with shares that were used before; none if these cannot be, or one does not fit."""
-        return self._as_shared(machines, shares, experts)[0] if len(shares) == len(machines) else ()
+        if len(shares) != len(machines):
+            return ()
+        return self._as_shared(machines, shares, experts, beside=beside)[0]
 
     def _as_shared(
-        self, machines: Sequence[Machine], shares: tuple[float, ...], experts: CutOfExperts
+        self, machines: Sequence[Machine], shares: tuple[float, ...], experts: CutOfExperts, *, beside: bool
     ) -> tuple[tuple[Placement, ...], list[float]]:
-        """As `_parts`. Columns of every expert give every rank as much to do whatever is chosen, but there may be few
-        blocks of them; and where experts stream, whole ones are dealt out."""
+        """As `_Tried`: parts and repairs. Columns of every expert give every rank as much to do whatever is chosen, but
+        there may be few blocks of them; and where experts stream, whole ones are dealt out."""
         portions = self.portions_of(shares, experts)
         if isinstance(portions, str):
             return (), []
-        parts, over = self._parts(machines, portions)
+        tried = self._tried(machines, portions)
+        if not beside and self._may_cut(machines) and tried.fit.may_want_cut_vocabulary:
+            others = self.portions_of(shares, experts, cut_vocabulary=True)
+            cut = None if isinstance(others, str) else self._tried(machines, others)
+            # Where rank 0 lacks memory, shares are changed for a vocabulary that is cut.
+            if cut is not None and (tried.fit.wants(cut.fit) or tried.fit.lacking is not None):
+                tried = cut
+        parts, over = tried.parts, tried.repairs
         if len(machines) > 1 and experts == "columns" and any(part.held.missing_experts for part in parts):
             return (), []
         return parts, over
 
-    def _parts(
-        self, machines: Sequence[Machine], portions: Sequence[Portion]
-    ) -> tuple[tuple[Placement, ...], list[float]]:
-        """(the ranks, or none if one does not fit; what to multiply shares by for a better fit, or none)"""
-        parts, over = [], [1.0] * len(machines)
-        for rank, (machine, portion) in enumerate(zip(machines, portions, strict=True)):
-            held = self._memory.held(portion, machine)
-            if isinstance(held, int):
-                over[rank] = 0.95 * machine.memory_bytes / max(held, 1)
-            else:
-                parts.append(Placement(machine, portion, held))
-        if len(parts) < len(machines):
-            return (), over if len(machines) > 1 and min(over) > 0 else []
-        return tuple(parts), []
+    def _tried(self, machines: Sequence[Machine], portions: Sequence[Portion]) -> _Tried:
+        each = zip(machines, portions, strict=True)
+        return _Tried([(*pair, self._memory.held(pair[1], pair[0])) for pair in each])
+
+    def _may_cut(self, machines: Sequence[Machine]) -> bool:
+        return self.may_cut_vocabulary and len(machines) > 1
 
     def _wishes(self, machines: Sequence[Machine], all_wishes: bool) -> Iterator[Sequence[float]]:
-        """Shares with which all are ready at once: with a token, with a prompt, and between; and where they stream."""
-        most = self._most(machines)
+        """Shares with which all are ready at once: with a token, with a prompt, and between; with the vocabulary cut,
+        where there is too little room otherwise; and where they stream."""
         by_memory = [1 / machine.memory_bytes_per_s for machine in machines]
         by_flops = [1 / machine.flops for machine in machines]
         between = [(one * other) ** 0.5 for one, other in zip(by_memory, by_flops, strict=True)]
         costs = (by_memory, by_flops, between) if all_wishes else (between,)
+        most = self._most(machines)
         fitting = [level(each, most) for each in costs]
         yield from (shares for shares in fitting if shares)
+        if fitting[0] and most[0]:
+            return
+        if self._may_cut(machines):
+            cut = self._most(machines, cut_vocabulary=True)
+            yield from (shares for each in costs if (shares := level(each, cut)))
         if not fitting[0]:
-            cut = self._sizes.cut
-            within = [_share_within(*pair, cut) for pair in zip(machines, most, strict=True)]
+            nbytes = self._sizes.cut
+            within = [_share_within(*pair, nbytes) for pair in zip(machines, most, strict=True)]
             if streaming := level_by(within):
                 yield streaming
 
-    def _most(self, machines: Sequence[Machine]) -> list[float]:
+    def _most(self, machines: Sequence[Machine], *, cut_vocabulary: bool = False) -> list[float]:
         """The largest share of what is cut that each machine can have in memory."""
-        fixed = (self._memory.fixed_bytes(machine, rank == 0) for rank, machine in enumerate(machines))
-        whole = self._memory.share_bytes()
-        each = zip(machines, fixed, strict=True)
+        whole = self._memory.share_bytes(cut_vocabulary=cut_vocabulary)
+        each = zip(machines, self._fixed(machines, cut_vocabulary), strict=True)
         return [min(1.0, max(0.0, (it.memory_bytes - needed) / whole)) for it, needed in each]
 
-    def portions_of(self, shares: tuple[float, ...], experts: CutOfExperts) -> list[Portion] | str:
+    def _fixed(self, machines: Sequence[Machine], cut_vocabulary: bool) -> list[float]:
+        """What each needs besides its share."""
+        share = 1 / len(machines)
+        even = [Portion.even(self._wanted.spec, share, not rank) for rank in range(len(machines))]
+        portions = [it._replace(vocab=share) if cut_vocabulary else it for it in even]
+        return [self._memory.fixed_bytes(*pair) for pair in zip(machines, portions, strict=True)]
+
+    def portions_of(
+        self, shares: tuple[float, ...], experts: CutOfExperts, *, cut_vocabulary: bool = False
+    ) -> list[Portion] | str:
         """What each rank has with these shares, or why there is no such division."""
-        key = shares, experts
+        key = shares, experts, cut_vocabulary
         if key not in self._portions:
-            self._portions[key] = self._cut(shares, experts)
+            self._portions[key] = self._cut(*key)
         return self._portions[key]
 
-    def _cut(self, shares: tuple[float, ...], experts: CutOfExperts) -> list[Portion] | str:
+    def _cut(
+        self, shares: tuple[float, ...], experts: CutOfExperts, cut_vocabulary: bool
+    ) -> list[Portion] | str:
         spec, ranks = self._wanted.spec, len(shares)
         if ranks == 1:
             return [Portion.even(spec, 1.0)]
         try:
-            shards = divide(spec, ranks, self._grains, shares, experts=experts)
+            shards = divide(spec, ranks, self._grains, shares, cut_vocabulary=cut_vocabulary, experts=experts)
         except ShardError as error:
             return str(error)
         return [Portion.of_shard(spec, shard) for shard in shards]
@@ -130,7 +164,7 @@ class Cuts:
         refused = [self.portions_of((1,) * len(machines), experts) for experts in EXPERT_CUTS]
         if all(isinstance(it, str) for it in refused):
             return str(refused[0])
-        fixed = [self._memory.fixed_bytes(machine, rank == 0) for rank, machine in enumerate(machines)]
+        fixed = self._fixed(machines, False)
         for rank, (machine, needed) in enumerate(zip(machines, fixed, strict=True)):
             if machine.memory_bytes < needed:
                 has = format_bytes(machine.memory_bytes)
@@ -160,9 +194,37 @@ class Cuts:
             stops = [sum(division[: rank + 1]) for rank in range(len(machines))]
             bounds = tuple(zip((0, *stops), stops, strict=False))
             portions = [Portion.of_layers(spec, *own, rank == 0) for rank, own in enumerate(bounds)]
-            parts, _ = self._parts(machines, portions)
-            if parts:
+            if parts := self._tried(machines, portions).parts:
                 yield bounds, parts
+
+
+class _Tried(NamedTuple):
+    """What each machine would have, and how it would hold that, or the bytes that it would need."""
+
+    each: Sequence[tuple[Machine, Portion, Held | int]]
+
+    @property
+    def fit(self) -> Fit:
+        lacking = (rank for rank, (_, _, held) in enumerate(self.each) if isinstance(held, int))
+        streams = any(isinstance(held, Held) and held.streams for _, _, held in self.each)
+        return Fit(next(lacking, None), streams)
+
+    @property
+    def parts(self) -> tuple[Placement, ...]:
+        """The ranks; none if one does not fit."""
+        found = [
+            Placement(machine, portion, it) for machine, portion, it in self.each if isinstance(it, Held)
+        ]
+        return tuple(found) if len(found) == len(self.each) else ()
+
+    @property
+    def repairs(self) -> list[float]:
+        """What to multiply shares by for a better fit; none if they fit, or nothing would help."""
+        over = [
+            0.95 * machine.memory_bytes / max(held, 1) if isinstance(held, int) else 1.0
+            for machine, _, held in self.each
+        ]
+        return over if len(over) > 1 and min(over) > 0 and self.fit.lacking is not None else []
 
 
 def _share_within(machine: Machine, in_memory: float, cut_bytes: int) -> Callable[[float], float]:

@@ -69,6 +69,7 @@ def choose(
     splits: Collection[Split] = AVAILABLE_SPLITS,
     topologies: Collection[Topology] = AVAILABLE_TOPOLOGIES,
     wires: Sequence[Wire] = AVAILABLE_WIRES,
+    may_cut_vocabulary: bool = True,
     ranks: int | None = None,
     kept: KeptCuts = KeptCuts(),  # noqa: B008 it is frozen
     measured: Mapping[Places, float] = MappingProxyType({}),
@@ -76,11 +77,11 @@ def choose(
 ) -> Choice | NoGroup:
     """The group for a model. `machines[0]` is the head. `block_bytes`: of all blocks, the head of the vocabulary in
     slices if weights may stream (`plan_streamed`'s extents). `splits`, `topologies`, `wires`: what may be used; the
-    fastest is, whatever a wire rounds away, and of equally fast wires the first. `ranks`: somebody insists on so many,
-    which then compute everything together.
-    `kept`: what is taken again if it is nearly as good.
-    `measured`: seconds that a token took with some machines; what is predicted for them, and for groups which they are
-    part of, is corrected by that. `compared`: whether to find out what would have been chosen without `ranks`.
+    fastest is, whatever a wire rounds away, and of equally fast wires the first. `may_cut_vocabulary`: embedding and
+    head, where that helps (`Fit.wants`). `ranks`: somebody insists on so many, which then compute everything together.
+    `kept`: what is taken again if it is nearly as good. `measured`: seconds that a token took with some machines; what
+    is predicted for them, and for groups which they are part of, is corrected by that. `compared`: whether to find out
+    what would have been chosen without `ranks`.
 
     A worker whose figures cannot be true is not used. Raises MachineError if it is the head.
     """
@@ -97,6 +98,7 @@ def choose(
         means,
         wrong,
         measured,
+        may_cut_vocabulary,
     )
     free = search.freely() if ranks is None or compared else None
     found = free if ranks is None else search.of_size(ranks)
@@ -109,6 +111,7 @@ def choose(
         ranks=tuple(search.rank_plans(found)),
         shares=found.shares,
         experts="whole" if found.parts[0].portion.whole_experts else "columns",
+        cuts_vocabulary=found.parts[0].portion.cuts_vocabulary,
         figures=found.figures,
         prompts=search.cost.prompts,
         machines=len(machines),
@@ -134,15 +137,15 @@ class _Search:
         means: Sequence[Means],
         wrong: Mapping[int, str],
         measured: Mapping[Places, float],
+        may_cut_vocabulary: bool,
     ) -> None:
         self.cost = Cost(wanted, sizes, workload)
-        self._sizes = sizes
-        self._machines, self._links = machines, links
+        self._machines, self._links, self._sizes = machines, links, sizes
         self._splits, self._means = splits, means
         self._answer_tokens = workload.answer_tokens
         self._wrong = wrong  # machines that are not to be used, and why
         self._memory = Memory(wanted, sizes)
-        self._cuts = Cuts(wanted, sizes, self._memory, grains)
+        self._cuts = Cuts(wanted, sizes, self._memory, grains, may_cut_vocabulary=may_cut_vocabulary)
         self._found: dict[Places, list[_Found]] = {}
         self._errors = {places: self._error(places, token_s) for places, token_s in measured.items()}
 
@@ -218,10 +221,11 @@ class _Search:
         network, means = self._network(places)
         machines = [self._machines[place] for place in places]
         bounds: list[Figures] = []
-        if not self._memory.may_hold(machines):
+        may_cut = self._cuts.may_cut_vocabulary
+        if not self._memory.may_hold(machines, may_cut_vocabulary=may_cut):
             return inf
         if "tensor" in self._splits and means:
-            bounds.append(self.cost.bound(machines, network, means))
+            bounds.append(self.cost.bound(machines, network, means, cut_vocabulary=may_cut))
         if "pipeline" in self._splits and network.reached:
             bounds.append(self.cost.bound(machines, network, (), layered=True))
         bounds = [self._corrected(places, bound) for bound in bounds]
@@ -271,7 +275,8 @@ class _Search:
             return None
         machines = [self._machines[place] for place in places]
         if cut.split == "prompts":
-            parts = self._cuts.as_before(self._memory.beside(machines), cut.shares, cut.experts)
+            beside = self._memory.beside(machines)
+            parts = self._cuts.as_before(beside, cut.shares, cut.experts, beside=True)
             return self._assisted(places, cut.shares, parts)
         parts = self._cuts.as_before(machines, cut.shares, cut.experts)
         if not parts:
@@ -284,9 +289,9 @@ class _Search:
         if "prompts" not in self._splits or len(places) == 1:
             return []
         machines = self._memory.beside([self._machines[place] for place in places])
-        tried = self._cuts.divided(machines, all_wishes=places[-1] < EXACT_MACHINES) if machines else ()
-        ways = (self._assisted(places, *each) for each in tried)
-        return [found for found in ways if found is not None]
+        exact = places[-1] < EXACT_MACHINES
+        tried = self._cuts.divided(machines, all_wishes=exact, beside=True) if machines else ()
+        return [found for each in tried if (found := self._assisted(places, *each)) is not None]
 
     def _assisted(
         self, places: Places, shares: tuple[float, ...], parts: tuple[Placement, ...]
@@ -372,10 +377,8 @@ class _Search:
                 continue
             places = tuple(sorted((*chosen.places, place)))
             link = link_between(self._links, 0, place)
-            found = self.best(places)
-            if chosen.split == "prompts":
-                ways = (*self._ways(places), *self._for_prompts(places))
-                found = min(ways, key=lambda way: way.figures.total_s, default=None)
+            ways = [*self._ways(places), *(self._for_prompts(places) if chosen.split == "prompts" else ())]
+            found = min(ways, key=lambda way: way.figures.total_s, default=None)
             why = "" if found else self._why_not(places)
             yield Unused(machine.name, link, found and found.figures, len(places), why)
 
@@ -385,8 +388,7 @@ class _Search:
             why = f"`ranks={ranks}` was asked for: must be from 1 to {there}, the number of machines"
         else:
             why = self._why_not(tuple(range(ranks or there)))
-        memory = sum(machine.memory_bytes for machine in self._machines)
-        return NoGroup(why, self._memory.whole_bytes(), memory)
+        return NoGroup(why, self._memory.whole_bytes(), sum(it.memory_bytes for it in self._machines))
 
     def _why_not(self, places: Places) -> str:
         """Why these machines together can do nothing."""

@@ -22,12 +22,36 @@ class FixedCosts(NamedTuple):
 
 
 class BlockTimes(NamedTuple):
-    """Seconds that a machine computes for its part of a step: in all layers, and for the head of the vocabulary, if it
-    has that."""
+    """Seconds that a machine computes for its part of a step: in all layers, and for what it has of the head of the
+    vocabulary."""
 
     attn_s: float
     ffn_s: float
     head_s: float = 0.0
+
+
+class DiskTimes(NamedTuple):
+    """What a disk does to a step of a rank that streams: no step takes less than `least_s`; all that is computed takes
+    `slower` times as long, and what follows attention waits `stall_s` for experts besides."""
+
+    least_s: float
+    slower: float = 1.0
+    stall_s: float = 0.0
+
+
+class RankHolds(Protocol):
+    """What a rank streams: see `rank_sizes.Held`."""
+
+    @property
+    def streamed_bytes(self) -> int: ...
+    @property
+    def missing_experts(self) -> float: ...
+    @property
+    def window_bytes(self) -> int: ...
+    @property
+    def block_bytes(self) -> int: ...
+    @property
+    def expert_slots(self) -> int: ...
 
 
 class RankShares(Protocol):
@@ -46,22 +70,31 @@ class RankShares(Protocol):
     @property
     def whole_experts(self) -> bool: ...
     @property
+    def vocab(self) -> float: ...
+    @property
     def first(self) -> bool: ...
 
 
 class PartLaws(Protocol):
     """How fast a machine is with parts of one model, where more is known of it than two speeds."""
 
-    @property
-    def fixed(self) -> FixedCosts: ...
+    def fixed(self, share: float) -> FixedCosts:
+        """Of a rank that has such a share of every layer."""
+        ...
 
     def times(self, portion: RankShares, rows: int, context: float, crowd: float) -> BlockTimes:
         """Of `rows` tokens that attend to `context` others each. `crowd`: times its share of the experts that are
         chosen, which the busiest rank has of whole ones."""
         ...
 
-    def head_s(self) -> float:
-        """Of the head of the vocabulary, for one token."""
+    def head_s(self, share: float) -> float:
+        """Of so much of the head of the vocabulary, for one token."""
+        ...
+
+    def disk(
+        self, portion: RankShares, held: RankHolds, rows: int, crowd: float, own: BlockTimes
+    ) -> DiskTimes:
+        """Of a rank that streams. `own`: what it computes, as in `times`."""
         ...
 
 

@@ -34,6 +34,25 @@ class RankPart(NamedTuple):
     vocab: int | None = None
 
 
+class Fit(NamedTuple):
+    """How a model fits into the memory of ranks: the first that has too little, if there is one; whether weights come
+    from a disk."""
+
+    lacking: int | None
+    streams: bool
+
+    @property
+    def may_want_cut_vocabulary(self) -> bool:
+        """Whether embedding and head, which are rank 0's, could be cut for a better fit. If another rank lacks memory,
+        it would get more."""
+        return self.streams if self.lacking is None else self.lacking == 0
+
+    def wants(self, cut: Fit) -> bool:
+        """Whether to cut them, if it fits like that then: where there would be no plan otherwise, or where nothing
+        comes from a disk any more. Every token costs a sum and a gathering more."""
+        return cut.lacking is None and (self.lacking is not None or not cut.streams)
+
+
 def rank_plans(
     wanted: Wanted, parts: Sequence[RankPart], *, streaming: bool = True
 ) -> tuple[Plan | Misfit, ...]:

@@ -15,7 +15,7 @@ from math import comb
 from typing import NamedTuple
 
 from .hardware_guesses import KV_SHARE, SCRATCH_SHARE, WINDOW_SHARE
-from .machines import BlockTimes, FixedCosts, Machine, RankShares
+from .machines import BlockTimes, DiskTimes, FixedCosts, Machine, RankHolds, RankShares
 from .memory_layout import PAGE_TOKENS, kv_page_bytes
 from .pinning import between
 from .plan import Wanted, arena_slack, least_kv_pages, scratch_bytes
@@ -27,7 +27,8 @@ _VECTORS = 4  # norms and biases of a layer, each as long as a hidden state
 
 
 class Portion(NamedTuple):
-    """A rank's shares of everything that is cut, each in [0, 1]. That of rank 0 has embedding and head besides."""
+    """A rank's shares of everything that is cut, each in [0, 1]. Embedding and head (`vocab`) are all rank 0's, unless
+    they are cut as well."""
 
     heads: float
     kv_heads: float
@@ -35,13 +36,14 @@ class Portion(NamedTuple):
     shared_ffn: float
     experts: float  # columns of every expert, or …
     whole_experts: bool  # … some of the experts
+    vocab: float
     first: bool
     spec: Callable[[], ModelSpec]  # the smaller model that it is; making it takes longer than most questions
 
     @classmethod
     def even(cls, spec: ModelSpec, share: float, first: bool = True) -> Portion:
         """The same share of everything."""
-        return cls(share, share, share, share, share, False, first, lambda: spec)
+        return cls(share, share, share, share, share, False, float(first), first, lambda: spec)
 
     @classmethod
     def of_shard(cls, spec: ModelSpec, shard: Shard) -> Portion:
@@ -59,6 +61,7 @@ class Portion(NamedTuple):
             shared,
             experts,
             whole,
+            own.vocab.size / max(1, spec.vocab),
             shard.rank == 0,
             cache(lambda: shard_spec(spec, shard)),
         )
@@ -70,6 +73,10 @@ class Portion(NamedTuple):
         vocab = spec.vocab if first else 0
         layers = spec.layers[start:stop]
         return even._replace(spec=cache(lambda: replace(spec, layers=layers, vocab=vocab)))
+
+    @property
+    def cuts_vocabulary(self) -> bool:
+        return 0 < self.vocab < 1
 
 
 class Sizes(NamedTuple):
@@ -132,8 +139,8 @@ class Sizes(NamedTuple):
         """All but embedding and head."""
         return self.attn_of(portion) + self.ffn_of(portion) + self.experts * portion.experts
 
-    def head_of(self, portion: Portion) -> int:
-        return self.head if portion.first else 0
+    def head_of(self, portion: RankShares) -> float:
+        return self.head * portion.vocab
 
 
 class Operations(NamedTuple):
@@ -179,8 +186,8 @@ class TwoSpeeds(NamedTuple):
     windows: Mapping[int | None, int]  # how many layers have each
     moe: MoeSpec | None
 
-    @property
-    def fixed(self) -> FixedCosts:
+    def fixed(self, share: float) -> FixedCosts:
+        """See `PartLaws`: nobody has measured it."""
         return FixedCosts()
 
     def times(self, portion: RankShares, rows: int, context: float, crowd: float) -> BlockTimes:
@@ -195,11 +202,19 @@ class TwoSpeeds(NamedTuple):
         nbytes = sizes.ffn_of(portion) + sizes.experts * experts * touched
         count = work.ffn * portion.ffn + work.shared_ffn * portion.shared_ffn + work.routers
         ffn_s = self._longer_s(nbytes, rows * (count + work.experts * experts))
-        return BlockTimes(attn_s, ffn_s, self.head_s() if portion.first else 0.0)
+        return BlockTimes(attn_s, ffn_s, self.head_s(portion.vocab))
 
-    def head_s(self) -> float:
+    def head_s(self, share: float) -> float:
         """See `PartLaws`."""
-        return self._longer_s(self.sizes.head, self.work.head)
+        return self._longer_s(self.sizes.head * share, self.work.head * share)
+
+    def disk(
+        self, portion: RankShares, held: RankHolds, rows: int, crowd: float, own: BlockTimes
+    ) -> DiskTimes:
+        """See `PartLaws`: its bytes ÷ its speed, beside which everything is computed."""
+        touched = 1 - (1 - self.moe.active / self.moe.experts) ** rows if self.moe else 0.0
+        experts = self.sizes.experts * portion.experts * touched * crowd * held.missing_experts
+        return DiskTimes((held.streamed_bytes + experts) / max(self.machine.disk_bytes_per_s, 1.0))
 
     def _longer_s(self, nbytes: float, operations: float) -> float:
         return max(nbytes / self.machine.memory_bytes_per_s, operations / self.machine.flops)
@@ -212,6 +227,9 @@ class Held(NamedTuple):
     streamed_bytes: int  # in every step
     missing_experts: float  # share of its experts that are not in memory
     chunk_tokens: int  # of the longest step that its memory allows
+    window_bytes: int = 0  # for blocks that stream, of which …
+    block_bytes: int = 0  # … the largest has so many
+    expert_slots: int = 0
 
     @property
     def streams(self) -> bool:
@@ -238,35 +256,38 @@ class Memory:
         vocabulary and scratch of its own: with the memory that this leaves it, and no disks, as nothing is to stream.
         None if there is too little."""
         head, *others = [machine._replace(disk_bytes_per_s=0.0) for machine in machines]
-        wanted = self._rough(head, True)
-        left = head.memory_bytes - self._resident(Portion.even(self._wanted.spec, 1.0), wanted)
+        whole = Portion.even(self._wanted.spec, 1.0)
+        wanted = self._rough(head, whole)
+        left = head.memory_bytes - self._resident(whole, wanted)
         if left <= 0:
             return []
         own = scratch_bytes(wanted) + self._sizes.embed + self._sizes.head
         return [head._replace(memory_bytes=left + own), *others]
 
-    def may_hold(self, machines: Sequence[Machine]) -> bool:
+    def may_hold(self, machines: Sequence[Machine], *, may_cut_vocabulary: bool) -> bool:
         """False if these machines, the head first, cannot hold the model however it is cut."""
         sizes, head = self._sizes, machines[0]
+        vocabulary = 0 if may_cut_vocabulary and len(machines) > 1 else sizes.embed + sizes.head
         if any(machine.disk_bytes_per_s for machine in machines):
-            return bool(head.disk_bytes_per_s) or head.memory_bytes > sizes.embed + sizes.head
+            return bool(head.disk_bytes_per_s) or head.memory_bytes > vocabulary
         memory = sum(machine.memory_bytes for machine in machines)
-        return head.memory_bytes > sizes.embed + sizes.head and memory > sizes.cut + sizes.embed + sizes.head
+        return head.memory_bytes > vocabulary and memory > sizes.cut + sizes.embed + sizes.head
 
-    def share_bytes(self) -> float:
+    def share_bytes(self, *, cut_vocabulary: bool = False) -> float:
         """What all that is cut takes, with its KV: a rank's share of it takes this in proportion."""
-        return self._sizes.cut + arena_slack(self._sizes.cut) + self._kv_bytes
+        cut = self._sizes.cut + (self._sizes.embed + self._sizes.head if cut_vocabulary else 0)
+        return cut + arena_slack(cut) + self._kv_bytes
 
-    def fixed_bytes(self, machine: Machine, first: bool) -> float:
+    def fixed_bytes(self, machine: Machine, portion: Portion) -> float:
         """What a rank needs besides its share, at most."""
-        scratch = scratch_bytes(self._rough(machine, first))
-        vocabulary = self._sizes.embed + self._sizes.head if first else 0
+        scratch = scratch_bytes(self._rough(machine, portion))
+        vocabulary = 0 if portion.cuts_vocabulary else (self._sizes.embed + self._sizes.head) * portion.vocab
         return scratch + vocabulary + self._sizes.routers
 
     def held(self, portion: Portion, machine: Machine, *, exact: bool = False) -> Held | int:
         """How the machine would hold the portion: all in memory, or else streamed; or the least memory it would need.
         Unless `exact`, or memory is short, scratch is counted as for the whole model."""
-        wanted = self._rough(machine, portion.first)
+        wanted = self._rough(machine, portion)
         needed = self._resident(portion, wanted)
         if exact or needed > machine.memory_bytes:
             wanted = wanted._replace(spec=portion.spec())
@@ -277,8 +298,13 @@ class Memory:
             return Held(needed, 0, 0.0, min(wanted.chunk_tokens + longer, self._longest))
         return self._streamed(portion, wanted, machine, needed)
 
-    def _rough(self, machine: Machine, first: bool) -> Wanted:
-        return (self._wanted if first else self._without)._replace(threads=machine.threads)
+    def _rough(self, machine: Machine, portion: Portion) -> Wanted:
+        if not portion.cuts_vocabulary:
+            return (self._wanted if portion.first else self._without)._replace(threads=machine.threads)
+        rows = self._wanted.spec.vocab
+        spec = replace(self._wanted.spec, vocab=max(1, round(rows * portion.vocab)))
+        gathered = rows if portion.first else 0
+        return self._wanted._replace(spec=spec, threads=machine.threads, vocab=gathered)
 
     @property
     def _longest(self) -> int:
@@ -287,7 +313,7 @@ class Memory:
     def _resident(self, portion: Portion, wanted: Wanted) -> int:
         sizes = self._sizes
         weights = sizes.held_of(portion) + sizes.head_of(portion)
-        weights += sizes.embed if portion.first else 0
+        weights += sizes.embed * portion.vocab
         kv = self._kv_bytes * portion.kv_heads
         return int(weights + arena_slack(int(weights)) + kv + scratch_bytes(wanted)) + 1
 
@@ -306,7 +332,7 @@ class Memory:
         blocks = (
             sizes.largest_attn * max(portion.heads, portion.kv_heads),
             sizes.largest_ffn * max(portion.ffn, portion.shared_ffn),
-            sizes.largest_slice * portion.first,
+            min(sizes.largest_slice, sizes.head_of(portion)),
         )
         first = int(max(blocks))
         window = between(first, memory // WINDOW_SHARE, 2 * first)
@@ -329,7 +355,7 @@ class Memory:
             streamed = 0
             slots = min(count, int((room - dense) // expert))
         missing = 1 - slots / count if count else 0.0
-        return Held(memory, int(streamed), missing, chunk)
+        return Held(memory, int(streamed), missing, chunk, window, first, slots)
 
     def _row_bytes(self, wanted: Wanted, part: int) -> float:
         """Memory that one more row in a step takes."""

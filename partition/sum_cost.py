@@ -125,6 +125,12 @@ class Network:
         way = self._from_hub
         return way.latency_s + way.seconds(4 * rows * numbers, others) + 2 * others * MESSAGE_S
 
+    def gathered_s(self, nbytes: float) -> float:
+        """Seconds until rank 0 has so many bytes of each of the others, which say first how many there are."""
+        others = self.ranks - 1
+        way = self._from_hub
+        return way.latency_s + way.seconds(nbytes, others) + 4 * others * MESSAGE_S
+
     def dealt_s(self, nbytes: float) -> float:
         """Seconds in which rank 0 passes so many bytes to each of the others, or they to it, in one of many messages
         that follow each other."""

@@ -20,6 +20,7 @@ from shoal.partition.memory_layout import kv_page_bytes
 from shoal.partition.plan import Plan
 from shoal.partition.slicing import Shard
 from shoal.partition.spec import ModelSpec
+from shoal.partition.throughput.profile import Device
 
 Text = Annotated[str, Meta(max_length=4096)]
 Count = Annotated[int, Meta(ge=0, le=1 << 62)]
@@ -50,6 +51,7 @@ class Attach(Struct, tag=True, frozen=True, kw_only=True):
     disk_bytes_per_s: Speed = 0.0
     measured: Count = 1  # speeds are the best of so many measurements
     routes: Count = 1  # of this many addresses the one that is used is the best
+    device: Device | None = None  # with tables of its kernels, if it was measured
 
 
 class Beat(Struct, tag=True, frozen=True, kw_only=True):

@@ -18,21 +18,25 @@ from shoal.daemon.error_codes import refusing
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.kv_files import fingerprint, group_fingerprint
 from shoal.daemon.loading.grouping import FormedGroup, Judgement, OwnShare, Seated, Unseated
-from shoal.daemon.loading.planning import extents, wanted_of
+from shoal.daemon.loading.planning import wanted_of
 from shoal.daemon.memory import bounded
+from shoal.daemon.throughput.model_sizes import weighed
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shoal.models.checkpoint.shard import CheckpointShard
 from shoal.offload.pack.layout import grains_of
 from shoal.offload.pack.manifest import Quant
 from shoal.partition.amounts import format_bytes
 from shoal.partition.group_choice import Choice, KeptCuts, NoGroup, Places, Split
-from shoal.partition.group_search import AVAILABLE_SPLITS, AVAILABLE_TOPOLOGIES, choose
+from shoal.partition.group_search import choose
 from shoal.partition.machines import Links, LinkSpeed, Machine
 from shoal.partition.plan import Plan, Wanted, plan_in_ram
 from shoal.partition.slicing import Grains, Shard
 from shoal.partition.spec import BlockId
 from shoal.partition.sum_cost import Means, Network, Topology
+from shoal.partition.throughput.profile import Device
+from shoal.partition.throughput.weights_of import Weighed
 
+from .choosing.known_machines import known_machines, possible_splits, possible_topologies
 from .choosing.measured_groups import MeasuredGroups
 from .choosing.planned_cut import PlannedCut, TooTight, planned_cut
 from .group import Group, Seat, SendsWeights, Settle
@@ -66,6 +70,7 @@ class Choosing(Protocol):
         splits: Sequence[Split],
         topologies: Sequence[Topology],
         wires: Sequence[WireType],
+        may_cut_vocabulary: bool,
         ranks: int | None,
         kept: KeptCuts,
         measured: Mapping[Places, float],
@@ -73,7 +78,8 @@ class Choosing(Protocol):
 
 
 class Forming:
-    """For the head of a cluster. `serving`: how weights are sent. `speed` measures this machine."""
+    """For the head of a cluster. `serving`: how weights are sent. `speed` measures this machine; `device` says what is
+    known of it."""
 
     def __init__(
         self,
@@ -82,12 +88,14 @@ class Forming:
         speed: Callable[[], NodeSpeed],
         choosing: Choosing = choose,
         steady: SteadyShares | None = None,
+        device: Callable[[], Device | None] = lambda: None,
     ) -> None:
         self._roster = roster
         self._serving = serving
         self._speed = speed
         self._choosing = choosing
         self._steady = steady or SteadyShares()
+        self._device = device
         self._measured = MeasuredGroups()
 
     @property
@@ -229,12 +237,13 @@ class Forming:
     ) -> Choice | NoGroup:
         """`rooms`: bytes of memory, this machine's first. `steady`: the last cut, if it is nearly as good."""
         model, there = _model_key(checkpoint, config), [member.fingerprint for member in members]
-        machines = self._machines(config, members, rooms)
+        found = weighed(checkpoint, config.quant)
+        machines = self._machines(config, members, rooms, found)
         links = {(0, place): member.link for place, member in enumerate(members, 1)}
         for (one, near), (other, far) in combinations(enumerate(members, 1), 2):
             if (link := self._roster.pairs.between(near, far)) is not None:
                 links[one, other] = link
-        sizes, _ = extents(checkpoint, config.quant)
+        sizes = found.extents
         grains = grains_of(checkpoint, config.quant)
         # If no context was asked for, a shorter one may keep it in memory alone: that is what groups are compared with.
         contexts = wanted_of(checkpoint.spec, config)
@@ -246,9 +255,10 @@ class Forming:
             machines,
             links,
             grains=grains,
-            splits=_splits(members),
-            topologies=_topologies(members),
+            splits=possible_splits(members),
+            topologies=possible_topologies(members),
             wires=config.wires,
+            may_cut_vocabulary=all(member.divides_vocabulary for member in members),
             ranks=config.ranks,
             kept=self._steady.cuts(model, there) if steady else KeptCuts(),
             measured=self._measured_at(model, there),
@@ -267,21 +277,21 @@ class Forming:
             if machines <= places.keys()
         }
 
-    def _machines(self, config: NodeConfig, members: Sequence[Member], rooms: Sequence[int]) -> list[Machine]:
-        speeds = self._speeds(members)
-        names = [("", "this machine", config.thread_count)]
-        names += [(it.fingerprint, it.name, max(1, it.facts.threads)) for it in members]
-        return [
-            Machine(name, room, it.memory_bytes_per_s, it.flops, it.disk_bytes_per_s, threads)
-            for (who, name, threads), room in zip(names, rooms, strict=True)
-            for it in [speeds[who]]
-        ]
+    def _machines(
+        self,
+        config: NodeConfig,
+        members: Sequence[Member],
+        rooms: Sequence[int],
+        model: Weighed | None = None,
+    ) -> list[Machine]:
+        speeds, threads = self._speeds(members), config.thread_count
+        return known_machines(self._device(), members, rooms, threads, speeds, model, config.kv_type)
 
     def _settling(self, config: NodeConfig, seating: _Seating, hidden: int) -> Settle:
         """What decides how sums are made, once the members have met and their links are measured."""
         chosen, plan = seating.members, seating.plans[0]
         machines = self._machines(config, chosen, [it.peak_bytes for it in seating.plans])
-        means = [Means(*each) for each in product(_topologies(chosen), config.wires)]
+        means = [Means(*each) for each in product(possible_topologies(chosen), config.wires)]
 
         def settle(between: Mapping[tuple[int, int], LinkSpeed]) -> Manners:
             links = {(0, rank): member.link for rank, member in enumerate(chosen, 1)} | dict(between)
@@ -379,17 +389,6 @@ def _model_key(checkpoint: Checkpoint, config: NodeConfig) -> str:
 def _chosen(choice: Choice, members: Sequence[Member]) -> list[Member]:
     """By rank, this machine not among them."""
     return [members[rank.place - 1] for rank in choice.ranks[1:]]
-
-
-def _splits(members: Sequence[Member]) -> Sequence[Split]:
-    """What all of them can do."""
-    pages = all(member.exchanges_pages for member in members)
-    return [split for split in AVAILABLE_SPLITS if split != "prompts" or pages]
-
-
-def _topologies(members: Sequence[Member]) -> Sequence[Topology]:
-    """What all of them can do."""
-    return AVAILABLE_TOPOLOGIES if all(member.meets_fellows for member in members) else ("star",)
 
 
 def _in_order(members: Sequence[Member]) -> list[Member]:

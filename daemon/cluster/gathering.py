@@ -14,6 +14,7 @@ from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.pack_shelf import PackShelf
 from shoal.daemon.loading.grouping import Grouping
+from shoal.daemon.throughput.own_machine import OwnMachine
 from shoal.offload.budget import Budget
 
 from .forming import Forming
@@ -40,6 +41,8 @@ def gathered(home: Home, config: NodeConfig) -> Iterator[Grouping | None]:
     try:
         membership.follow_files()
         sending = partial(send_weights, claimed=PackShelf(home).claimed)
-        yield Forming(roster, sending, speed, steady=SteadyShares(home.cluster / "shares.json"))
+        machine = OwnMachine(config.thread_count, home.profile, home.models)
+        steady = SteadyShares(home.cluster / "shares.json")
+        yield Forming(roster, sending, speed, steady=steady, device=lambda: machine.device)
     finally:
         membership.close()

@@ -17,7 +17,10 @@ from shoal.comm.errors import CommError
 from shoal.comm.group.channel import Channel
 from shoal.comm.group.group_protocol import FELLOWS, PAGES, VOCABULARY
 from shoal.comm.group.streams import Address
+from shoal.partition.errors import ProfileError
 from shoal.partition.machines import LinkSpeed
+from shoal.partition.throughput.profile import Device, Profile
+from shoal.partition.throughput.profile_checks import check_profile
 
 from .control_messages import (
     BEAT_S,
@@ -72,6 +75,7 @@ class Member:
         self.exchanges_pages = PAGES in channel.agreed.features
         self.divides_vocabulary = VOCABULARY in channel.agreed.features
         self.facts = attach
+        self.device = _believed(attach)
         self.beat = Beat(free_bytes=attach.memory_bytes)
         self.link = LinkSpeed(0.0, 1.0)  # once it is measured
         self.reason = ""  # why it is gone
@@ -244,3 +248,15 @@ class Member:
         """How far it is with a shard; None if it is gone."""
         with self._lock:
             return None if self.reason else self._answers.get(epoch)
+
+
+def _believed(attach: Attach) -> Device | None:
+    """What a worker says its kernels take; None if it says nothing, or what cannot be true."""
+    device = attach.device
+    if device is None or not (device.measured and device.products):
+        return None
+    try:
+        return check_profile(Profile((device,))).head
+    except ProfileError as error:
+        log.info("what %s says of its kernels is not used: %s", attach.name, error)
+        return None

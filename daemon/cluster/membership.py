@@ -44,6 +44,7 @@ from shoal.daemon.installed import package_version
 from shoal.daemon.memory import resident_bytes
 from shoal.daemon.private_files import private_dir
 from shoal.offload.budget import Budget
+from shoal.partition.throughput.profile import Device
 
 from .control_messages import Attach
 from .links.link_test import longest_waits, measure_links
@@ -64,8 +65,9 @@ PREPARING_S = 60.0  # within which a machine that has just joined attaches, slow
 
 
 class Membership:
-    """`directory` holds key, certificate and peers. `speed` measures this machine. `computing` names the models that
-    compute now (for people). `network`: where a head says that it is there; None = nowhere. `own`: its addresses."""
+    """`directory` holds key, certificate and peers. `speed` measures this machine, and `device` says what is known of
+    it. `computing` names the models that compute now (for people). `network`: where a head says that it is there;
+    None = nowhere. `own`: its addresses."""
 
     def __init__(
         self,
@@ -78,6 +80,7 @@ class Membership:
         computing: Callable[[], Sequence[str]] = lambda: (),
         network: LocalNetwork | None = None,
         own: Callable[[], Sequence[OwnAddress]] = own_addresses,
+        device: Callable[[], Device | None] = lambda: None,
     ) -> None:
         self._directory = directory
         self._config = config
@@ -88,6 +91,7 @@ class Membership:
         self._computing = computing
         self._network = network
         self._own = own
+        self._device = device
         self._announcer: Announcer | None = None
         self._lock = threading.RLock()
         self._codes = Codes()
@@ -257,8 +261,7 @@ class Membership:
         self._follow_members()
 
     def _reachable(self) -> list[str]:
-        listening = self._listening
-        return reachable(listening.addresses) if listening is not None else []
+        return reachable(listening.addresses) if (listening := self._listening) is not None else []
 
     def _listens(self) -> list[str]:
         try:
@@ -283,6 +286,7 @@ class Membership:
             flops=speed.flops,
             disk_bytes_per_s=speed.disk_bytes_per_s,
             measured=speed.measured,
+            device=self._device(),
         )
 
     def follow_files(self) -> None:

@@ -12,6 +12,7 @@ from shoal.daemon.config import NodeConfig
 from shoal.daemon.library.kv_files import KvFiles
 from shoal.daemon.library.pack_shelf import PackShelf
 from shoal.offload.budget import Budget
+from shoal.partition.throughput.profile import Device
 
 from .forming import Forming
 from .kernel_check import check_kernels
@@ -31,8 +32,10 @@ def place_in_cluster(
     budget: Budget,
     computing: Callable[[], Sequence[str]],
     kv_files: KvFiles | None = None,
+    device: Callable[[], Device | None] = lambda: None,
 ) -> tuple[Forming, Membership]:
-    """`computing` names the models that compute now. `kv_files`: this node's, if it keeps KV on disk."""
+    """`computing` names the models that compute now. `kv_files`: this node's, if it keeps KV on disk. `device`: what
+    is known of this machine."""
     roster = Roster()
     measured = config.thread_count, home.cluster / "speed.json", home.root
     speed, again = partial(node_speed, *measured), partial(measure_again, *measured)
@@ -43,13 +46,13 @@ def place_in_cluster(
 
     shards = ShardStores(home.shards, kv_files, config.shard_disk_bytes)
     membership = Membership(
-        home.cluster, config, budget, roster, shards, tested_speed, computing, LocalNetwork()
+        home.cluster, config, budget, roster, shards, tested_speed, computing, LocalNetwork(), device=device
     )
     membership.start()
     threading.Thread(target=_measure_again, args=(budget, again), name="shoal-speed", daemon=True).start()
     steady = SteadyShares(home.cluster / "shares.json")
     sending = partial(send_weights, claimed=PackShelf(home).claimed)
-    return Forming(roster, sending, speed, steady=steady), membership
+    return Forming(roster, sending, speed, steady=steady, device=device), membership
 
 
 def _measure_again(budget: Budget, again: Callable[[], None]) -> None:

@@ -114,12 +114,6 @@ def _with_whole_head(part: Weighed) -> Mapping[BlockId, int]:
     return found
 
 
-def extents(checkpoint: AnyCheckpoint, quant: Quant = "keep") -> tuple[Mapping[BlockId, int], int]:
-    """(bytes of every block in a pack, in the order of a step; bytes of the vectors). A tied embedding has none."""
-    model = weighed(checkpoint, quant)
-    return model.extents, model.vectors_bytes
-
-
 def wanted_of(spec: ModelSpec, config: NodeConfig) -> list[Wanted]:
     """What the configuration asks for: with its context, or once with each context to try, the longest first."""
     usual = config.context_tokens or min(spec.context, DEFAULT_CONTEXT_TOKENS)

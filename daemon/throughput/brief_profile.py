@@ -1,4 +1,4 @@
-"""Measures what a daemon needs most to predict, in about two seconds between requests: fixed costs, kernels with the
+"""Measures what a daemon needs most to predict, in some four seconds between requests: fixed costs, kernels with the
 types of what is loaded, the disk if there is something large to read on it. `profiling` measures everything.
 """
 
@@ -17,21 +17,21 @@ from shoal.daemon.cluster.speed import files_below
 from shoal.daemon.memory import available_bytes
 from shoal.kernels import WEIGHT_TYPES
 from shoal.offload.errors import OffloadError
-from shoal.offload.read_speed import read_speed
 from shoal.partition.hardware_guesses import DISK_BYTES_PER_S
 from shoal.partition.throughput.profile import Device, ReadLaw
 
-from .disk_laws import READS
+from .disk_laws import READS, read_once, reread_speed
 from .fixed_costs import overheads
 from .kernel_laws import (
     POOL_BYTES,
     Pool,
     attention_laws,
-    call_s,
     flops_of,
+    kernel_repeats,
     laid_out_bytes_per_s,
     memory_bytes_per_s,
-    rows_laws,
+    middle,
+    table_rounds,
 )
 from .profiling import LEAST_FILE_BYTES, others_compute
 
@@ -83,11 +83,11 @@ def _measured(
     types = [kind for kind in WEIGHT_TYPES if kind.name in kinds]
     pool = Pool()
     going("")
-    laws = tuple(rows_laws(home, pool, types, call_s(home), math.inf, going))
+    rounds = table_rounds(home, pool, types, math.inf, going)
+    laws = middle(rounds)
     if before is not None:
         return replace(before, products=(*before.products, *laws))
-    fixed = overheads()
-    going("")
+    fixed = overheads(going)
     attention = tuple(attention_laws(home, going, ("f16",)))
     disk = _disk_bytes_per_s(place)
     going("")
@@ -102,6 +102,7 @@ def _measured(
         attention=attention,
         reads=ReadLaw(READS[-1:], (disk,)) if disk else None,
         overheads=fixed,
+        repeats=kernel_repeats(rounds),
         touch_bytes_per_s=pool.touch_bytes_per_s,
         band_bytes_per_s=laid_out_bytes_per_s(types[0]),
         measured=True,
@@ -114,6 +115,7 @@ def _disk_bytes_per_s(place: Path) -> float:
     if largest[0] < LEAST_FILE_BYTES:
         return 0.0
     try:
-        return read_speed(largest[1], BRIEF_READ_S, READS[-1])
+        read_once(largest[1])
+        return reread_speed(largest[1], BRIEF_READ_S)
     except (OSError, OffloadError):
         return 0.0

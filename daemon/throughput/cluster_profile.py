@@ -13,7 +13,8 @@ from typing import NamedTuple
 from shoal.comm.cluster_messages import LinksReply, NodesReply, NodeStatus
 from shoal.partition.errors import ProfileError
 from shoal.partition.throughput.cost import PROCESS_BYTES
-from shoal.partition.throughput.profile import Device, Profile, ProfileLink, check_profile
+from shoal.partition.throughput.profile import Device, Profile, ProfileLink
+from shoal.partition.throughput.profile_checks import check_profile
 
 
 class Clustered(NamedTuple):
@@ -25,7 +26,8 @@ class Clustered(NamedTuple):
 
 def clustered(own: Profile, nodes: NodesReply, links: LinksReply | None = None) -> Clustered:
     """`own`, the profile of a head, with all workers that are attached, and their links. Two speeds are known of a
-    worker. `links`: measured just now; how fast all workers together send to the head is known from there."""
+    worker: if the head was measured, its kernels are taken to be like the head's, so many times as fast. `links`:
+    measured just now; how fast all workers together send to the head is known from there."""
     head, left_out = own.head, []
     if nodes.role != "head":
         return Clustered(own, ())
@@ -51,6 +53,10 @@ def clustered(own: Profile, nodes: NodesReply, links: LinksReply | None = None) 
         except ProfileError as error:
             left_out.append(f"{node.name} is left out: {error}")
             continue
+        if head.measured:
+            like = head.like(name, node.memory_bytes_per_s, node.flops, node.disk_bytes_per_s)
+            known = replace(like, memory_bytes=device.memory_bytes, threads=device.threads)
+            found = replace(found, devices=(*found.devices[:-1], known))
         names[node.fingerprint] = name
     for pair in nodes.pairs:
         ends = [names[it] for it in pair.between if it in names]

@@ -24,7 +24,8 @@ from shoal.kernels.types import WEIGHT_TYPES
 from shoal.models.regular_files import read_regular
 from shoal.partition.errors import ProfileError
 from shoal.partition.placement import ExpertTimes
-from shoal.partition.throughput.profile import Accelerator, Profile, check_figure, check_profile, unmeasured
+from shoal.partition.throughput.profile import Accelerator, Profile, unmeasured
+from shoal.partition.throughput.profile_checks import check_figure, check_profile
 from shoal.partition.throughput.weights_of import Weighed
 
 from .own_machine import AGED_S
@@ -107,12 +108,12 @@ def _expert(home: DeviceHome, expert: list[Shape], free_bytes: int) -> ExpertTim
 def _laws(home: DeviceHome, shapes: list[Shape], free_bytes: int) -> Accelerator | None:
     from shoal.devices.device_timing import device_speed, tried_for_speed_bytes
 
-    from .fixed_costs import overheads
+    from .fixed_costs import device_overheads
 
     if tried_for_speed_bytes(shapes) > free_bytes:
         return None
     try:
-        speed, calls = device_speed(home, shapes), overheads(home)
+        speed, calls = device_speed(home, shapes), device_overheads(home)
     except HomeFull:
         return None
     device = home.device

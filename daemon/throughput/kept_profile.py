@@ -21,7 +21,7 @@ from .profile_files import parse_profile, profile_text
 
 log = logging.getLogger(__name__)
 
-FORM = 2  # of what is measured: a later one is measured anew
+FORM = 3  # of what is measured: a later one is measured anew
 
 
 class _File(Struct, frozen=True):
@@ -36,7 +36,7 @@ class _File(Struct, frozen=True):
 @dataclass(frozen=True)
 class Kept:
     """A profile as it is kept. `disturbed`: others computed meanwhile, so it is measured again when they do not.
-    `brief`: in two seconds, between requests; whoever needs all of it measures. `looked_s`: when it was measured or
+    `brief`: in some seconds, between requests; whoever needs all of it measures. `looked_s`: when it was measured or
     looked at again, Unix time; `changed`: what was no longer true then."""
 
     profile: Profile

@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import cycle
+from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +31,7 @@ from shoal.kernels.arrays import Bytes
 from shoal.kernels.attention_operands import KvPages, Rotation, Scoring, Segments, kv_layout
 from shoal.kernels.huge_pages import Arena, mapped
 from shoal.partition.memory_layout import BAND_ROWS, KV_FORMATS, PAGE_TOKENS
-from shoal.partition.throughput.profile import AttentionLaw, RowsLaw
+from shoal.partition.throughput.profile import AttentionLaw, Repeats, RowsLaw
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +39,9 @@ ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 256)
 MANY_ROWS = 32  # from here on, computing counts, and less memory has to be passed
 MANY_ROWS_BYTES = 2 << 20
 POOL_BYTES = 192 << 20
-CALLS = 3  # at least, of each
-CELL_S = 0.02
+ROUNDS = 3  # of all tables, one after the other: a machine changes its speed within seconds
+CALLS = 1  # at least, of each point in a round
+CELL_S = 0.008  # for which it is called again
 
 HEADS, KV_HEADS, HEAD_DIM = 16, 4, 128
 CONTEXTS = (64, 512, 2048)
@@ -106,26 +109,73 @@ def call_s(home: ComputeHome) -> float:
     return usual_s(iter(lambda: partial(home.linears, x, linear), None))
 
 
-def rows_laws(
+def table_rounds(
     home: ComputeHome,
     pool: Pool,
     kinds: Sequence[WeightType],
-    calls_s: float,
     until_s: float,
     done: Callable[[str], None],
-) -> Iterator[RowsLaw]:
-    """A table for each type and size, in their order. `calls_s`: of each call is not the weights'. No type is begun
-    when the monotonic clock shows `until_s`, except the first."""
-    for number, kind in enumerate(kinds):
-        if number and time.monotonic() > until_s:
-            log.warning(
-                "measuring takes too long, as something else computes: no tables for %s and others", kind.name
-            )
-            return
-        for size in SIZES:
-            done(f"{kind.name}, {size.name}")
-            points = [_point(home, pool, kind, size, rows, calls_s) for rows in ROWS]
-            yield RowsLaw(kind.name, points[0][1], ROWS, tuple(byte_s for byte_s, _ in points))
+) -> list[list[RowsLaw]]:
+    """Rounds of a table for each type and size, in their order. No type is begun when the monotonic clock shows
+    `until_s`, except the first; so later rounds may have fewer. `done` is called before each point."""
+    rounds: list[list[RowsLaw]] = []
+    for _ in range(ROUNDS):
+        calls_s, laws = call_s(home), list[RowsLaw]()
+        for kind in kinds:
+            if (laws or rounds) and time.monotonic() > until_s:
+                if not rounds:
+                    said = "measuring takes too long, as something else computes: no tables for %s and others"
+                    log.warning(said, kind.name)
+                break
+            laws += (_table(home, pool, kind, size, calls_s, done) for size in SIZES)
+        rounds.append(laws)
+    return rounds
+
+
+def _table(
+    home: ComputeHome,
+    pool: Pool,
+    kind: WeightType,
+    size: SizeClass,
+    calls_s: float,
+    done: Callable[[str], None],
+) -> RowsLaw:
+    """`calls_s`: of each call is not the weights'."""
+    points = []
+    for rows in ROWS:
+        done(f"{kind.name}, {size.name}")
+        points.append(_point(home, pool, kind, size, rows, calls_s))
+    return RowsLaw(kind.name, points[0][1], ROWS, tuple(byte_s for byte_s, _ in points))
+
+
+def middle(rounds: Sequence[Sequence[RowsLaw]]) -> tuple[RowsLaw, ...]:
+    """The medians of all rounds."""
+    return tuple(
+        replace(laws[0], byte_s=tuple(map(median, zip(*(law.byte_s for law in laws), strict=True))))
+        for laws in _alike(rounds)
+    )
+
+
+def kernel_repeats(rounds: Sequence[Sequence[RowsLaw]]) -> Repeats:
+    """How far rounds usually lie from their middle: with one row, which is read, and with many, which compute."""
+    return Repeats(_apart(rounds, 1, 1), _apart(rounds, MANY_ROWS, max(ROWS)))
+
+
+def _apart(rounds: Sequence[Sequence[RowsLaw]], least_rows: int, most_rows: int) -> float:
+    found = []
+    for laws in _alike(rounds):
+        if len(laws) < 2:
+            continue  # that says nothing
+        for rows, times in zip(laws[0].rows, zip(*(law.byte_s for law in laws), strict=True), strict=True):
+            if least_rows <= rows <= most_rows:
+                found.append((max(times) - min(times)) / (2 * median(times)))
+    return min(1.0, median(found)) if found else 0.0
+
+
+def _alike(rounds: Sequence[Sequence[RowsLaw]]) -> Iterator[list[RowsLaw]]:
+    """What each round has of the same."""
+    for place in range(len(rounds[0])):
+        yield [laws[place] for laws in rounds if place < len(laws)]
 
 
 def _point(
@@ -179,22 +229,29 @@ def flops_of(law: RowsLaw) -> float:
 def attention_laws(
     home: ComputeHome, done: Callable[[str], None], kv_types: Iterable[str] = KV_FORMATS
 ) -> Iterator[AttentionLaw]:
-    """For each type of K and V, decodes and chunks of prompts by what they see."""
+    """For each type of K and V, decodes and chunks of prompts by what they see. What a call takes for a text that has
+    just begun is no number's: a layer costs it anyhow."""
     for kv_type in kv_types:
-        done(f"attention, {kv_type}")
         layout = kv_layout(kv_type, HEAD_DIM)
         pages = (CONTEXTS[-1] + CHUNK_ROWS) // PAGE_TOKENS + 1
         memory = Arena().take(KV_COPIES * pages * KV_HEADS * layout.head_bytes)
         memory[:] = 0  # every page has to be there
         kv = KvPages(layout, HEADS, memory.reshape(KV_COPIES * pages, KV_HEADS, layout.head_bytes))
         own = [range(copy * pages, (copy + 1) * pages) for copy in range(KV_COPIES)]
-        decode = tuple(_number_s(home, kv, own, 1, context) for context in CONTEXTS)
-        prompt = tuple(_number_s(home, kv, own, CHUNK_ROWS, context) for context in CONTEXTS)
-        yield AttentionLaw(kv_type, CONTEXTS, decode, prompt)
+        calls_s = median(_attention_s(home, kv, own, 1, 1) for _ in range(ROUNDS))
+        points: list[list[float]] = []
+        for rows in (1, CHUNK_ROWS):
+            points.append([])
+            for context in CONTEXTS:
+                done(f"attention, {kv_type}")
+                seconds = median(_attention_s(home, kv, own, rows, context) for _ in range(ROUNDS))
+                seen = rows * max(context, (rows + 1) / 2)
+                points[-1].append(max(0.05 * seconds, seconds - calls_s) / (seen * HEADS * HEAD_DIM))
+        yield AttentionLaw(kv_type, CONTEXTS, *map(tuple, points))
 
 
-def _number_s(home: ComputeHome, kv: KvPages, own: Sequence[range], rows: int, context: int) -> float:
-    """Seconds for a number of a query and a token that it sees; rows see `context` tokens on average."""
+def _attention_s(home: ComputeHome, kv: KvPages, own: Sequence[range], rows: int, context: int) -> float:
+    """Of a call; rows see `context` tokens on average."""
     start = max(0, context - (rows + 1) // 2)
     q, k, v = (
         home.place(np.full((rows, heads * HEAD_DIM), 0.1, np.float32))
@@ -209,8 +266,7 @@ def _number_s(home: ComputeHome, kv: KvPages, own: Sequence[range], rows: int, c
                 segments = Segments.build([(rows, start, list(pages))])
                 yield partial(home.attention, kv, segments, q, k, v, scoring)
 
-    seen = rows * start + rows * (rows + 1) / 2
-    return usual_s(calls()) / (seen * HEADS * HEAD_DIM)
+    return usual_s(calls())
 
 
 def laid_out_bytes_per_s(kind: WeightType) -> float:

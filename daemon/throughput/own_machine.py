@@ -2,7 +2,7 @@
 how long steps took.
 
 Never holds anybody up: whoever loads a model gets what is known. While nothing is to be done for a while, it measures
-for two seconds, or looks whether what was measured long ago still holds, and stops when something comes.
+for some four seconds, or looks whether what was measured long ago still holds, and stops when something comes.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 RESTED_S = 20.0  # without work, before it is measured
 ATTEMPTS_S = 60.0  # between two attempts, and between two times of writing corrections down
+FAILED_S = 3600.0  # after an attempt that failed: the next one would most likely fail, too
 AGED_S = 24 * 3600.0  # after so long it is looked at again
 MOST_SURPRISE = 2.718  # times as long as predicted, or as short: a step held up is not believed
 
@@ -52,7 +53,7 @@ class OwnMachine:
         self._unsaved = False
         self._saved_s = 0.0
         self._idle_since_s: float | None = None
-        self._tried_s = 0.0
+        self._next_s = 0.0  # before which nothing is attempted
         self._measuring: threading.Thread | None = None
 
     @property
@@ -98,9 +99,9 @@ class OwnMachine:
             self._idle_since_s = None
             return
         self._idle_since_s = self._idle_since_s or now_s
-        if now_s - self._idle_since_s < RESTED_S or now_s - self._tried_s < ATTEMPTS_S or self._measuring:
+        if now_s - self._idle_since_s < RESTED_S or now_s < self._next_s or self._measuring:
             return
-        self._tried_s = now_s
+        self._next_s = now_s + ATTEMPTS_S
         if lacking := self._lacking(kinds()):
             self._begin(self._measure, idle, lacking)
         elif self._aged():
@@ -117,6 +118,7 @@ class OwnMachine:
                 work(idle, kinds)
             except Exception as error:  # predictions are less good then, and nothing else
                 log.warning("this machine could not be measured: %s: %s", type(error).__name__, error)
+                self._next_s = time.monotonic() + FAILED_S
             finally:
                 self._measuring = None
 

@@ -1,6 +1,6 @@
 """Profiles in files: JSON as `Profile` has it, or a few figures that somebody wrote down. What is read is checked.
 
-Knows files and JSON. `partition.throughput.profile` knows the limits of figures.
+Knows files and JSON. `partition.throughput.profile_checks` knows the limits of figures.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import msgspec
 from shoal.daemon.errors import DaemonError
 from shoal.models.regular_files import read_regular
 from shoal.partition.errors import ProfileError
-from shoal.partition.throughput.profile import Profile, check_profile
+from shoal.partition.throughput.profile import Profile
+from shoal.partition.throughput.profile_checks import check_profile
 
 PROFILE_BYTES = 8 << 20
 _HINT = "see docs/throughput-model.md for what a profile has"

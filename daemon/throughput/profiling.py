@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,20 +27,25 @@ from shoal.daemon.memory import available_bytes, budget_of
 from shoal.daemon.progress import Progress, no_progress
 from shoal.kernels import WEIGHT_TYPES, Linears
 from shoal.offload.errors import OffloadError
+from shoal.partition.memory_layout import KV_FORMATS
 from shoal.partition.throughput.profile import Contention, Device, Profile, ReadLaw
 
 from .disk_laws import READS, DiskFile, contention, read_law, written
-from .fixed_costs import overheads
+from .fixed_costs import ANSWER_TOKENS, overheads
 from .kept_profile import Kept, profile_key, read_kept, write_kept
 from .kernel_laws import (
+    CONTEXTS,
+    ROUNDS,
+    ROWS,
     SIZES,
     Pool,
     attention_laws,
-    call_s,
     flops_of,
+    kernel_repeats,
     laid_out_bytes_per_s,
     memory_bytes_per_s,
-    rows_laws,
+    middle,
+    table_rounds,
 )
 
 log = logging.getLogger(__name__)
@@ -84,7 +90,8 @@ def measure(threads: int, place: Path, progress: Progress = no_progress) -> Prof
             "resources", "measuring takes up to 1 GB of memory, and less is free", "end something else"
         )
     began_s = time.monotonic()
-    steps = len(WEIGHT_TYPES) * len(SIZES) + 4 + len(READS) + 3
+    steps = ROUNDS * len(WEIGHT_TYPES) * len(SIZES) * len(ROWS) + 2 * len(KV_FORMATS) * len(CONTEXTS)
+    steps += ANSWER_TOKENS + ROUNDS * len(READS) + 1
     at = 0
 
     def done(what: str) -> None:
@@ -95,15 +102,15 @@ def measure(threads: int, place: Path, progress: Progress = no_progress) -> Prof
 
     kernels.set_threads(threads)
     home = kernels.home_of("cpu")
-    done("fixed costs")
-    fixed, each_s = overheads(), call_s(home)
+    fixed = overheads(done)
     pool = Pool()
     attention = tuple(attention_laws(home, done))
-    reads, write, both = _disk(place, pool, home, done)
+    disk = _disk(place, pool, home, done)
     kinds = sorted(
         WEIGHT_TYPES, key=lambda kind: FIRST.index(kind.name) if kind.name in FIRST else len(FIRST)
     )
-    laws = tuple(rows_laws(home, pool, kinds, each_s, began_s + LIMIT_S, done))
+    rounds = table_rounds(home, pool, kinds, began_s + LIMIT_S, done)
+    laws = middle(rounds)
     q4_k = next(kind for kind in WEIGHT_TYPES if kind.name == "Q4_K")
     flops = max(flops_of(law) for law in laws if law.kind == q4_k.name)
     device = Device(
@@ -111,15 +118,16 @@ def measure(threads: int, place: Path, progress: Progress = no_progress) -> Prof
         memory_bytes=float(available_bytes()),
         memory_bytes_per_s=memory_bytes_per_s(laws),
         flops=flops,
-        disk_bytes_per_s=max(reads.bytes_per_s) if reads else 0.0,
+        disk_bytes_per_s=max(disk.reads.bytes_per_s) if disk.reads else 0.0,
         threads=threads,
         products=laws,
         attention=attention,
-        reads=reads,
+        reads=disk.reads,
         overheads=fixed,
-        contention=both,
+        contention=disk.both,
+        repeats=replace(kernel_repeats(rounds), disk_apart=disk.apart),
         touch_bytes_per_s=pool.touch_bytes_per_s,
-        write_bytes_per_s=write,
+        write_bytes_per_s=disk.write,
         band_bytes_per_s=laid_out_bytes_per_s(q4_k),
         measured=True,
     )
@@ -127,10 +135,17 @@ def measure(threads: int, place: Path, progress: Progress = no_progress) -> Prof
     return Profile((device,))
 
 
-def _disk(
-    place: Path, pool: Pool, home: kernels.ComputeHome, done: Callable[[str], None]
-) -> tuple[ReadLaw | None, float, Contention]:
-    """(reads, bytes per second written or 0 if that is not known, contention) of the disk of a directory."""
+class _Disk(NamedTuple):
+    """`apart`: how far its reads lay from their middle. `write`: bytes per second, 0 if that is not known."""
+
+    reads: ReadLaw | None = None
+    apart: float = 0.0
+    write: float = 0.0
+    both: Contention = Contention()
+
+
+def _disk(place: Path, pool: Pool, home: kernels.ComputeHome, done: Callable[[str], None]) -> _Disk:
+    """The disk of a directory."""
     kind = WEIGHT_TYPES[0]
     x = home.place(np.ones((1, 4096), np.float32))
 
@@ -139,12 +154,12 @@ def _disk(
 
     try:
         with _file_on(place) as file:
-            reads = read_law(file.path, done)
+            reads, apart = read_law(file.path, done)
             done("disk and processor together")
-            return reads, file.write_bytes_per_s, contention(file.path, compute)
+            return _Disk(reads, apart, file.write_bytes_per_s, contention(file.path, compute))
     except (OSError, OffloadError) as error:
         log.warning("the speed of the disk of %s is not known: %s", place, error)
-        return None, 0.0, Contention()
+        return _Disk()
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from ..plan import Plan
 from ..spec import BlockId
-from .laws import DISTINCT_SHARE, NOTHING, Rows, products, read_bytes_per_s
+from .laws import DISTINCT_SHARE, NOTHING, Rows, products, together, windowed_bytes_per_s
 from .prediction import Binding, Job, Prediction, uncertainty
 from .profile import Device
 from .schedule import Experts, Lap, Use, expert_waits, lap
@@ -22,9 +22,6 @@ from .weights_of import Weighed
 from .with_device import device_step
 
 PROCESS_BYTES = 80 << 20  # the interpreter with its libraries, before there is a model
-_READ_BYTES = 4 << 20  # of the window's reads
-# Times what reading alone takes, by steps that did nothing else (1.04 to 1.17: docs/LOG.md).
-_THROUGH_WINDOW = 1.1
 _SAMPLES = 4  # chunks of a long prompt that are worked out; the others lie between
 _ROUNDS = 2  # how contention is found, which depends on what it changes
 
@@ -55,7 +52,7 @@ def cost(model: Weighed, plan: Plan, device: Device, job: Job) -> Prediction:
     prompt = list(_prompt(model, plan, device, job))
     ttft_s = sum(count * step.seconds for count, step in prompt)
     shown = decode if job.new_tokens > 1 else prompt[-1][1]
-    off = 1 + uncertainty(shown.parts, device.measured)
+    off = 1 + uncertainty(shown.parts, device.measured, device.repeats.by_part)
     tokens = job.batch * job.step_tokens
     load_s, pack_s = _start_s(model, plan, device)
     return Prediction(
@@ -164,8 +161,8 @@ def _step(
     """A step of these segments that gives logits for `wanted` rows. `share`: see `distinct_experts`. With a device of
     which nothing is known, as if the CPU computed all."""
     if any(it.name == plan.device for it in device.accelerators):
-        together = device_step(model, plan, device, segments, wanted, share)
-        return _Step(together.seconds, 0.0, together.parts)
+        there = device_step(model, plan, device, segments, wanted, share)
+        return _Step(there.seconds, 0.0, there.parts)
     rows = sum(segment.alike * segment.rows for segment in segments)
     pieces = Pieces(model, plan, device, segments, share)
     tier = {it.block: it.nbytes if it.tier == "disk" else 0 for it in plan.blocks}
@@ -177,23 +174,27 @@ def _step(
     for layer in range(last + 1):
         kind = model.kind_of(layer)
         attending = pieces.attention(kind)
-        uses.append(Use(attending.seconds + overheads.layer_s / 2, tier[BlockId("attn", layer)]))
+        own_s = overheads.layer_with_s(pieces.passing_bytes(kind, rows)) / 2
+        uses.append(Use(attending.seconds + own_s, tier[BlockId("attn", layer)]))
+        calls_s += own_s
         fed = rows if layer < last else wanted  # of the last layer, only what logits are wanted of is needed
         feeding = pieces.feeding(kind, fed)
         mixed = pieces.experts(kind, fed)
         if (experts := pieces.on_disk(kind, fed, mixed, attending)) is not None:
             mixtures[len(uses)] = experts
-        own_s = overheads.layer_s / 2 + (overheads.mixture_s if kind.expert else 0.0)
+        own_s += overheads.mixture_s if kind.expert else 0.0
         block = model.spec.ffn_blocks(layer)[0]
         uses.append(Use(feeding.seconds + mixed.seconds + own_s, tier[block]))
         computing += attending + feeding + mixed
-        calls_s += overheads.layer_s / 2 + own_s
+        calls_s += own_s
     for item in plan.blocks:
         if item.block.kind == "head" and wanted:
             heads = products(device, model.products[item.block], wanted)
             computing += heads
             uses.append(Use(heads.seconds, tier[item.block]))
-    between_s = overheads.step_s + overheads.logit_s * wanted * model.spec.vocab
+    more = sum(segment.alike for segment in segments) - 1
+    streams_s = more * (overheads.stream_s + (last + 1) * overheads.stream_layer_s)
+    between_s = overheads.step_s + streams_s + overheads.logit_s * wanted * model.spec.vocab
     found = _contended(device, plan, uses, mixtures, between_s)
     seconds = max(found.step_s, found.disk_s)
     parts: dict[Binding, float] = {
@@ -223,26 +224,14 @@ def _contended(
         for place, use in enumerate(uses):
             waited_s = 0.0
             if (its := mixtures.get(place)) is not None:
-                speed = _through_window(device, its.nbytes) / read
+                speed = windowed_bytes_per_s(device, its.nbytes) / read
                 waited_s, disk_s = expert_waits(its.slower(computed), speed)
                 experts_disk_s += disk_s
             contended.append(use._replace(compute_s=use.compute_s * computed + waited_s))
-        passing = lap(contended, plan.window_bytes, _through_window(device, _READ_BYTES) / read, between_s)
+        passing = lap(contended, plan.window_bytes, windowed_bytes_per_s(device) / read, between_s)
         found = passing._replace(disk_s=passing.disk_s + experts_disk_s)
-        reading, working = (
-            min(1.0, found.disk_s / found.step_s),
-            min(1.0, compute_s * computed / found.step_s),
-        )
-        keeps = device.contention
-        slower = 1 / (1 - (1 - keeps.compute_keeps) * reading), 1 / (1 - (1 - keeps.disk_keeps) * working)
+        slower = together(device, compute_s * computed / found.step_s, found.disk_s / found.step_s)
     return found
-
-
-def _through_window(device: Device, nbytes: float) -> float:
-    """Bytes per second of a disk whose reads are handed over. No plan streams from no disk; whoever asks anyhow gets
-    what a very slow one would do."""
-    speed = read_bytes_per_s(device, min(nbytes, _READ_BYTES))
-    return speed / _THROUGH_WINDOW if speed > 0 else 1.0
 
 
 def _start_s(model: Weighed, plan: Plan, device: Device) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from itertools import combinations
 
 from ..group_choice import Choice, NoGroup
@@ -13,7 +14,7 @@ from ..sum_cost import Wire
 from .cost import beside_bytes
 from .laws import products
 from .prediction import Binding, Job, Prediction, uncertainty
-from .profile import Device, Profile
+from .profile import Device, Profile, Repeats
 from .rank_laws import RankLaws
 from .weights_of import Weighed
 
@@ -107,12 +108,10 @@ class Groups:
         token_s = figures.token_s
         ttft_s = figures.first_token_s[0] * self.job.batch
         alone_s = token_s - min(figures.network_s, token_s)
-        devices = {device.name: device for device in self.profile.devices}
-        disk_s = max(
-            rank.streamed_bytes / devices[rank.machine].disk_bytes_per_s if rank.streamed_bytes else 0.0
-            for rank in choice.ranks
-        )
-        own, layers = self.profile.head.overheads, self.model.spec.layers
+        disk_s = figures.disk_s
+        laws, layers = self._machines[0].laws, self.model.spec.layers
+        assert laws is not None
+        own = laws.fixed(choice.ranks[0].share)
         fixed_s = own.step_s + len(layers) * own.layer_s + own.mixture_s * sum(layer.moe for layer in layers)
         overhead_s = min(alone_s, fixed_s)
         computing_s = max(0.0, alone_s - overhead_s - disk_s) if disk_s < alone_s else 0.0
@@ -124,7 +123,9 @@ class Groups:
             "overhead": overhead_s,
         }
         binding = max(parts, key=lambda part: parts[part])
-        off = 1 + uncertainty(parts, all(device.measured for device in self.profile.devices))
+        repeats = reduce(Repeats.or_more, (device.repeats for device in self.profile.devices))
+        measured = all(device.measured for device in self.profile.devices)
+        off = 1 + uncertainty(parts, measured, repeats.by_part)
         step_s = token_s + (self.job.batch - 1) * parts["network"]
         peaks = {
             rank.machine: int(rank.needed_bytes) + _beside_bytes(self.model, self.wanted.kv_type, place)

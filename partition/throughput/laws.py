@@ -17,6 +17,10 @@ from .weights_of import Product
 _LAW_ROWS = 64  # of a chunk, with which attention of prompts is measured
 ATTENTION_SHARE = 0.5  # of a device's operations per second that attention reaches, where no law was measured
 
+WINDOW_READ_BYTES = 4 << 20  # of a window's reads
+# Times what reading alone takes, by steps that did nothing else (1.04 to 1.17: docs/LOG.md).
+THROUGH_WINDOW = 1.1
+
 # Published traces of mixtures touch 61% of the experts that independent choices would; the truth lies between.
 DISTINCT_SHARE = 0.61
 ALL_TOUCHED = 16  # times experts / active: with so many rows even the least popular experts are chosen
@@ -116,6 +120,23 @@ def read_bytes_per_s(device: Device, nbytes: float) -> float:
     if device.reads is None:
         return device.disk_bytes_per_s
     return interpolated(nbytes, device.reads.nbytes, device.reads.bytes_per_s)
+
+
+def windowed_bytes_per_s(device: Device, nbytes: float = WINDOW_READ_BYTES) -> float:
+    """The speed of a disk whose reads are handed over, with blocks of so many bytes. No plan streams from no disk;
+    whoever asks anyhow gets what a very slow one would do."""
+    speed = read_bytes_per_s(device, min(nbytes, WINDOW_READ_BYTES))
+    return speed / THROUGH_WINDOW if speed > 0 else 1.0
+
+
+def together(device: Device, computing: float, reading: float) -> tuple[float, float]:
+    """How many times longer computing takes, and reading, if they do so for these shares of a time: whatever one does
+    while the other works takes longer."""
+    keeps = device.contention
+    return (
+        1 / (1 - (1 - keeps.compute_keeps) * min(1.0, reading)),
+        1 / (1 - (1 - keeps.disk_keeps) * min(1.0, computing)),
+    )
 
 
 def distinct_experts(experts: int, active: int, rows: float, share: float | None = None) -> float:

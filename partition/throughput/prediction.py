@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import hypot
 from typing import Literal, NamedTuple
 
 Binding = Literal["memory", "compute", "disk", "link", "network", "overhead"]
 
-# How far measured speeds were from predicted ones, by what binds: with laws that were measured on the machine, and with
-# a few figures that somebody wrote down. The band of a prediction is this wide to both sides.
+# How far laws may be off, by what takes the time: with laws that were measured on the machine, and with a few figures
+# that somebody wrote down. A kernel in a step takes up to a tenth more or less than alone, again and again, and between
+# the sizes of tables; a window takes 1.04 to 1.17 times what reading does, and contention differs from step to step;
+# links are shared; an interpreter's calls take what caches leave. How far what was measured lay from itself when it was
+# measured again comes on top (`Repeats`). The band of a prediction is as wide as both to both sides.
 MEASURED: Mapping[Binding, float] = {
-    "memory": 0.15,
-    "compute": 0.15,
-    "disk": 0.20,
+    "memory": 0.10,
+    "compute": 0.10,
+    "disk": 0.15,
     "link": 0.20,
     "network": 0.25,
     "overhead": 0.25,
 }
+# Of three measurements the outer ones lie so many times nearer to the middle than nine in ten others do.
+_OF_REPEATS = 2.0
 STATED: Mapping[Binding, float] = {
     "memory": 0.25,
     "compute": 0.35,
@@ -81,11 +87,14 @@ class Prediction:
         return self.ttft_s + (job.new_tokens - 1) * self.token_s
 
 
-def uncertainty(parts: Mapping[Binding, float], measured: bool) -> float:
-    """By which part of a prediction the truth may differ: that of each of its parts, as much as they weigh."""
+def uncertainty(parts: Mapping[Binding, float], measured: bool, apart: Mapping[Binding, float]) -> float:
+    """By which part of a prediction the truth may differ: that of each of its parts, as much as they weigh. `apart`:
+    how far measurements of a part lay from their middle."""
     widths, whole = MEASURED if measured else STATED, sum(parts.values())
-    return (
-        sum(widths[part] * seconds for part, seconds in parts.items()) / whole
-        if whole > 0
-        else widths["overhead"]
-    )
+
+    def width(part: Binding) -> float:
+        return hypot(widths[part], _OF_REPEATS * apart.get(part, 0.0))
+
+    if whole <= 0:
+        return width("overhead")
+    return sum(width(part) * seconds for part, seconds in parts.items()) / whole

@@ -2,15 +2,15 @@
 
 A profile is measured (`daemon.throughput`) or written by hand. One that is written by hand gives a few figures for each
 device, and the rest follows from the defaults of this module. Figures come from files and from other machines, so
-`check_profile` looks at each before anybody computes with them. Pure.
+`profile_checks` looks at each before anybody computes with them. Pure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from ..errors import ProfileError
 from ..hardware_guesses import (
     COPY_S,
     DEVICE_LAYER_S,
@@ -27,11 +27,8 @@ from ..hardware_guesses import (
 from .prediction import Binding
 
 ANY = "*"  # in a link: every device that no other link names; in a table: every type that has none
-MAX_DEVICES = 64
-MAX_POINTS = 256  # of a table
-MAX_LAWS = 256
-
 CORRECTED = (0.5, 2.0)  # the least and the most of a correction
+SWEPT_LAYER_BYTES = 16 << 20
 _FOLLOW = 0.2  # how much of what was measured goes into it each time
 
 
@@ -74,6 +71,14 @@ class Overheads:
     layer_s: float = LAYER_S
     mixture_s: float = MIXTURE_S
     logit_s: float = LOGIT_S
+    stream_s: float = 0.0  # of each further stream in a step, and …
+    stream_layer_s: float = 0.0  # … in each layer of it
+    swept_layer_s: float = 0.0  # of a layer besides, if SWEPT_LAYER_BYTES of weights pass the caches in it
+
+    def layer_with_s(self, nbytes: float) -> float:
+        """Of a layer in which so many bytes of weights pass. What an interpreter finds in the caches afterwards shrinks
+        about with their square root (2 to 32 MiB were measured), until it finds nothing."""
+        return self.layer_s + self.swept_layer_s * min(2.0, math.sqrt(nbytes / SWEPT_LAYER_BYTES))
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,24 @@ class Contention:
 
     compute_keeps: float = 0.93  # while the disk reads
     disk_keeps: float = 0.95  # while the processor computes
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """How far measurements of the same thing lay from their middle when they were made again and again, as shares of
+    it; 0: they were made once."""
+
+    memory_apart: float = 0.0
+    compute_apart: float = 0.0
+    disk_apart: float = 0.0
+
+    @property
+    def by_part(self) -> Mapping[Binding, float]:
+        return {"memory": self.memory_apart, "compute": self.compute_apart, "disk": self.disk_apart}
+
+    def or_more(self, other: Repeats) -> Repeats:
+        """The larger of each."""
+        return Repeats(*map(max, vars(self).values(), vars(other).values()))
 
 
 @dataclass(frozen=True)
@@ -164,6 +187,7 @@ class Device:
     reads: ReadLaw | None = None
     overheads: Overheads = Overheads()
     contention: Contention = Contention()
+    repeats: Repeats = Repeats()
     corrections: Corrections = Corrections()
     touch_bytes_per_s: float = 0.0  # memory is used for the first time; 0 = a quarter of memory_bytes_per_s
     write_bytes_per_s: float = 0.0  # of the disk; 0 = half of disk_bytes_per_s
@@ -189,27 +213,45 @@ class Device:
         if threads is None or threads >= self.threads:
             return self
         part = threads / self.threads
-        read_s = 1 / self.memory_bytes_per_s  # of a byte, of what a product takes
+        return replace(self.slowed(1 / min(1.0, 2 * part), 1 / part), threads=threads)
 
-        def alone(byte_s: float) -> float:
+    def like(self, name: str, memory_bytes_per_s: float, flops: float, disk_bytes_per_s: float) -> Device:
+        """A machine of which only so much is known: kernels are much the same, and no two speeds tell how few rows or
+        small matrices slow them. Its disk is its own."""
+        found = self.slowed(self.memory_bytes_per_s / memory_bytes_per_s, self.flops / flops)
+        return replace(
+            found,
+            name=name,
+            disk_bytes_per_s=disk_bytes_per_s,
+            reads=None,
+            port_bytes_per_s=0.0,
+            repeats=Repeats(),
+            corrections=Corrections(),
+            measured=False,
+        )
+
+    def slowed(self, memory: float, compute: float) -> Device:
+        """If reading memory took so many times as long, and computing. Of what a product takes for a byte, that is
+        reading which memory's speed says."""
+        read_s = 1 / self.memory_bytes_per_s
+
+        def longer(byte_s: float) -> float:
             reading = min(byte_s, read_s)
-            return reading / min(1.0, 2 * part) + (byte_s - reading) / part
+            return memory * reading + compute * (byte_s - reading)
 
-        slower = tuple(replace(law, byte_s=tuple(map(alone, law.byte_s))) for law in self.products)
         attention = tuple(
             replace(
                 law,
-                decode_s=tuple(it / part for it in law.decode_s),
-                prompt_s=tuple(it / part for it in law.prompt_s),
+                decode_s=tuple(compute * it for it in law.decode_s),
+                prompt_s=tuple(compute * it for it in law.prompt_s),
             )
             for law in self.attention
         )
         return replace(
             self,
-            threads=threads,
-            memory_bytes_per_s=self.memory_bytes_per_s * min(1.0, 2 * part),
-            flops=self.flops * part,
-            products=slower,
+            memory_bytes_per_s=self.memory_bytes_per_s / memory,
+            flops=self.flops / compute,
+            products=tuple(replace(law, byte_s=tuple(map(longer, law.byte_s))) for law in self.products),
             attention=attention,
         )
 
@@ -260,138 +302,20 @@ class Profile:
         return None
 
 
-Law = RowsLaw | AttentionLaw | ReadLaw
-
-_LIMITS: Mapping[str, tuple[float, float]] = {
-    "memory_bytes": (1e6, 2.0**60),
-    "memory_bytes_per_s": (1e6, 1e16),
-    "flops": (1e6, 1e20),
-    "disk_bytes_per_s": (0, 1e14),
-    "host_bytes_per_s": (1e3, 1e14),
-    "threads": (1, 1 << 16),
-    "touch_bytes_per_s": (0, 1e16),
-    "write_bytes_per_s": (0, 1e14),
-    "band_bytes_per_s": (0, 1e16),
-    "port_bytes_per_s": (0, 1e14),
-    "latency_s": (0, 3600),
-    "bytes_per_s": (1, 1e14),
-    "step_s": (0, 10),
-    "layer_s": (0, 1),
-    "mixture_s": (0, 1),
-    "logit_s": (0, 1e-3),
-    "copy_s": (0, 1),
-    "scratch_bytes": (0, 2.0**50),
-    "compute_keeps": (0.01, 1),
-    "disk_keeps": (0.01, 1),
-    **dict.fromkeys(("memory", "compute", "disk", "network", "link", "overhead"), CORRECTED),
-}
-_LEAST_PER_S = 1e3  # of speeds that may also be 0, which means that there is none
-_POINTS: Mapping[str, tuple[float, float]] = {
-    "rows": (1, 1 << 24),
-    "byte_s": (1e-16, 1.0),
-    "context": (1, 1 << 26),
-    "decode_s": (1e-18, 1.0),
-    "prompt_s": (1e-18, 1.0),
-    "nbytes": (1, 1 << 40),
-    "bytes_per_s": (1, 1e14),
-}
+def interpolated(at: float, points: tuple[float, ...] | tuple[int, ...], values: tuple[float, ...]) -> float:
+    """Between the points on lines; before the first and after the last its value."""
+    if at <= points[0]:
+        return values[0]
+    for number in range(1, len(points)):
+        low, high = points[number - 1], points[number]
+        if at <= high:
+            share = (at - low) / (high - low)
+            return values[number - 1] + share * (values[number] - values[number - 1])
+    return values[-1]
 
 
-def check_profile(profile: Profile) -> Profile:
-    """The profile itself. Raises ProfileError with field, value and limit of the first figure that cannot be true."""
-    if not 1 <= len(profile.devices) <= MAX_DEVICES:
-        raise ProfileError(f"devices: there are {len(profile.devices)}, must be from 1 to {MAX_DEVICES}")
-    names: set[str] = set()
-    for place, device in enumerate(profile.devices):
-        where = f"devices[{place}]"
-        _check_name(f"{where}.name", device.name, names)
-        names.add(device.name)
-        _check_figures(where, vars(device))
-        _check_figures(f"{where}.overheads", vars(device.overheads))
-        _check_figures(f"{where}.contention", vars(device.contention))
-        _check_figures(f"{where}.corrections", vars(device.corrections))
-        within: set[str] = set()
-        for number, accelerator in enumerate(device.accelerators):
-            _check_name(f"{where}.accelerators[{number}].name", accelerator.name, within)
-            within.add(accelerator.name)
-            path = f"{where}.accelerators[{number}]"
-            _check_figures(path, vars(accelerator))
-            for spot, table in enumerate(accelerator.products):
-                _check_law(f"{path}.products[{spot}]", table)
-        for path, law in _laws(where, device):
-            _check_law(path, law)
-    for number, link in enumerate(profile.links):
-        where = f"links[{number}]"
-        for end in link.between:
-            if end != ANY and end not in names:
-                known = ", ".join(sorted(names))
-                raise ProfileError(
-                    f"{where}.between has {end[:80]!r}: no device has this name (there are {known})"
-                )
-        if link.between[0] == link.between[1] != ANY:
-            raise ProfileError(f"{where}.between={list(link.between)}: must be two devices")
-        for before, other in enumerate(profile.links[:number]):
-            if other.between in (link.between, link.between[::-1]):
-                raise ProfileError(
-                    f"{where}.between={list(link.between)}: as links[{before}]; must be named once"
-                )
-        _check_figures(where, vars(link))
-    return profile
-
-
-def _laws(where: str, device: Device) -> Iterator[tuple[str, Law]]:
-    both: tuple[tuple[str, tuple[Law, ...]], ...] = (
-        ("products", device.products),
-        ("attention", device.attention),
-    )
-    for name, laws in both:
-        if len(laws) > MAX_LAWS:
-            raise ProfileError(f"{where}.{name} has {len(laws)} laws: must be at most {MAX_LAWS}")
-        yield from ((f"{where}.{name}[{number}]", law) for number, law in enumerate(laws))
-    if device.reads is not None:
-        yield f"{where}.reads", device.reads
-
-
-def _check_name(field: str, name: str, taken: Iterable[str]) -> None:
-    if not name or name == ANY or len(name) > 200 or not name.isprintable():
-        raise ProfileError(f"{field}={name[:80]!r}: must be 1 to 200 printable characters other than '*'")
-    if name in taken:
-        raise ProfileError(f"{field}={name[:80]!r}: another one has this name")
-
-
-def _check_figures(where: str, figures: Mapping[str, object]) -> None:
-    for field, value in figures.items():
-        if field in _LIMITS and not isinstance(value, tuple):
-            low, high = _LIMITS[field]
-            check_figure(f"{where}.{field}", value, low, high)
-            if field.endswith("per_s") and low == 0 < value < _LEAST_PER_S:  # type: ignore[operator]
-                raise ProfileError(f"{where}.{field}={value:g}: must be 0, or at least {_LEAST_PER_S:g}")
-
-
-def check_figure(field: str, value: object, low: float, high: float) -> None:
-    """Raises ProfileError unless the value is a number within the limits."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not low <= value <= high:  # type: ignore[operator]
-        said = f"{value:g}" if isinstance(value, float) else f"{value!s:.40}"
-        raise ProfileError(f"{field}={said}: must be a number from {low:g} to {high:g}")
-
-
-def _check_law(where: str, law: Law) -> None:
-    tables = {field: value for field, value in vars(law).items() if isinstance(value, tuple)}
-    for field, value in vars(law).items():
-        if field in ("kind", "kv_type") and not (value and value.isprintable() and len(value) <= 40):
-            raise ProfileError(f"{where}.{field}={value[:80]!r}: must be the name of a stored type")
-        for number, point in enumerate(value if isinstance(value, tuple) else ()):
-            check_figure(f"{where}.{field}[{number}]", point, *_POINTS[field])
-        if field == "nbytes" and not isinstance(value, tuple):
-            check_figure(f"{where}.nbytes", value, *_POINTS["nbytes"])
-    (first, points), *others = tables.items()
-    if not 1 <= len(points) <= MAX_POINTS:
-        raise ProfileError(f"{where}.{first} has {len(points)} points: must have from 1 to {MAX_POINTS}")
-    if list(points) != sorted(set(points)):
-        raise ProfileError(f"{where}.{first} must rise from point to point")
-    for field, value in others:
-        if len(value) != len(points):
-            raise ProfileError(
-                f"{where}.{field} has {len(value)} points: must have {len(points)}, as {first}"
-            )
+def between_logs(at: float, low: float, high: float) -> float:
+    """How far `at` lies on the way from low to high on a logarithmic scale, in [0, 1]."""
+    if high <= low:
+        return 0.0
+    return min(1.0, max(0.0, math.log(at / low) / math.log(high / low)))

@@ -7,11 +7,16 @@ it, which are far fewer than the step has. Pure.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
-from ..machines import BlockTimes, FixedCosts, RankShares
-from .laws import attention, distinct_experts, products
+from ..machines import BlockTimes, DiskTimes, FixedCosts, RankHolds, RankShares
+from ..streamed_plan import experts_together
+from .laws import attention, distinct_experts, products, together, windowed_bytes_per_s
 from .profile import Device
+from .schedule import Experts, expert_waits, guessed_right, ring_s
 from .weights_of import Product, Weighed
+
+_ROUNDS = 2  # how contention is found, which depends on what it changes
 
 
 class RankLaws:
@@ -21,10 +26,19 @@ class RankLaws:
         self._device, self._model, self._kv_type, self._distinct = device, model, kv_type, distinct
         self._known: dict[tuple[object, ...], float] = {}
 
-    @property
-    def fixed(self) -> FixedCosts:
+    def fixed(self, share: float) -> FixedCosts:
+        """See `PartLaws`."""
         own = self._device.overheads
-        return FixedCosts(own.step_s, own.layer_s, own.mixture_s)
+        return FixedCosts(own.step_s, own.layer_with_s(share * self._layer_bytes), own.mixture_s)
+
+    @cached_property
+    def _layer_bytes(self) -> float:
+        """Of the weights that a layer uses for one token, on average."""
+        spec = self._model.spec
+        active = spec.moe.active / spec.moe.experts if spec.moe else 0.0
+        layers = (item for item in self._model.block_bytes.items() if item[0].layer >= 0)
+        used = (nbytes * (active if block.kind == "expert" else 1.0) for block, nbytes in layers)
+        return sum(used) / len(spec.layers)
 
     def times(self, portion: RankShares, rows: int, context: float, crowd: float) -> BlockTimes:
         """See `PartLaws`."""
@@ -41,11 +55,62 @@ class RankLaws:
             else:
                 fed_s = self._products_s(kind.dense, portion.ffn, rows)
             ffn_s += layers * fed_s
-        return BlockTimes(attn_s, ffn_s, self.head_s() if portion.first else 0.0)
+        return BlockTimes(attn_s, ffn_s, self.head_s(portion.vocab))
 
-    def head_s(self) -> float:
+    def head_s(self, share: float) -> float:
         """See `PartLaws`."""
-        return self._products_s(self._model.head, 1.0, 1)
+        return self._products_s(self._model.head, share, 1)
+
+    def disk(
+        self, portion: RankShares, held: RankHolds, rows: int, crowd: float, own: BlockTimes
+    ) -> DiskTimes:
+        """See `PartLaws`: by the schedules of the window and of the cache of experts, as alone (`cost`)."""
+        layers, mixtures = len(self._model.spec.layers), sum(layer.moe for layer in self._model.spec.layers)
+        computing_s = own.attn_s + own.ffn_s + own.head_s
+        block_s = max(own.attn_s, own.ffn_s) / layers
+        slower = waiting = 1.0
+        stall_s = least_s = 0.0
+        for _ in range(_ROUNDS):
+            stall_s = disk_s = 0.0
+            if held.missing_experts:
+                its = self._experts(portion, held, rows, crowd, own)
+                speed = windowed_bytes_per_s(self._device, its.nbytes) / waiting
+                waits = expert_waits(its.slower(slower), speed)
+                stall_s, disk_s = mixtures * waits.stall_s, mixtures * waits.disk_s
+            speed = windowed_bytes_per_s(self._device) / waiting
+            passing_s = ring_s(
+                held.streamed_bytes, held.block_bytes, held.window_bytes, slower * block_s, speed
+            )
+            least_s = passing_s + disk_s
+            reading_s = held.streamed_bytes / speed + disk_s
+            step_s = max(slower * computing_s + stall_s, least_s, 1e-9)
+            slower, waiting = together(self._device, slower * computing_s / step_s, reading_s / step_s)
+        return DiskTimes(least_s, slower, stall_s)
+
+    def _experts(
+        self, portion: RankShares, held: RankHolds, rows: int, crowd: float, own: BlockTimes
+    ) -> Experts:
+        """Those that a layer uses of this rank's."""
+        spec = self._model.spec
+        assert spec.moe is not None
+        kind = next(kind for kind in self._model.layer_kinds if kind.expert)
+        used = distinct_experts(spec.moe.experts, spec.moe.active, rows, self._distinct)
+        right = guessed_right(used, spec.moe.experts)
+        nbytes = sum(it.nbytes for it in kind.expert)
+        if portion.whole_experts:
+            used *= min(1.0, crowd * portion.experts)
+        else:
+            nbytes = round(nbytes * portion.experts)
+        used, layers = max(1.0, used), len(spec.layers)
+        return Experts(
+            used,
+            used * held.missing_experts,
+            max(1, nbytes),
+            experts_together(held.expert_slots),
+            own.ffn_s / layers,
+            own.attn_s / layers,
+            right,
+        )
 
     def _mixture_s(
         self,

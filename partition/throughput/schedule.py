@@ -15,6 +15,7 @@ from .ring import waits_for
 
 _LAPS = 3  # the first fill the ring
 _PIECE_BYTES = 4 << 20
+GUESSED_RIGHT = 0.85  # of guesses which experts the next layer will choose (0.85 to 0.9: docs/LOG.md)
 _GUESSING = 8  # rounds: what is guessed depends on the time that it leaves
 _PIECES = 1000  # of a lap, about, at most: larger pieces tell as much
 
@@ -64,6 +65,17 @@ def lap(uses: Sequence[Use], window_bytes: int, bytes_per_s: float, between_s: f
     return Lap(step_s, max(0.0, step_s - compute_s), whole / bytes_per_s)
 
 
+def ring_s(
+    streamed_bytes: float, block_bytes: float, window_bytes: float, block_s: float, bytes_per_s: float
+) -> float:
+    """What a step takes at least if so many bytes pass in blocks of `block_bytes`, spread evenly, each of which is
+    computed for `block_s`: a window that holds two reads one while the other is computed; in a smaller one, where a
+    block lies in one piece as well, nothing is read meanwhile. About what `lap` says, for who asks often."""
+    read_s = streamed_bytes / bytes_per_s
+    waiting_s = 0.0 if window_bytes >= 2 * block_bytes else streamed_bytes / max(1.0, block_bytes) * block_s
+    return read_s + waiting_s
+
+
 class Experts(NamedTuple):
     """The experts that one layer of a step uses, while not all of them are in memory. `together`: so many are computed
     in one go, as soon as all of these are there. `compute_s`: of all of them; `before_s`: of the attention before the
@@ -81,6 +93,11 @@ class Experts(NamedTuple):
     def slower(self, times: float) -> Experts:
         """If computing takes so many times as long."""
         return self._replace(compute_s=times * self.compute_s, before_s=times * self.before_s)
+
+
+def guessed_right(used: float, experts: int) -> float:
+    """How many guesses come true where a step uses so many of a layer's experts: any of these may be chosen."""
+    return GUESSED_RIGHT + (1 - GUESSED_RIGHT) * used / experts
 
 
 class Waits(NamedTuple):

@@ -11,10 +11,8 @@ from ..plan import Plan
 from ..streamed_plan import experts_together
 from .laws import NOTHING, Rows, Share, attention, distinct_experts, products
 from .profile import Device
-from .schedule import Experts
+from .schedule import Experts, guessed_right
 from .weights_of import LayerKind, Product, Weighed
-
-GUESSED_RIGHT = 0.85  # of guesses which experts the next layer will choose (0.85 to 0.9: docs/LOG.md)
 
 
 class Pieces:
@@ -27,6 +25,7 @@ class Pieces:
         self._segments = segments
         self._rows = sum(segment.alike * segment.rows for segment in segments)
         self._known: dict[object, Share] = {}
+        self._sizes: dict[object, float] = {}
         moe = model.spec.moe
         held = [it for it in plan.blocks if it.block.kind == "expert" and it.tier == "disk"] if moe else []
         self._missing = max(0.0, 1 - plan.expert_slots / len(held)) if held else 0.0
@@ -63,13 +62,21 @@ class Pieces:
             self._known[key] = each.times(used)
         return self._known[key]
 
+    def passing_bytes(self, kind: LayerKind, rows: int) -> float:
+        """Of the weights that a layer uses."""
+        key = "bytes", kind, rows
+        if key not in self._sizes:
+            used = self._used(rows) if kind.expert else 0.0
+            experts = used * sum(it.nbytes for it in kind.expert)
+            self._sizes[key] = experts + sum(it.nbytes for it in (*kind.attention, *kind.dense))
+        return self._sizes[key]
+
     def on_disk(self, kind: LayerKind, rows: int, mixed: Share, attending: Share) -> Experts | None:
         """The experts that a layer uses, if every one is as likely to be chosen; None if all are in memory."""
         if not kind.expert or not rows or not self._missing:
             return None
         moe, used = self._model.spec.moe, self._used(rows)
         assert moe is not None
-        right = GUESSED_RIGHT + (1 - GUESSED_RIGHT) * used / moe.experts  # any may be chosen
         return Experts(
             used,
             used * self._missing,
@@ -77,7 +84,7 @@ class Pieces:
             experts_together(self._plan.expert_slots),
             mixed.seconds,
             attending.seconds,
-            right if self._guesses else 0.0,
+            guessed_right(used, moe.experts) if self._guesses else 0.0,
         )
 
     def _used(self, rows: int) -> float:

@@ -104,10 +104,11 @@ def test_a_faster_link_never_makes_a_group_slower(
         assert after.figures.total_s <= before.figures.total_s + 1e-9
 
 
-def assert_plan(part: ModelSpec, rank: RankPlan, own: Machine) -> None:
-    """There is a plan for this shard in the memory of its machine, and it streams only if that was said."""
+def assert_plan(part: ModelSpec, rank: RankPlan, own: Machine, vocab: int | None = None) -> None:
+    """There is a plan for this shard in the memory of its machine, and it streams only if that was said. `vocab`: as in
+    `Wanted`."""
     sizes = {it: nbytes for it, nbytes in block_bytes(part).items() if part.vocab or it.kind != "head"}
-    asked = wanted(part, threads=own.threads)
+    asked = wanted(part, threads=own.threads, vocab=vocab)
     if rank.streamed_bytes or rank.missing_experts:
         assert isinstance(plan_streamed(asked, sizes, 0, memory_bytes=own.memory_bytes), Plan)
     else:
@@ -128,17 +129,20 @@ def assert_both(name: str, shard: Shard, head: Machine) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(clusters())
-def test_no_group_is_faster_than_its_bound(cluster: tuple[str, list[Machine], Pairs, dict[str, Any]]) -> None:
+@given(clusters(), st.booleans())
+def test_no_group_is_faster_than_its_bound(
+    cluster: tuple[str, list[Machine], Pairs, dict[str, Any]], may_cut: bool
+) -> None:
     """Or good groups would not be looked at."""
     name, machines, links, more = cluster
     asked, sizes = wanted(MODELS[name]), Sizes.of(MODELS[name], SIZES[name])
-    cost, cuts = Cost(asked, sizes, Workload()), Cuts(asked, sizes, Memory(asked, sizes), ANYWHERE)
+    cost, memory = Cost(asked, sizes, Workload()), Memory(asked, sizes)
+    cuts = Cuts(asked, sizes, memory, ANYWHERE, may_cut_vocabulary=may_cut)
     network = Network(machines, links, range(len(machines)))
     means = [
         Means(topology, wire) for topology in more.get("topologies", ["star"]) for wire in ("f32", "int8")
     ]
-    bound = cost.bound(machines, network, means)
+    bound = cost.bound(machines, network, means, cut_vocabulary=may_cut)
     for _, parts in cuts.divided(machines, all_wishes=True):
         assert bound.within(cost.tensor(parts, network, means), 1 + 1e-9)
     layered = cost.bound(machines, network, (), layered=True)
@@ -168,7 +172,9 @@ def test_a_choice_can_be_carried_out(cluster: tuple[str, list[Machine], Pairs, d
         counts = [stop - start for start, stop in filter(None, (rank.layers for rank in found.ranks))]
         assert sum(counts) == len(MODELS[name].layers)
     elif len(found.ranks) > 1:
-        shards = divide(MODELS[name], len(found.ranks), shares=found.shares, experts=found.experts)
+        cuts = {"experts": found.experts, "cut_vocabulary": found.cuts_vocabulary}
+        shards = divide(MODELS[name], len(found.ranks), shares=found.shares, **cuts)  # type: ignore[arg-type]
+        gathers = (MODELS[name].vocab, *[0] * len(shards)) if found.cuts_vocabulary else [None] * len(shards)
         if found.split == "prompts":
             assert_both(name, shards[0], machines[0])
             assert not any(rank.streamed_bytes or rank.missing_experts for rank in found.ranks)
@@ -176,8 +182,8 @@ def test_a_choice_can_be_carried_out(cluster: tuple[str, list[Machine], Pairs, d
             for rank, shard in zip(ranks, shards, strict=True):
                 assert_plan(shard_spec(MODELS[name], shard), rank, machines[rank.place])
             return
-        for rank, shard in zip(found.ranks, shards, strict=True):
-            assert_plan(shard_spec(MODELS[name], shard), rank, machines[rank.place])
+        for rank, shard, vocab in zip(found.ranks, shards, gathers, strict=False):
+            assert_plan(shard_spec(MODELS[name], shard), rank, machines[rank.place], vocab)
     assert len(found.ranks) + len(found.unused) == len(machines)
     assert pick(name, machines, links, **more) == found, "the same figures give the same choice"
 

@@ -382,3 +382,53 @@ def test_a_group_that_was_slow_at_answers_is_not_trusted_with_prompts() -> None:
     together = chosen(model(), machines, links, ranks=2)
     slow = {(0, 1): 4 * together.figures.token_s}
     assert names(chosen(model(), machines, links, measured=slow)) == ["head"]
+
+
+def test_a_vocabulary_that_the_head_has_no_room_for_is_cut() -> None:
+    """Embedding and head are 0.3 GB each."""
+    machines = [machine("head", 1.0), machine("other", 8)]
+    found = chosen(model(), machines, all_linked(2, CABLE))
+    assert names(found) == ["head", "other"]
+    assert [rank.streamed_bytes for rank in found.ranks] == [0, 0]
+    assert found.ranks[0].needed_bytes <= 1.0 * GB
+    asked, sizes = wanted(model()), block_bytes(model())
+    kept_whole = choose(
+        asked, sizes, machines, all_linked(2, CABLE), topologies=("star",), may_cut_vocabulary=False
+    )
+    assert isinstance(kept_whole, NoGroup)
+    roomy = chosen(model(), [machine("head", 3), machine("other", 8)], all_linked(2, CABLE))
+    whole = chosen(
+        model(), [machine("head", 3), machine("other", 8)], all_linked(2, CABLE), may_cut_vocabulary=False
+    )
+    assert (roomy.shares, roomy.figures) == (whole.shares, whole.figures), "there is room for it"
+
+
+def test_what_would_stream_with_a_whole_vocabulary_and_not_with_a_cut_one_does_not() -> None:
+    """Embedding and head are 0.9 GB each."""
+    machines = [machine("head", 1.2, disk=1), machine("other", 4, disk=1), machine("third", 4, disk=1)]
+    links = all_linked(3, CABLE)
+    found = chosen(model(vocab=400_000), machines, links, ranks=3)
+    whole = chosen(model(vocab=400_000), machines, links, ranks=3, may_cut_vocabulary=False)
+    assert any(rank.streamed_bytes for rank in whole.ranks)
+    assert not any(rank.streamed_bytes for rank in found.ranks)
+    assert found.figures.token_s < whole.figures.token_s
+
+
+def test_a_cut_vocabulary_costs_a_gathering() -> None:
+    """Half of 128,256 logits pass at 125 MB/s, and half of the head is read by each of both at once."""
+    machines, links = [machine("head", 1.6), machine("other", 8)], all_linked(2, CABLE)
+    spec = model()
+    slow = [it._replace(memory_bytes_per_s=1e15, flops=1e18) for it in machines]
+    cut = chosen(spec, [slow[0]._replace(memory_bytes=10**9), slow[1]], links, ranks=2)
+    whole = chosen(spec, [slow[0]._replace(memory_bytes=3 * 10**9), slow[1]], links, ranks=2)
+    share = 1 - cut.ranks[0].share
+    sum_s = (whole.figures.token_s - 1e-3) / 65
+    gathered_s = 4 * spec.vocab * share / 125e6
+    assert cut.figures.token_s - whole.figures.token_s == pytest.approx(gathered_s, abs=2 * sum_s)
+
+
+def test_steps_in_halves_take_what_kernels_take_for_half_of_the_rows() -> None:
+    """Twice a half is more than the whole where weights are read twice."""
+    two = [machine("head", flops=1e6), machine("other", flops=1e6)]
+    found = chosen(model(), two, all_linked(2, LinkSpeed(20e-6, 1e9)), ranks=2)
+    assert found.figures.overlap_rows > 32

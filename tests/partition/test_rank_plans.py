@@ -12,7 +12,7 @@ from shoal.partition.given_plan import check_given
 from shoal.partition.memory_layout import kv_page_bytes
 from shoal.partition.pinning import Pinnings
 from shoal.partition.plan import Misfit, Plan, Wanted, plan_in_ram
-from shoal.partition.rank_plans import LEAST_COPIED_TOKENS, RankPart, assisted_plans, rank_plans
+from shoal.partition.rank_plans import LEAST_COPIED_TOKENS, Fit, RankPart, assisted_plans, rank_plans
 from shoal.partition.slicing import Shard, divide, shard_spec
 from shoal.partition.spec import BlockId, LayerSpec, ModelSpec, MoeSpec, RopeSpec
 
@@ -207,3 +207,19 @@ def test_a_rank_that_has_some_of_the_experts_streams_its_share_of_the_active_one
         assert found.expert_slots == 14
         missed = 1 - 14 / (28 * moe.experts * share)
         assert found.streamed_bytes == pytest.approx(28 * moe.active * share * expert_bytes * missed)
+
+
+def test_a_vocabulary_is_cut_where_that_helps() -> None:
+    fits, streams, rank_0, rank_1 = Fit(None, False), Fit(None, True), Fit(0, False), Fit(1, False)
+    assert [it.may_want_cut_vocabulary for it in (fits, streams, rank_0, rank_1)] == [
+        False,
+        True,
+        True,
+        False,
+    ]
+    assert streams.wants(fits)
+    assert not streams.wants(streams)
+    assert not streams.wants(rank_1)
+    assert rank_0.wants(streams)
+    assert rank_0.wants(fits)
+    assert not rank_0.wants(rank_1)

@@ -20,7 +20,7 @@ from shoal.partition.errors import ShardError
 from shoal.partition.group_choice import Choice
 from shoal.partition.group_search import STEADY
 from shoal.partition.plan import BlockPlan, Misfit, Plan, Wanted, arena_slack
-from shoal.partition.rank_plans import RankPart, assisted_plans, rank_plans
+from shoal.partition.rank_plans import Fit, RankPart, assisted_plans, rank_plans
 from shoal.partition.slicing import Shard, divide
 
 
@@ -49,6 +49,12 @@ class PlannedCut(NamedTuple):
         return max(plan.streamed_bytes for plan in self.plans)
 
     @property
+    def fit(self) -> Fit:
+        if isinstance(self.plans, TooTight):
+            return Fit(self.plans.rank, False)
+        return Fit(None, self.streamed_bytes > 0)
+
+    @property
     def cuts_vocabulary(self) -> bool:
         return len(self.shards) > 1 and self.shards[1].ranges.vocab.size > 0
 
@@ -68,20 +74,16 @@ def planned_cut(
     *,
     may_cut_vocabulary: bool = True,
 ) -> PlannedCut:
-    """`rooms`, `threads`: bytes of memory and threads of each rank. Rank 0 has all of embedding and head, unless it
-    has no room for them, or something would stream, and nothing does where they are cut as well."""
+    """`rooms`, `threads`: bytes of memory and threads of each rank. Rank 0 has all of embedding and head, unless
+    cutting them helps (`Fit.wants`)."""
     made = _planned(checkpoint, config, choice, rooms, threads)
-    if choice.split == "prompts" or not may_cut_vocabulary or not made.streamed_bytes:
+    if choice.split == "prompts" or not may_cut_vocabulary or not made.fit.may_want_cut_vocabulary:
         return made
-    too_tight = made.plans if isinstance(made.plans, TooTight) else None
-    if too_tight and too_tight.rank:
-        return made  # another one would get more
     try:
         other = _planned(checkpoint, config, choice, rooms, threads, cut_vocabulary=True)
     except ShardError:
         return made  # more ranks than groups of rows
-    helps = not isinstance(other.plans, TooTight) if too_tight else not other.streamed_bytes
-    return other if helps else made
+    return other if made.fit.wants(other.fit) else made
 
 
 def _planned(

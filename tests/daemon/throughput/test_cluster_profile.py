@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -11,7 +12,7 @@ from shoal.comm.cluster_messages import LinksReply, NodesReply, NodeStatus, Pair
 from shoal.daemon.throughput.cluster_profile import clustered
 from shoal.daemon.throughput.profile_files import parse_profile, profile_text
 from shoal.partition.throughput.cost import PROCESS_BYTES
-from shoal.partition.throughput.profile import Device, Profile
+from shoal.partition.throughput.profile import Device, Profile, RowsLaw
 
 GB = 10**9
 OWN = Profile((Device("desk", 16e9, 20e9, 2e11, 2e9, 4, measured=True),))
@@ -84,3 +85,19 @@ def test_machines_that_are_called_alike_are_told_apart() -> None:
     assert len(found.devices) == 3
     assert len(found.links) == 2
     assert left_out
+
+
+def test_a_worker_is_like_the_head_and_as_fast_as_its_two_speeds() -> None:
+    law = RowsLaw("Q4_K", 1e6, (1, 64), (5e-11, 2e-10))
+    head = replace(OWN.head, products=(law,))
+    found, _ = clustered(Profile((head,)), reply(worker(disk_bytes_per_s=1e9)))
+    pi = found.devices[1]
+    # Half of the head's memory speed, a quarter of its operations.
+    assert pi.products[0].byte_s == pytest.approx((1e-10, 1e-10 + 4 * 1.5e-10))
+    assert (pi.memory_bytes_per_s, pi.flops, pi.disk_bytes_per_s, pi.threads, pi.measured) == (
+        pytest.approx(1e10),
+        pytest.approx(5e10),
+        1e9,
+        4,
+        False,
+    )

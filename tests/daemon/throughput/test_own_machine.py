@@ -11,7 +11,8 @@ import pytest
 from shoal.daemon.throughput import brief_profile, drift, fixed_costs, kernel_laws, own_machine
 from shoal.daemon.throughput.kept_profile import Kept, profile_key, read_kept, write_kept
 from shoal.daemon.throughput.own_machine import OwnMachine
-from shoal.partition.throughput.profile import CORRECTED, Profile, RowsLaw, check_profile, unmeasured
+from shoal.partition.throughput.profile import CORRECTED, Profile, RowsLaw, unmeasured
+from shoal.partition.throughput.profile_checks import check_profile
 
 PARTS = {"memory": 3.0, "compute": 1.0, "disk": 0.0, "network": 0.0, "overhead": 0.0}
 
@@ -21,11 +22,13 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = tuple(size._replace(nbytes=64 << 10, cols=256) for size in kernel_laws.SIZES)
     for module, name, value in (
         (kernel_laws, "CELL_S", 0.0),
+        (kernel_laws, "CALLS", 3),
         (kernel_laws, "ROWS", (1, 8)),
         (kernel_laws, "SIZES", sizes),
         (kernel_laws, "POOL_BYTES", 8 << 20),
         (kernel_laws, "CONTEXTS", (64, 256)),
         (fixed_costs, "ANSWER_TOKENS", 8),
+        (fixed_costs, "SWEPT_BYTES", 16 << 10),
         (fixed_costs, "MANY", 4),
         (own_machine, "RESTED_S", 0.0),
         (own_machine, "ATTEMPTS_S", 0.0),
@@ -200,3 +203,58 @@ def test_rounds_that_differ_as_much_tell_nothing() -> None:
     assert drift._changed("memory", [1.0, 1.3, 1.5]) == {}
     assert drift._changed("memory", [1.1, 1.1, 1.1]) == {}
     assert drift._changed("disk", []) == {}
+
+
+def test_a_disk_that_seems_quicker_is_not_believed_and_a_slower_one_is() -> None:
+    """What lies behind a disk may have kept what was read lately."""
+    assert drift._slower_disk([1.5, 1.5, 1.5]) == {"disk": 1.5}
+    assert drift._slower_disk([0.5, 0.5, 0.5]) == {}
+    assert drift._slower_disk([]) == {}
+
+
+def test_tables_that_were_not_looked_at_have_changed_as_much() -> None:
+    """Reading takes twice as long and computing three times: of two units for a byte, one is reading."""
+    device = replace(unmeasured(1, 1e9), memory_bytes_per_s=1e9, flops=6e9)
+    laws = [RowsLaw(kind, 1e6, (1, 64), (1e-9, 2e-9)) for kind in ("Q4_K", "Q6_K")]
+    before = replace(device, products=tuple(laws))
+    now = RowsLaw("Q4_K", 1e6, (1, 64), (7e-9, 8e-9))
+    found = drift.Looked({"memory": 2.0, "compute": 3.0}, (now,)).applied(before)
+    assert {law.kind: law.byte_s for law in found.products} == {
+        "Q4_K": now.byte_s,
+        "Q6_K": pytest.approx((2e-9, 5e-9)),
+    }
+    assert (found.memory_bytes_per_s, found.flops) == (0.5e9, 2e9)
+
+
+def test_it_is_asked_between_any_two_points_whether_something_is_to_be_done(
+    tmp_path: Path, aged: Kept
+) -> None:
+    points = len(kernel_laws.SIZES) * len(kernel_laws.ROWS)
+    asked = 0
+
+    def idle() -> bool:
+        nonlocal asked
+        asked += 1
+        return True
+
+    found = drift.look_again(aged.profile.head, tmp_path, ["Q8_0"], idle)
+    assert found is not None
+    assert asked >= kernel_laws.ROUNDS * points
+
+
+def test_an_attempt_that_failed_is_not_made_again_soon(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(brief_profile, "measure_briefly", fail)
+    machine = OwnMachine(1, tmp_path / "profile.json", tmp_path)
+    for _ in range(3):
+        looked(machine, "Q8_0")
+    assert caplog.text.count("could not be measured") == 1
+    monkeypatch.setattr(own_machine, "FAILED_S", 0.0)
+    machine._next_s = 0.0
+    for _ in range(2):
+        looked(machine, "Q8_0")
+    assert caplog.text.count("could not be measured") == 3

@@ -13,7 +13,8 @@ from shoal.daemon.throughput import disk_laws, fixed_costs, kernel_laws, profili
 from shoal.daemon.throughput.profile_files import parse_profile, profile_text
 from shoal.kernels import WEIGHT_TYPES
 from shoal.partition.throughput.laws import attention, product
-from shoal.partition.throughput.profile import Profile, RowsLaw, check_profile
+from shoal.partition.throughput.profile import Profile, Repeats, RowsLaw
+from shoal.partition.throughput.profile_checks import check_profile
 from shoal.partition.throughput.weights_of import Product
 
 
@@ -32,8 +33,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         (disk_laws, "READ_S", 0.02),
         (disk_laws, "TOGETHER_S", 0.05),
         (disk_laws, "WRITTEN_BYTES", 8 << 20),
-        (fixed_costs, "ANSWER_TOKENS", 16),
-        (fixed_costs, "MANY", 6),
+        (fixed_costs, "ANSWER_TOKENS", 8),
+        (fixed_costs, "MANY", 4),
+        (fixed_costs, "SWEPT_BYTES", 16 << 10),
     ):
         monkeypatch.setattr(module, name, value)
 
@@ -51,6 +53,8 @@ def test_what_is_measured_can_be_computed_with(tmp_path: Path) -> None:
     assert device.write_bytes_per_s > 0
     assert 0 < device.overheads.layer_s < 1
     assert 0.05 <= device.contention.disk_keeps <= 1
+    assert 0 < device.repeats.memory_apart <= 1
+    assert device.overheads.stream_s >= 0
     one, many = (product(device, Product("Q4_K", 4096, 4096, 9 << 20), rows).seconds for rows in (1, 256))
     assert 0 < one < many
     assert heard[-1][0] == heard[-1][1]
@@ -106,3 +110,19 @@ def test_what_others_disturbed_is_measured_again(tmp_path: Path, monkeypatch: py
 
 def _always(answer: bool, threads: int) -> bool:
     return answer
+
+
+def test_rounds_that_end_early_count_as_far_as_they_came() -> None:
+    def law(kind: str, *byte_s: float) -> RowsLaw:
+        return RowsLaw(kind, 1e6, (1, 64), byte_s)
+
+    rounds = [
+        [law("Q4_K", 1.0, 9.0), law("F32", 5.0, 5.0)],
+        [law("Q4_K", 1.2, 10.0)],
+        [law("Q4_K", 0.8, 11.0)],
+    ]
+    assert kernel_laws.middle(rounds) == (law("Q4_K", 1.0, 10.0), law("F32", 5.0, 5.0))
+    found = kernel_laws.kernel_repeats(rounds)
+    assert found.memory_apart == pytest.approx(0.2)
+    assert found.compute_apart == pytest.approx(0.1)
+    assert kernel_laws.kernel_repeats(rounds[:1]) == Repeats()

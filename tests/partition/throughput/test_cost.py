@@ -14,8 +14,8 @@ from shoal.partition.spec import MoeSpec
 from shoal.partition.streamed_plan import plan_streamed
 from shoal.partition.throughput.cost import PROCESS_BYTES, cost
 from shoal.partition.throughput.laws import attention, distinct_experts, product
-from shoal.partition.throughput.prediction import Job, Prediction
-from shoal.partition.throughput.profile import Contention, Device, Overheads, RowsLaw
+from shoal.partition.throughput.prediction import MEASURED, Binding, Job, Prediction, uncertainty
+from shoal.partition.throughput.profile import Contention, Device, Overheads, Repeats, RowsLaw
 from shoal.partition.throughput.weights_of import Product, Weighed, attended, kv_bytes_by_layer
 
 DENSE = weighed(spec())
@@ -243,3 +243,30 @@ def test_the_parts_of_prompts_are_told_apart_from_those_of_a_token() -> None:
     found = predicted(DENSE, device(), Job(512, 64))
     assert sum(found.prompt_parts.values()) == pytest.approx(found.ttft_s, rel=0.01)
     assert found.prompt_parts["compute"] > found.prompt_parts["memory"]
+
+
+def test_further_streams_of_a_step_cost_each_and_in_each_layer() -> None:
+    own = Overheads(0.0, 0.0, 0.0, 0.0, stream_s=1e-3, stream_layer_s=1e-4)
+    plan, job = in_ram(DENSE), Job(64, 64, 4)
+    plain, costly = (
+        cost(DENSE, plan, replace(device(), overheads=it, contention=ALONE), job) for it in (FREE, own)
+    )
+    assert costly.token_s - plain.token_s == pytest.approx(3 * (1e-3 + 8 * 1e-4))
+    assert costly.parts["overhead"] == pytest.approx(3 * (1e-3 + 8 * 1e-4))
+    alone = (cost(DENSE, plan, replace(device(), overheads=it), Job(64, 64)).token_s for it in (FREE, own))
+    assert len({*alone}) == 1
+
+
+def test_a_band_is_wider_where_the_profile_differed_from_itself() -> None:
+    """A tenth by law; of repeats that lay a tenth apart, twice that."""
+    parts: dict[Binding, float] = {"memory": 3.0, "compute": 1.0, "overhead": 0.0}
+    assert uncertainty(parts, True, {}) == pytest.approx(0.10)
+    found = uncertainty(parts, True, Repeats(memory_apart=0.1).by_part)
+    assert found == pytest.approx((3 * 0.05**0.5 + 0.1) / 4)
+    assert uncertainty({}, True, {}) == MEASURED["overhead"]
+    assert uncertainty(parts, False, {}) > found
+    one, other = (
+        predicted(DENSE, replace(device(measured=True), repeats=it)) for it in (Repeats(), Repeats(0.1, 0.1))
+    )
+    assert other.band[0] < one.band[0] < one.band[1] < other.band[1]
+    assert Repeats(0.1, 0.2).or_more(Repeats(0.3, 0.1, 0.2)) == Repeats(0.3, 0.2, 0.2)

@@ -5,17 +5,27 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from fakes.throughput.throughput_cases import device, spec, wanted, weighed
+from fakes.throughput.throughput_cases import MB, device, spec, wanted, weighed
 
 from shoal.partition.group_choice import Choice
+from shoal.partition.machines import BlockTimes
 from shoal.partition.plan import Plan, plan_in_ram
-from shoal.partition.rank_sizes import Portion
+from shoal.partition.rank_sizes import Held, Portion
 from shoal.partition.spec import MoeSpec
-from shoal.partition.throughput.cost import cost
+from shoal.partition.streamed_plan import plan_streamed
+from shoal.partition.throughput.cost import beside_bytes, cost
 from shoal.partition.throughput.group_plans import Groups
 from shoal.partition.throughput.laws import products
 from shoal.partition.throughput.prediction import Job
-from shoal.partition.throughput.profile import AttentionLaw, Device, Profile, ProfileLink, RowsLaw
+from shoal.partition.throughput.profile import (
+    SWEPT_LAYER_BYTES,
+    AttentionLaw,
+    Contention,
+    Device,
+    Profile,
+    ProfileLink,
+    RowsLaw,
+)
 from shoal.partition.throughput.rank_laws import RankLaws
 from shoal.partition.throughput.weights_of import Weighed
 
@@ -92,4 +102,44 @@ def test_what_links_cost_is_told_apart_from_the_rest() -> None:
 
 def test_fixed_costs_are_the_device_s() -> None:
     own = replace(device().overheads, step_s=1.0, layer_s=2.0, mixture_s=3.0)
-    assert RankLaws(device(overheads=own), DENSE, "f16").fixed == (1.0, 2.0, 3.0)
+    assert RankLaws(device(overheads=own), DENSE, "f16").fixed(1.0) == (1.0, 2.0, 3.0)
+    swept = RankLaws(device(overheads=replace(own, swept_layer_s=1.0)), DENSE, "f16")
+    layer = sum(it.nbytes for it in (*DENSE.kind_of(0).attention, *DENSE.kind_of(0).dense))
+    assert swept.fixed(0.5).layer_s == pytest.approx(2.0 + (layer / 2 / SWEPT_LAYER_BYTES) ** 0.5)
+    assert swept.fixed(0.0).layer_s == 2.0
+
+
+@pytest.mark.parametrize("machine", [device(), MEASURED], ids=["as written", "tables"])
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+@pytest.mark.parametrize("model", [DENSE, MIXED], ids=["dense", "mixed"])
+def test_what_streams_on_one_rank_takes_what_it_takes_alone(
+    model: Weighed, machine: Device, share: float
+) -> None:
+    job = Job(64, 64, distinct=1.0)
+    memory = int(share * model.weights_bytes) + 60 * MB
+    asked = wanted(model.spec, chunk_tokens=64)
+    plan = plan_streamed(asked, model.extents, model.vectors_bytes, memory_bytes=memory)
+    assert isinstance(plan, Plan)
+    alone = cost(model, plan, machine, job)
+    here = replace(machine, memory_bytes=memory + beside_bytes(model, "f16"))
+    found = Groups(model, asked, Profile((here,)), job, ("f32",)).of(1)
+    assert isinstance(found, Choice)
+    # How much streams is estimated, and never to its favour.
+    reads = found.ranks[0].streamed_bytes / plan.streamed_bytes if model is DENSE else 1.0
+    assert found.figures.token_s == pytest.approx(reads * alone.token_s, rel=0.15)
+
+
+def test_a_disk_takes_what_it_takes_through_a_window_while_others_compute() -> None:
+    half = Portion.even(DENSE.spec, 0.5)
+    held = Held(0, 100 * MB, 0.0, 64, window_bytes=40 * MB, block_bytes=20 * MB)
+    own = BlockTimes(0.01, 0.01)
+    calm = device(contention=Contention(1.0, 1.0))
+    least = RankLaws(calm, DENSE, "f16").disk(half, held, 1, 1.0, own)
+    assert least == pytest.approx((1.1 * 0.1, 1.0, 0.0))
+    tight = RankLaws(calm, DENSE, "f16").disk(half, held._replace(window_bytes=20 * MB), 1, 1.0, own)
+    assert tight.least_s == pytest.approx(1.1 * 0.1 + 5 * 0.01 / 8), (
+        "each waits until the one before has left"
+    )
+    busy = RankLaws(device(contention=Contention(0.8, 0.5)), DENSE, "f16").disk(half, held, 1, 1.0, own)
+    assert busy.least_s > least.least_s
+    assert 1.0 < busy.slower <= 1 / 0.8

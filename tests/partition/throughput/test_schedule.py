@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from shoal.offload.window.expert_cache import ExpertCache
 from shoal.offload.window.window import Extent, Window
 from shoal.partition.spec import BlockId
-from shoal.partition.throughput.schedule import Experts, Use, expert_waits, lap
+from shoal.partition.throughput.schedule import Experts, Use, expert_waits, lap, ring_s
 
 PIECE = 4 << 20
 
@@ -206,3 +206,24 @@ def test_experts_that_no_router_guesses_wait_for_all_but_the_first_together() ->
     slow, quick = (Experts(8, 4.0, EXPERT, 4, compute_s, 9e-3, 0.0) for compute_s in (2e-3, 20e-3))
     assert expert_waits(slow, EXPERT / 1e-3) == pytest.approx((3e-3, 4e-3))
     assert expert_waits(quick, EXPERT / 1e-3) == pytest.approx((2e-3, 4e-3))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(3, 12),
+    st.integers(0, 3),
+    st.floats(1.0, 2.9),
+    st.floats(0.001, 0.2),
+    st.floats(0.0, 0.1),
+)
+def test_who_asks_often_gets_the_schedule_of_evenly_spread_blocks(
+    blocks: int, pinned: int, room: float, compute_s: float, beside_s: float
+) -> None:
+    """`pinned` blocks stay between any two that stream. Of an odd number of blocks the first waits for the last."""
+    blocks *= 2
+    uses = [it for _ in range(blocks) for it in (Use(compute_s, BLOCK), *[Use(beside_s)] * pinned)]
+    window = int(room * BLOCK)
+    found = lap(uses, window, 1e9).step_s
+    computing_s = blocks * (compute_s + pinned * beside_s)
+    least_s = ring_s(blocks * BLOCK, BLOCK, window, compute_s, 1e9)
+    assert max(computing_s, least_s) == pytest.approx(found, rel=0.05)
