@@ -15,19 +15,20 @@ import click
 from msgspec.structs import asdict
 
 from shoal.client import Client
-from shoal.comm.cluster_messages import NodesReply, NodeStatus
+from shoal.comm.cluster_messages import NodeStatus
+from shoal.comm.errors import CommError
 from shoal.comm.home import Home
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
-from shoal.partition.amounts import counted, format_bytes, format_delay, format_duration
+from shoal.partition.amounts import counted, format_bytes, format_duration
 
 from . import background
 from .exit_codes import Exit
 from .interrupt import deferred_interrupt
 from .options import Real, Whole, examples, json_option, size, size_or_auto
 from .terminal.link_table import show_links
-from .terminal.link_text import link_text
-from .terminal.output import console, note, print_json, spinner, table
+from .terminal.node_table import show_nodes
+from .terminal.output import console, note, print_json, spinner
 from .terminal.paint import printable
 from .wording import WORDS, worded
 
@@ -106,7 +107,10 @@ def init(listen: tuple[str, ...], as_json: bool) -> None:
     "first that answers is used.",
 )
 @click.option(
-    "--head", metavar="FINGERPRINT", help="If this machine is paired with this head already, that is fine."
+    "--head",
+    metavar="FINGERPRINT",
+    help="If this machine is paired with this head already, that is fine; if that head has forgotten it, they are "
+    "paired anew.",
 )
 @click.option(
     "--memory", type=size_or_auto, metavar="SIZE", help="Lend at most this much memory (default: auto)."
@@ -233,8 +237,8 @@ def leave() -> None:
     if runs:
         with Client(home.address) as client:
             for node in client.nodes().nodes[1:]:
-                client.forget(node.fingerprint)
-                (heads if node.role == "head" else workers).append(node.name)
+                if _let_go(client, node):
+                    (heads if node.role == "head" else workers).append(node.name)
     parted = unpair(home)
     for peer in parted.nodes:
         (heads if peer.role == "head" else workers).append(peer.name)
@@ -242,6 +246,17 @@ def leave() -> None:
         with Client(home.address) as client:
             client.rejoin()
     note(_parted(heads, workers, parted.led))
+
+
+def _let_go(client: Client, node: NodeStatus) -> bool:
+    """Whether it is forgotten by this, and has not left by itself just now."""
+    try:
+        client.forget(node.fingerprint)
+    except CommError:
+        if any(it.fingerprint == node.fingerprint for it in client.nodes().nodes):
+            raise
+        return False
+    return True
 
 
 def _parted(heads: Sequence[str], workers: Sequence[str], led: bool) -> str:
@@ -276,7 +291,7 @@ def nodes(as_json: bool) -> None:
     if found.role == "alone":
         note("this machine is in no cluster; shoal cluster init makes it the head of one")
         return
-    _show(found)
+    show_nodes(found)
 
 
 @cluster.command(epilog=examples("shoal cluster shards", "shoal cluster shards --clear"))
@@ -323,54 +338,6 @@ def test_links(as_json: bool) -> None:
         print_json({**asdict(found), "links": [asdict(link) for link in found.links]})
     else:
         show_links(found)
-
-
-def _show(found: NodesReply) -> None:
-    screen = console()
-    waited, computing = any(node.wait_s for node in found.nodes), any(node.models for node in found.nodes)
-    numbers = ("threads", "memory free") + ("waited for",) * waited
-    columns = ("machine", "role", "state", "address", "link", *numbers) + ("computes",) * computing
-    rows = table(*columns, right=numbers)
-    for copied in (columns.index("machine"), columns.index("address")):
-        rows.columns[copied].no_wrap = True
-    for number, node in enumerate(found.nodes):
-        name = node.name + (" (this)" if number == 0 else "")
-        known = node.threads > 0
-        cells = [
-            name,
-            node.role,
-            _state(node),
-            node.address,
-            link_text(node),
-            str(node.threads) if known else "",
-            f"{format_bytes(node.free_bytes)} of {format_bytes(node.memory_bytes)}" if known else "",
-        ]
-        if waited:
-            cells.append(format_delay(node.wait_s) if node.wait_s else "")
-        if computing:
-            cells.append(", ".join(_computes(node)))
-        rows.add_row(*cells)
-    screen.print(rows)
-    if found.listening:
-        screen.print(f"other machines attach at {', '.join(found.listening)}")
-    if found.closed:
-        why = "all machines are there" if len(found.nodes) > 1 else "there is no machine to wait for"
-        screen.print(f"closed, as {why}: {', '.join(found.closed)}")
-    for node in found.nodes:
-        if node.trouble:
-            note(f"{node.name} is not attached: {node.trouble}")
-
-
-def _state(node: NodeStatus) -> str:
-    if not node.attached:
-        return "away"
-    return "attached" if node.silent_s < 2 else f"silent for {node.silent_s:.0f} s"
-
-
-def _computes(node: NodeStatus) -> Iterator[str]:
-    shares = [*node.shares, *[0.0] * len(node.models)]
-    for model, share in zip(node.models, shares, strict=False):
-        yield f"{100 * share:.0f}% of {model}" if share else model
 
 
 def _code_from_stdin() -> str:

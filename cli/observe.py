@@ -120,6 +120,8 @@ def _about(model: ModelStatus) -> Iterator[str]:
 def _lent(cluster: NodesReply) -> str:
     """What a worker does for its head."""
     own, head = cluster.nodes[0], next(node for node in cluster.nodes if node.role == "head")
+    if own.preparing:
+        return f"lent to {head.name}, not attached yet: it tests its kernels and measures itself first"
     if not own.attached:
         return f"lent to {head.name}, which is away: {own.trouble}"
     return f"lent to {head.name}" + (f", computes part of {', '.join(own.models)}" if own.models else "")

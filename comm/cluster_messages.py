@@ -46,6 +46,7 @@ class NodeStatus(Message):
     fingerprint: str
     role: NodeRole
     attached: bool
+    preparing: bool = False  # not yet, as it tests its kernels and measures itself first
     address: str = ""  # in use
     version: str = ""
     kernels: str = ""

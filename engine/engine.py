@@ -128,9 +128,10 @@ class Engine:
             self._stepping.release()
 
     def suspend(self, why: RankLost) -> None:
-        """After the step under way there is none until `start_anew`."""
+        """Wait for the end of a step under way; after it there is none until `start_anew`. If a rank was lost in it,
+        that is why."""
         with self._stepping:
-            self.lost = why
+            self.lost = self.lost or why
 
     def start_anew(self, rank: Rank, cache: PrefixCache, speeds: Speeds) -> None:
         """Go on with another rank 0 and its pages: the KV of all texts is gone and will be computed again."""

@@ -94,7 +94,10 @@ class Grid:
     def _rounds(self, costs: Costs, prompt: int, new: int, rounds: int) -> None:
         for number in range(rounds):
             turns = (self.alone, self.head) if number % 2 else (self.head, self.alone)
-            got = {group.head.name: self._ask(group, prompt, new) for group in turns}
+            ids = self._prompt(
+                prompt
+            )  # the same for both: how much of a text is guessed right depends on the text
+            got = {group.head.name: _asked(group, ids, new) for group in turns}
             (alone_first, alone_token), (first, token) = got["alone"], got["head"]
             costs.first_s.append((alone_first, first))
             costs.token_s.append((alone_token, token))
@@ -109,7 +112,14 @@ class Grid:
         relay.set(delay_s=cell.rtt_s / 2)
         return host
 
+    def _prompt(self, tokens: int) -> list[int]:
+        return [self._source.randrange(1000) for _ in range(tokens)]
+
     def _ask(self, group: Group, prompt: int, new: int) -> tuple[float, float]:
-        answer = group.ask([self._source.randrange(1000) for _ in range(prompt)], new)
-        assert not answer.error, answer.error
-        return answer.first_s, answer.token_s
+        return _asked(group, self._prompt(prompt), new)
+
+
+def _asked(group: Group, prompt: list[int], new: int) -> tuple[float, float]:
+    answer = group.ask(prompt, new)
+    assert not answer.error, answer.error
+    return answer.first_s, answer.token_s

@@ -95,7 +95,9 @@ def _place(reply: NodesReply, others: list[NodeStatus]) -> Finding:
                 "cluster", "note", "head of no machine yet", "shoal cluster init shows how one joins"
             )
         found = f"head; {len(others)} of {known} machine{'s' * (known != 1)} attached"
-        if away := [node.name for node in reply.nodes[1:] if not node.attached]:
+        if preparing := [node.name for node in reply.nodes[1:] if node.preparing]:
+            found += f", preparing: {', '.join(preparing)}"
+        if away := [node.name for node in reply.nodes[1:] if not (node.attached or node.preparing)]:
             mend = f"shoal serve --detach there, or for good: shoal cluster forget {shlex.quote(away[0])}"
             return Finding("cluster", "note", f"{found}, away: {', '.join(away)}", mend)
         return Finding("cluster", "ok", found)
@@ -104,6 +106,9 @@ def _place(reply: NodesReply, others: list[NodeStatus]) -> Finding:
         return Finding("cluster", "ok", reply.role)
     if head.attached:
         return Finding("cluster", "ok", f"lent to {head.name} at {head.address} ({link_text(head)})")
+    if reply.nodes[0].preparing:
+        found = f"lent to {head.name}, but not attached yet: it tests its kernels and measures itself first"
+        return Finding("cluster", "ok", found)
     trouble = reply.nodes[0].trouble or "it does not answer"
     open_there = "on the head: shoal serve --detach, then shoal doctor, which says whether its port is open"
     mend = next((mend for said, mend in _REMEDIES.items() if said in trouble), open_there)

@@ -5,6 +5,7 @@ Measures, and asks the daemon if one runs. What it cannot say is left out.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from shoal.cli import background
@@ -16,6 +17,7 @@ from shoal.comm.errors import CommError
 from shoal.comm.home import Home
 
 if TYPE_CHECKING:
+    from shoal.daemon.progress import Progress
     from shoal.daemon.throughput.cluster_profile import Clustered
 
 
@@ -26,12 +28,26 @@ def own_machines(home: Home, threads: int, *, anew: bool = False, measure_links:
     from shoal.daemon.throughput.profiling import machine_profile
 
     with steps_bar() as progress:
-        measured = machine_profile(threads, home.models, home.profile, anew=anew, progress=progress)
+        measured = machine_profile(threads, home.models, home.profile, anew=anew, progress=_told(progress))
     assert measured is not None
     found = clustered(measured, *_asked(home, measure_links=measure_links))
     for said in found.left_out:
         note(said)
     return found
+
+
+def _told(progress: Progress) -> Progress:
+    """The same, with a line first where no bar is seen: whoever reads a pipe is not left without a word."""
+    told = sys.stderr.isatty()
+
+    def update(what: str, done: int, total: int) -> None:
+        nonlocal told
+        if not told:
+            told = True
+            note("measuring this machine: about half a minute; the result is kept")
+        progress(what, done, total)
+
+    return update
 
 
 def _asked(home: Home, *, measure_links: bool) -> tuple[NodesReply, LinksReply | None]:

@@ -69,14 +69,19 @@ class Channel:
     def send(self, *buffers: Any, timeout_s: float = SEND_S) -> None:
         """The bytes of `buffers` (contiguous, of any type and shape), one behind the other: if few, in one send.
 
-        ChannelTimeout and ChannelError close the channel, since the other side has half of it.
+        ChannelTimeout and ChannelError close the channel, since the other side has half of it; but not ChannelTimeout
+        because another thread was sending all the time.
         """
-        with self._sending:
-            try:
-                self._send(buffers, time.monotonic() + timeout_s)
-            except BaseException:
-                self._stream.abort()
-                raise
+        deadline = time.monotonic() + timeout_s
+        if not self._sending.acquire(timeout=max(0.0, timeout_s)):
+            raise ChannelTimeout("the other side takes no bytes")
+        try:
+            self._send(buffers, deadline)
+        except BaseException:
+            self._stream.abort()
+            raise
+        finally:
+            self._sending.release()
 
     def receive_into(self, view: Any, timeout_s: float) -> None:
         """Fill `view` (writable, contiguous) within `timeout_s`.

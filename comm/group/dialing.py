@@ -1,7 +1,8 @@
 """Going to another node: all of its addresses at once, and the first that turns out to be the node is used.
 
 An address may lead nowhere, to another machine, or to something that accepts and then says nothing. None of them holds
-up the others: an address counts when TLS has shown the pinned certificate there.
+up the others: an address counts when TLS has shown the pinned certificate there, or, in pairing, when who is there has
+proved that it knows the code.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
 
 from .channel import Channel
 from .errors import ChannelError, ChannelTimeout, GroupError, NotPaired, PairingRefused
@@ -27,11 +30,18 @@ from .tls import client_context, stranger_context
 
 DIAL_S = 10.0
 OTHERS_S = 1.0  # for those who have not answered yet when one has
-GREET_S = 3.0  # for one that may not be the head, so that others get their turn
+GREET_S = 3.0  # for the first words of one that may not be the node
+ASKED_S = 1.0  # then a head that is asked and says nothing is asked at its other addresses, too
 MAX_ASKED = 64  # addresses at which somebody may be who gave a code
 TOLD = 3  # failures that are named
 
-Reached = tuple[Address, TlsStream, bytes]  # where, and the certificate that was shown
+T = TypeVar("T")
+_Answer = tuple[PairedNode, str] | GroupError
+
+
+class _Reached(NamedTuple):
+    stream: TlsStream
+    shown: bytes  # the certificate
 
 
 def dial(
@@ -51,8 +61,8 @@ def dial(
     known = peers.get(peer)
     deadline = time.monotonic() + timeout_s
     context = client_context(identity, known.certificate)
-    with _Race(addresses or known.addresses, context, deadline) as race:
-        for _, stream, shown in race.found():
+    with _Race(addresses or known.addresses, context, deadline, _Reached) as race:
+        for stream, shown in race.found():
             return _greeted(stream, shown, peers, known, purpose, speaks, deadline)
     raise race.failure()
 
@@ -72,14 +82,22 @@ def dial_all(
     deadline = time.monotonic() + timeout_s
     opened: list[Channel] = []
     refusal: GroupError | None = None
-    with _Race(addresses, client_context(identity, known.certificate), deadline) as race:
-        for _, stream, shown in race.found():
-            ends_s = min(deadline, time.monotonic() + GREET_S)
-            try:
-                opened.append(_greeted(stream, shown, peers, known, purpose, speaks, ends_s))
+
+    def greeted(stream: TlsStream, shown: bytes) -> Channel | GroupError:
+        ends_s = min(deadline, time.monotonic() + GREET_S)
+        try:
+            return _greeted(stream, shown, peers, known, purpose, speaks, ends_s)
+        except GroupError as error:
+            return error
+
+    context = client_context(identity, known.certificate)
+    with _Race[Channel | GroupError](addresses, context, deadline, greeted) as race:
+        for found in race.found():
+            if isinstance(found, Channel):
+                opened.append(found)
                 race.deadline = min(race.deadline, time.monotonic() + OTHERS_S)
-            except GroupError as error:
-                refusal = refusal or error
+            else:
+                refusal = refusal or found
     if not opened:
         raise refusal or race.failure()
     return opened
@@ -117,26 +135,51 @@ def pair(
 ) -> tuple[PairedNode, str]:
     """Join the group of the head at one of `addresses`: the head as it is remembered, and this node's name there.
 
-    What answers need not be the head: so each node that does is asked, once. PairingRefused, VersionMismatch,
-    ChannelTimeout, ChannelError, KeyFileError; then nothing was remembered.
+    What answers need not be the head: so each node that does is asked, all at the same time, and who proves that it
+    has the code is the head. PairingRefused, VersionMismatch, ChannelTimeout, ChannelError, KeyFileError; then nothing
+    was remembered.
     """
     read_code(code)  # before anybody is bothered
     deadline = time.monotonic() + timeout_s
     refusal: GroupError | None = None
-    asked: set[bytes] = set()
-    with _Race(addresses, stranger_context(), deadline, MAX_ASKED) as race:
-        for _, stream, shown in race.found():
-            try:
-                with Channel(stream) as channel:
-                    if shown not in asked:
-                        asked.add(shown)
-                        greet(channel, "pair", speaks, min(deadline, time.monotonic() + GREET_S))
-                        return join(channel, shown, identity, peers, code)
-            except GroupError as error:
-                refusal = _clearer(refusal, error)
-                if isinstance(refusal, PairingRefused):
-                    race.deadline = min(race.deadline, time.monotonic() + OTHERS_S)
+    asking = _Asking(identity, code, speaks, deadline)
+    with _Race[_Answer](addresses, stranger_context(), deadline, asking.ask, MAX_ASKED) as race:
+        for answer in race.found():
+            if not isinstance(answer, GroupError):
+                head, known_as = answer
+                return peers.add(head), known_as
+            refusal = _clearer(refusal, answer)
+            if isinstance(refusal, PairingRefused):  # anybody can refuse
+                race.deadline = min(race.deadline, time.monotonic() + GREET_S)
     raise refusal or race.failure()
+
+
+class _Asking:
+    """Asks whoever is reached whether it is the head that gave `code`; any number of threads at once."""
+
+    def __init__(self, identity: NodeIdentity, code: str, speaks: Speaks, deadline: float) -> None:
+        self._identity, self._code, self._speaks, self._deadline = identity, code, speaks, deadline
+        self._lock = threading.Lock()
+        self._answered: dict[bytes, threading.Event] = {}  # by certificate
+
+    def ask(self, stream: TlsStream, shown: bytes) -> _Answer | None:
+        """What `join` returns or raises; None if the same node has answered at another address. Who stands at one of
+        these, passes on its certificate and then nothing more, does not hide it."""
+        with Channel(stream) as channel:
+            with self._lock:
+                first = shown not in self._answered
+                answered = self._answered.setdefault(shown, threading.Event())
+            if not first and answered.wait(ASKED_S):
+                return None
+            try:
+                greet(channel, "pair", self._speaks, min(self._deadline, time.monotonic() + GREET_S))
+                found: _Answer = join(channel, shown, self._identity, self._code)
+            except ChannelError as error:
+                return error
+            except GroupError as error:
+                found = error
+            answered.set()
+            return found
 
 
 def _clearer(one: GroupError | None, other: GroupError) -> GroupError:
@@ -144,27 +187,39 @@ def _clearer(one: GroupError | None, other: GroupError) -> GroupError:
     return one if isinstance(one, PairingRefused) and one.reason != "peer" else other
 
 
-class _Race:
-    """Attempts at all addresses at once, each in a thread, none of which outlives the deadline."""
+@dataclass(frozen=True)
+class _Ended(Generic[T]):
+    """How an attempt has ended. `below`: to be closed if nobody takes `value`."""
+
+    address: Address
+    value: T | None = None
+    failure: Exception | None = None
+    below: SocketStream | None = None
+
+
+class _Race(Generic[T]):
+    """Attempts at all addresses at once, each in a thread, none of which outlives the deadline. What `reached` makes of
+    a connection and the certificate that was shown there, in that thread, is what is found, unless it is None."""
 
     def __init__(
         self,
         addresses: Sequence[Address],
         context: ssl.SSLContext,
         deadline: float,
+        reached: Callable[[TlsStream, bytes], T | None],
         most: int = MAX_ADDRESSES,
     ) -> None:
-        self._context, self.deadline, self._most = context, deadline, most
+        self._context, self.deadline, self._reached, self._most = context, deadline, reached, most
         self._lock = threading.Lock()
         self._over = False
         self._running = self._started = 0
         self._under_way: set[SocketStream] = set()
-        self._ended: queue.SimpleQueue[Reached | tuple[Address, Exception] | None] = queue.SimpleQueue()
+        self._ended: queue.SimpleQueue[_Ended[T] | None] = queue.SimpleQueue()
         self._failures: list[tuple[Address, Exception]] = []
         for address in addresses[:most]:
             self._start(lambda address=address: self._resolve(address))  # type: ignore[misc]
 
-    def __enter__(self) -> _Race:
+    def __enter__(self) -> _Race[T]:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -175,12 +230,10 @@ class _Race:
                 stream.abort()
         with contextlib.suppress(queue.Empty):
             while True:
-                ended = self._ended.get_nowait()
-                if ended is not None and len(ended) == 3:
-                    _dispose(ended[1])
+                _dispose(self._ended.get_nowait())
 
-    def found(self) -> Iterator[Reached]:
-        """Connections as they come to be, until there are no more attempts, or no more time."""
+    def found(self) -> Iterator[T]:
+        """What attempts come to, as they do, until there are no more of them, or no more time."""
         while self._running:
             try:
                 ended = self._ended.get(timeout=max(0.0, self.deadline - time.monotonic()))
@@ -190,10 +243,10 @@ class _Race:
                 self._running -= 1
             if ended is None:
                 continue
-            if len(ended) == 3:
-                yield ended
-            else:
-                self._failures.append(ended)
+            if ended.failure is not None:
+                self._failures.append((ended.address, ended.failure))
+            elif ended.value is not None:
+                yield ended.value
 
     def failure(self) -> GroupError:
         """Why nothing was found."""
@@ -211,12 +264,12 @@ class _Race:
         kind = ChannelTimeout if late else ChannelError
         return kind(f"the node cannot be reached ({'; '.join(told) or 'no answer in time'})")
 
-    def _start(self, act: Callable[[], Reached | tuple[Address, Exception] | None]) -> None:
+    def _start(self, act: Callable[[], _Ended[T] | None]) -> None:
         def run() -> None:
             ended = act()
             with self._lock:
-                if ended is not None and len(ended) == 3 and self._over:
-                    _dispose(ended[1])
+                if self._over:
+                    _dispose(ended)
                 else:
                     self._ended.put(ended)
 
@@ -228,21 +281,21 @@ class _Race:
         try:
             threading.Thread(target=run, name="shoal-dial", daemon=True).start()
         except RuntimeError as error:  # the system has no more
-            self._ended.put((("", 0), error))
+            self._ended.put(_Ended(("", 0), failure=error))
 
-    def _resolve(self, address: Address) -> tuple[Address, Exception] | None:
+    def _resolve(self, address: Address) -> _Ended[T] | None:
         """Start an attempt at each address that a name stands for."""
         if not 0 < address[1] < 1 << 16:
-            return address, ChannelError("no such port")
+            return _Ended(address, failure=ChannelError("no such port"))
         try:
             found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
-            return address, ChannelError(f"no such host: {error}")
+            return _Ended(address, failure=ChannelError(f"no such host: {error}"))
         for family, _, _, _, target in dict.fromkeys(found):
             self._start(lambda family=family, target=target: self._attempt(family, target))  # type: ignore[misc]
         return None
 
-    def _attempt(self, family: int, target: tuple[str, int]) -> Reached | tuple[Address, Exception]:
+    def _attempt(self, family: int, target: tuple[str, int]) -> _Ended[T]:
         address = target[0], target[1]
         below: SocketStream | None = None
         try:
@@ -255,19 +308,20 @@ class _Race:
             stream = TlsStream(below, self._context, server_side=False)
             if (shown := stream.handshake(self.deadline)) is None:
                 raise ChannelError("the other side shows no certificate")
-            return address, stream, shown
+            return _Ended(address, self._reached(stream, shown), below=below)
         except (GroupError, OSError) as error:
-            if below:
-                _dispose(below)
-            return address, error
+            failed = _Ended[T](address, failure=error, below=below)
+            _dispose(failed)
+            return failed
         finally:
             with self._lock:
                 self._under_way.discard(below)
 
 
-def _dispose(stream: SocketStream | TlsStream) -> None:
-    stream.abort()
-    stream.close()
+def _dispose(ended: _Ended[T] | None) -> None:
+    if ended is not None and ended.below is not None:
+        ended.below.abort()
+        ended.below.close()
 
 
 def _written(address: Address) -> str:

@@ -73,12 +73,10 @@ _REASONS = {
 }
 
 
-def join(
-    channel: Channel, server: bytes, identity: NodeIdentity, peers: Peers, code: str
-) -> tuple[PairedNode, str]:
+def join(channel: Channel, server: bytes, identity: NodeIdentity, code: str) -> tuple[PairedNode, str]:
     """As worker, over a channel for pairing whose other side showed the certificate `server`.
 
-    The head as it was stored, and this node's name there. PairingRefused, ChannelError, KeyFileError: nothing stored.
+    The head as it is to be remembered, and this node's name there. PairingRefused, ChannelError.
     """
     plain, deadline = read_code(code), time.monotonic() + PAIR_S
     claim = Claim(secrets.token_bytes(NONCE_BYTES), identity.certificate, identity.name)
@@ -94,7 +92,7 @@ def join(
     except ValueError as error:
         raise PairingRefused("proof", f"the other node is no node of a group: {error}") from error
     head = PairedNode(node_name(challenge.name), "head", certificate, (channel.remote,))
-    return peers.add(head), node_name(paired.known_as)
+    return head, node_name(paired.known_as)
 
 
 def admit(channel: Channel, identity: NodeIdentity, peers: Peers, codes: Codes) -> PairedNode:

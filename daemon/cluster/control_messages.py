@@ -174,9 +174,7 @@ class Drop(Struct, tag=True, frozen=True, kw_only=True):
 
 
 class Alive(Struct, tag=True, frozen=True, kw_only=True):
-    """The head's beat."""
-
-    nodes: Count = 0
+    """The head's beat: it has nothing else to say."""
 
 
 class Probe(Struct, tag=True, frozen=True, kw_only=True):

@@ -1,14 +1,17 @@
 """A member: one worker as its head sees it. What it has, whether it comes on, and how far it is with a shard.
 
 Knows its control channel and every other channel to the same machine, so that all can be closed at once. Does not know
-what is computed, nor the other members.
+what is computed, nor the other members. One that does not read holds nobody up: it is spoken to in a thread of its own.
 """
 
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 
 from shoal.comm.errors import CommError
 from shoal.comm.group.channel import Channel
@@ -17,10 +20,12 @@ from shoal.comm.group.streams import Address
 from shoal.partition.machines import LinkSpeed
 
 from .control_messages import (
+    BEAT_S,
     CONTROL_BYTES,
     FROZEN_S,
     LAST_WORD_S,
     SILENT_S,
+    Alive,
     Attach,
     Beat,
     Dismissed,
@@ -36,11 +41,12 @@ from .control_messages import (
     Serve,
     ShardRefused,
 )
-from .links.link_probes import Probes, link_speed
+from .links.link_probes import PROBE_ANSWER_S, Probes, link_speed
 from .pulse import Watched
 from .speed import NodeSpeed
 
 PROBE_S = 1.0
+MOST_UNSENT = 64  # messages that wait for a member that does not read
 
 Telling = Callable[[Listens | Met], None]
 """Is told what a member says of its fellows, in the thread that hears the member."""
@@ -70,7 +76,9 @@ class Member:
         self.link = LinkSpeed(0.0, 1.0)  # once it is measured
         self.reason = ""  # why it is gone
         self.gone_for_good = False  # as it says itself
-        self.probes = Probes(channel.send_message, lambda: self.reason, clock)
+        self.probes = Probes(
+            partial(channel.send_message, timeout_s=PROBE_ANSWER_S), lambda: self.reason, clock
+        )
         self._control = channel
         self._channels: list[Channel] = [channel]
         self._lost = lost
@@ -81,6 +89,7 @@ class Member:
         self._answers: dict[int, Loading | Ready | ShardRefused] = {}
         self._asked: dict[int, Serve] = {}
         self._told: dict[int, Telling] = {}
+        self._unsent: queue.Queue[FromHead] = queue.Queue(MOST_UNSENT)
 
     @property
     def name(self) -> str:
@@ -146,6 +155,8 @@ class Member:
             channels, self._channels = self._channels, []
         for channel in channels:
             channel.close()
+        with suppress(queue.Full):  # then whoever speaks is not waiting for more
+            self._unsent.put_nowait(Alive())
         self.probes.wake()
         self._lost(self, reason)
 
@@ -155,7 +166,8 @@ class Member:
         self.link = link_speed(lambda data: self.probes.trip_s(data, self._hear), PROBE_S)
 
     def run(self) -> None:
-        """Hear it until it is gone; the caller's thread is used for that."""
+        """Hear it until it is gone; the caller's thread is used for that. Another one speaks to it meanwhile."""
+        threading.Thread(target=self._speak, name="shoal-member", daemon=True).start()
         try:
             while not self.reason:
                 self._hear()
@@ -185,12 +197,28 @@ class Member:
                 if message.epoch in self._answers:
                     self._answers[message.epoch] = message
 
-    def send(self, message: FromHead) -> None:
-        """Never raises: if it cannot be sent, the member is gone."""
+    def _speak(self) -> None:
+        """Send what there is for it, and a beat whenever there is nothing."""
         try:
-            self._control.send_message(message)
+            while not self.reason:
+                try:
+                    message = self._unsent.get(timeout=BEAT_S)
+                except queue.Empty:
+                    message = Alive()
+                if self.reason:
+                    return
+                self._control.send_message(message)
         except (OSError, CommError) as error:
             self.leave(str(error))
+        finally:
+            self.leave("nothing can be sent to it")
+
+    def send(self, message: FromHead) -> None:
+        """Does not wait, and never raises: if it cannot be sent, the member is gone. In the order of the calls."""
+        try:
+            self._unsent.put_nowait(message)
+        except queue.Full:
+            self.leave(f"it has not read the latest {MOST_UNSENT} messages")
 
     def say_farewell(self) -> None:
         """It is forgotten, and hears that if it reads. Never raises."""

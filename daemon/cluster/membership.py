@@ -7,8 +7,10 @@ roster for a head, an attached worker for a worker. Nothing of it exists until s
 from __future__ import annotations
 
 import logging
+import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import combinations
@@ -58,6 +60,7 @@ from .worker import Worker
 log = logging.getLogger(__name__)
 
 ACCEPT_S = 0.5  # and then it is seen whether others than before are awaited
+PREPARING_S = 60.0  # within which a machine that has just joined attaches, slow ones, too
 
 
 class Membership:
@@ -93,6 +96,8 @@ class Membership:
         self._closed = False
         self._peers = Peers(directory)
         self._last_paired: list[str] = []
+        # When each was paired; not of those that were before this process, or that have attached since.
+        self._paired_s: dict[str, float] | None = None
         roster.known = self
 
     @property
@@ -124,7 +129,8 @@ class Membership:
                     if (worker := self._worker) is not None and worker.fingerprint == gone.fingerprint:
                         worker.say_farewell()
                     self._roster.tell_forgotten(gone.fingerprint)
-                    self._peers.forget(gone.fingerprint)
+                    with suppress(NotPaired):  # it has left by itself meanwhile
+                        self._peers.forget(gone.fingerprint)
                     self._roster.dismiss(gone.fingerprint, "it was forgotten")
                     self.follow_files()
                     self._follow_members()
@@ -206,6 +212,7 @@ class Membership:
             return
         paired = set(self.paired())
         members = self._roster.members
+        self._note_newcomers(paired, members)
         awaited = self._codes.any_good or bool(paired - {member.fingerprint for member in members})
         if listening.follow(awaited=awaited, used=[member.own_address for member in members]):
             log.info(
@@ -213,6 +220,15 @@ class Membership:
             )
             if (announcer := self._announcer) is not None:
                 announcer.look()
+
+    def _note_newcomers(self, paired: Collection[str], members: Sequence[Member]) -> None:
+        before, long_ago, now_s = self._paired_s, -math.inf, time.monotonic()
+        found = {it: before.get(it, now_s) if before is not None else long_ago for it in paired}
+        self._paired_s = found | {it.fingerprint: long_ago for it in members}
+
+    def _prepares(self, fingerprint: str) -> bool:
+        """Whether a worker that is not attached has joined just now."""
+        return time.monotonic() - (self._paired_s or {}).get(fingerprint, -math.inf) < PREPARING_S
 
     def paired(self) -> list[str]:
         """Who may attach, in the order in which they joined; as last known if the file is damaged: the listener
@@ -283,6 +299,8 @@ class Membership:
                 look = partial(self._network.find, head.fingerprint) if self._network is not None else list
                 route = HeadRoute(self._identity(), self._peers, head.fingerprint, look)
                 self._worker = Worker(head, route, self._attach, self._shards, self._budget)
+            elif self._worker is not None:
+                self._worker.dial_now()
             elif head is None and self._listens() and self._listening is None:
                 self._listen(self._listens())
             elif self._listening is not None and not self._listens():  # it is no head any more
@@ -303,6 +321,7 @@ class Membership:
             fingerprint=identity.fingerprint,
             role=self.role,
             attached=worker.attached if worker is not None else True,
+            preparing=worker.preparing if worker is not None else False,
             version=package_version(),
             kernels=kernels.home(),
             threads=self._config.thread_count,
@@ -331,7 +350,13 @@ class Membership:
     def _status(self, peer: PairedNode, member: Member | None) -> NodeStatus:
         if member is None:
             worker = self._worker if peer.role == "head" else None
-            status = NodeStatus(name=peer.name, fingerprint=peer.fingerprint, role=peer.role, attached=False)
+            status = NodeStatus(
+                name=peer.name,
+                fingerprint=peer.fingerprint,
+                role=peer.role,
+                attached=False,
+                preparing=self._prepares(peer.fingerprint),
+            )
             if worker is None or not worker.attached or (route := worker.route.now) is None:
                 return status
             return replace(

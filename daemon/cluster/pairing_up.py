@@ -6,15 +6,17 @@ A daemon that runs has to be told to read them anew.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from shoal.comm.errors import CommError
-from shoal.comm.group.dialing import pair
+from shoal.comm.group.dialing import dial, pair
 from shoal.comm.group.discovery import BROWSE_S, SERVICE, FoundHead, addresses_of
-from shoal.comm.group.errors import PairingRefused
+from shoal.comm.group.errors import Forgotten, NotPaired, PairingRefused
 from shoal.comm.group.join_code import read_code
 from shoal.comm.group.node_identity import NodeIdentity
 from shoal.comm.group.peers import PairedNode, Peers
+from shoal.comm.group.streams import Address
 from shoal.comm.home import Home
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.private_files import private_dir
@@ -24,6 +26,7 @@ from .routes.local_network import LocalNetwork, interfaces
 from .routes.own_addresses import parse_address
 
 JOIN_S = 10.0
+KNOWN_S = 5.0  # until a head has said whether it still knows this machine
 NAME_IT = "name its `address=HOST:PORT`, which shoal cluster init shows on the head"
 
 
@@ -43,25 +46,29 @@ def pair_with_head(
     network: LocalNetwork | None = None,
 ) -> NowPaired:
     """Pairs this machine with the head that gave `code`, at one of `addresses` or wherever on `network` it is. If it is
-    paired already with the head whose fingerprint is `head`, it stays so. Raises DaemonError."""
+    paired already with the head whose fingerprint is `head`, it stays so, unless that head says that it has forgotten
+    it. Raises DaemonError."""
     private_dir(home.root)
     private_dir(home.cluster)
     said, hint = "", "is shoal serve running on the head, and does its firewall let this port through?"
     try:
         read_code(code)
         peers = Peers(home.cluster)
-        for peer in peers.listed():
-            if peer.role == "head" and peer.fingerprint == head:
-                return NowPaired(peer.name, NodeIdentity.of(home.cluster).fingerprint, before=True)
-        _require_free(home, peers)
         identity = NodeIdentity.of(home.cluster)
         places = [parse_address(it, with_host=True) for it in addresses]
+        kept = next((it for it in peers.listed() if it.role == "head" and it.fingerprint == head), None)
+        if kept is None:
+            _require_free(home, peers)
+        elif not _forgotten(identity, peers, kept, places):
+            return NowPaired(kept.name, identity.fingerprint, before=True)
         if not places:
             heads = _found(network or LocalNetwork())
             said = f"{counted(len(heads), 'head')} answered on the local network, and "
             hint = f"does the head's firewall let this port through? If so, {NAME_IT}"
             places = addresses_of(heads)
         found, _ = pair(identity, peers, code, places, JOIN_S)
+        if kept is not None and kept.fingerprint != found.fingerprint:  # another head gave the code
+            peers.forget(kept.fingerprint)
     except PairingRefused as error:
         hint = "shoal cluster init on the head gives a code"
         if said:  # another head may have refused it
@@ -70,6 +77,17 @@ def pair_with_head(
     except (CommError, OSError) as error:
         raise DaemonError("not_found", f"not paired: {said}{error}", hint) from error
     return NowPaired(found.name, identity.fingerprint, before=False)
+
+
+def _forgotten(identity: NodeIdentity, peers: Peers, head: PairedNode, places: Sequence[Address]) -> bool:
+    """Whether `head` itself, which has proved who it is, says that it knows this machine no longer."""
+    try:
+        dial(identity, peers, head.fingerprint, "measure", [*places, *head.addresses], KNOWN_S).close()
+    except Forgotten:
+        return True
+    except (CommError, OSError):  # it is away: who is paired with it looks for it
+        pass
+    return False
 
 
 def _found(network: LocalNetwork) -> list[FoundHead]:
@@ -106,14 +124,16 @@ class Unpaired(NamedTuple):
 
 
 def unpair(home: Home) -> Unpaired:
-    """Forgets all that this machine is paired with. Raises DaemonError."""
+    """Forgets all that this machine is paired with; who leaves by himself meanwhile is not among it. Raises
+    DaemonError."""
     listen = home.cluster / "listen"
     led = listen.exists()
+    nodes: list[PairedNode] = []
     try:
         peers = Peers(home.cluster)
-        nodes = list(peers.listed())
-        for node in nodes:
-            peers.forget(node.name)
+        for node in peers.listed():
+            with suppress(NotPaired):
+                nodes.append(peers.forget(node.fingerprint))
     except CommError as error:
         raise DaemonError("bad_request", str(error)) from error
     listen.unlink(missing_ok=True)

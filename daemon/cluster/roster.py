@@ -19,7 +19,7 @@ from shoal.comm.group.channel import Channel
 from shoal.comm.group.sums.part_waits import WaitSummary
 from shoal.daemon.installed import package_version
 
-from .control_messages import BEAT_S, CONTROL_BYTES, Alive, Attach, Epoch, HeadAt
+from .control_messages import BEAT_S, CONTROL_BYTES, Attach, Epoch, HeadAt
 from .faults import Faults
 from .links.link_probes import answer_probes
 from .member import Member
@@ -232,8 +232,8 @@ class Roster:
             group.watch(self._clock())
 
     def _look(self) -> None:
-        """Send beats, and look for members that are silent or frozen."""
-        told_s, looked_s = 0.0, self._clock()
+        """Look for members that are silent or frozen. Waits for none of them."""
+        looked_s = self._clock()
         while not self._closed.wait(ROSTER_LOOK_S):
             members = self.members
             now_s = self._clock()
@@ -243,7 +243,3 @@ class Roster:
                     member.excuse(late_s)
             else:
                 self._look_at(members)
-            if self._clock() - told_s >= BEAT_S:
-                told_s = self._clock()
-                for member in members:
-                    member.send(Alive(nodes=len(members) + 1))

@@ -2,7 +2,7 @@
 
 It dials the head, again and again while that is away, and says twice a second how far it is. When the head is gone,
 shards are dropped; their weights stay in the cache on disk. A head that says it has forgotten this machine is dialled
-rarely.
+rarely, until somebody pairs them anew.
 """
 
 from __future__ import annotations
@@ -68,12 +68,14 @@ class Worker:
         self.head = head.name
         self.fingerprint = head.fingerprint  # the head's
         self.attached = False
+        self.preparing = False  # it finds out first what it has, and whether its kernels are right
         self.trouble = ""  # why it is not attached
         self.route = route
         self._attach = attach
         self._keeps = keeps
         self._budget = budget
         self._closed = threading.Event()
+        self._nudged = threading.Event()
         self._control: Channel | None = None
         self._sending = threading.Lock()
         self._shards: dict[int, ServedShard] = {}
@@ -89,9 +91,14 @@ class Worker:
         if (control := self._control) is not None:
             control.send_last(Left(), LAST_WORD_S)
 
+    def dial_now(self) -> None:
+        """The head may be there again, or know this machine again."""
+        self._nudged.set()
+
     def close(self) -> None:
         """Leave the head. Idempotent."""
         self._closed.set()
+        self._nudged.set()
         if (
             control := self._control
         ) is not None:  # else it is being looked for, which nobody has to wait for
@@ -102,7 +109,9 @@ class Worker:
         pause_s, forgotten = REDIAL_S[0], False
         while not self._closed.is_set():
             try:
+                self.preparing = True
                 facts = self._attach()  # before the head waits for them: they may have to be measured
+                self.preparing = False
                 control = self._control = self.route.dial("control")
                 with control:
                     routes = self.route.now.compared if self.route.now else 1
@@ -117,11 +126,14 @@ class Worker:
                     log.warning("not attached to %s: %s", self.head, trouble)
                 self.trouble = trouble
             finally:
-                self.attached = False
+                self.attached = self.preparing = False
                 self._drop_all()
                 self._control = None
-            self._closed.wait(REDIAL_FORGOTTEN_S if forgotten else pause_s)
-            pause_s = min(2 * pause_s, REDIAL_S[1])
+            if self._nudged.wait(REDIAL_FORGOTTEN_S if forgotten else pause_s):
+                self._nudged.clear()
+                pause_s, forgotten = REDIAL_S[0], False
+            else:
+                pause_s = min(2 * pause_s, REDIAL_S[1])
 
     def _listen(self, control: Channel) -> None:
         """Do as the head says until it is gone. Raises OSError or CommError; Forgotten if it says so."""

@@ -100,6 +100,7 @@ class Assembly:
             made = LoadedModel(
                 name, called, main, engine, small, config.quant, asked, config.ranks, self.clock, now, advice
             )
+            made.settled_s = now
             undo.pop_all()
         for warning in made.warnings:
             log.warning("%s", warning)
@@ -108,7 +109,7 @@ class Assembly:
     def regroup(self, model: LoadedModel, config: NodeConfig) -> None:
         """Load a model's weights anew, computed by whoever is there now. Its requests go on with them. The engine has
         to be suspended. Raises DaemonError; the model is then of no use any more."""
-        name, path = model.name, model.checkpoint.path
+        name, path, began_s = model.name, model.checkpoint.path, self.clock()
         model.engine.close(REGROUP_KEEP_S)
         model.main.close()
         model.main.let_go()
@@ -121,6 +122,8 @@ class Assembly:
         model.engine.start_anew(
             self._rank(main, disk), self._cache(main, disk), self._speeds(main, self._reads(disk), config)
         )
+        model.settled_s = self.clock()
+        model.load_s = model.settled_s - began_s
 
     def _read(
         self,

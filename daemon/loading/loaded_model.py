@@ -60,6 +60,8 @@ class LoadedModel:
     used_s: float
     advice: Advice = field(default_factory=Advice)
     retired: bool = False
+    load_s: float = 0.0  # what it took the last time
+    settled_s: float = 0.0  # when it was last idle, or loaded anew
     prepared: bool = False  # machines that have come have their weights
     begun: deque[Sequence] = field(default_factory=deque)  # that nobody has looked back at
     arrivals: int = 0  # of machines, until it was last considered whether they should take part
@@ -174,6 +176,7 @@ class LoadedModel:
 
     def loaded_in(self, seconds: float) -> Loaded:
         """The answer to who had it loaded; the log has it beside what was predicted."""
+        self.load_s = seconds
         said = f"{self.name} in {seconds:.2g} s: {self.plan.describe()}"
         if self.main.foreseen:
             usual = self.main.expectation.usual
@@ -181,6 +184,12 @@ class LoadedModel:
             said += f"; predicted {usual.load_s:.2g} s from the disk, {speed:.3g} tokens/s ({low:.3g} to {high:.3g})"
         log.info("loaded %s", said)
         return Loaded(model=self.status(), seconds=seconds)
+
+    @property
+    def anew_s(self) -> float:
+        """What its requests would wait if it were loaded anew now: for that, and for their texts to be read again."""
+        scheduler = self.engine.scheduler
+        return self.load_s + scheduler.speeds.reading_s(sum(it.computed for it in [*scheduler.running]))
 
     def interrupt(self, error: DaemonError) -> None:
         """End all its requests with `error`, even in a step that waits for a disk. It answers nothing after that."""

@@ -25,6 +25,7 @@ from .loader import Loader
 log = logging.getLogger(__name__)
 
 REGROUP_PAUSE_S = 0.5
+BUSY_SHARE = 0.05  # of the time that a model has been busy may go into loading it anew
 MOST_ATTEMPTS = 5  # more machines may be lost meanwhile
 
 
@@ -36,25 +37,37 @@ class Regrouping:
         self._loader = loader
         self._assembly = assembly
         self._config = config
+        self._begun: set[LoadedModel] = set()
+        self._lock = threading.Lock()  # guards _begun
 
-    def begin(self, model: LoadedModel) -> None:
-        """Load a suspended model with who is there, in a thread of its own: others are computed meanwhile."""
-        threading.Thread(target=self._regroup, args=(model,), name="shoal-regroup", daemon=True).start()
+    def begin(self, model: LoadedModel, why: str = "") -> None:
+        """Load a model with who is there, in a thread of its own: others are computed meanwhile. If no machine was lost
+        in a step, say `why`."""
+        with self._lock:
+            if model in self._begun:
+                return
+            self._begun.add(model)
+        threading.Thread(target=self._run, args=(model, why), name="shoal-regroup", daemon=True).start()
 
     def look(self) -> None:
-        """Begin with idle models that lost a machine, or that would be faster with machines which have come, or without
-        some which turned out to be slower than predicted."""
+        """Begin with models that lost a machine, or that would be faster with machines which have come, or without some
+        which turned out to be slower than predicted. Idle ones at once; others when they have been busy for so long
+        that it hardly matters."""
         grouping = self._assembly.grouping
         if grouping is None:
             return
         for model in self._models:
-            if model.engine.busy or model.engine.lost is not None or model.retired or model.plan.device:
+            if model.retired or model in self._begun:
+                continue
+            if model.engine.lost is not None:
+                self.begin(model)
                 continue
             try:
+                if model.plan.device or not _may_wait(model):
+                    continue
                 if why := self._reason(grouping, model):
-                    model.engine.suspend(RankLost(0, why))
                     log.info("%s is loaded again: %s", model.name, why)
-                    self.begin(model)
+                    self.begin(model, why)
             except Exception as error:  # the model goes on as it is, and so does who looks
                 failed = translated(error)
                 log.warning(
@@ -101,6 +114,15 @@ class Regrouping:
             model.main.why = judgement.why
         return judgement.others
 
+    def _run(self, model: LoadedModel, why: str) -> None:
+        try:
+            if why:
+                model.engine.suspend(RankLost(0, why))
+            self._regroup(model)
+        finally:
+            with self._lock:
+                self._begun.discard(model)
+
     def _regroup(self, model: LoadedModel) -> None:
         lost, group = model.engine.lost, model.main.group
         if lost is not None and lost.rank and group is not None:
@@ -135,3 +157,12 @@ class Regrouping:
             quant=model.quant,
             ranks=None if asked is None or grouping is None else min(asked, grouping.machines),
         )
+
+
+def _may_wait(model: LoadedModel) -> bool:
+    """Whether it is idle, or has been busy for so long that its requests may wait for it to be loaded anew."""
+    now_s = model.clock()
+    if not model.engine.busy:
+        model.settled_s = now_s
+        return True
+    return model.anew_s <= BUSY_SHARE * (now_s - model.settled_s)

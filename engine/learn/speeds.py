@@ -73,6 +73,11 @@ class Speeds:
         """Whether it is faster to read so many pages from disk than to compute the tokens in them."""
         return self._read_cost.pays(pages, tokens, self._prompt_token_s)
 
+    def reading_s(self, tokens: int) -> float:
+        """How long it takes to read so many tokens of prompts, as far as that is known."""
+        whole_step_s = self.cost.seconds(self._chunk_tokens)
+        return tokens * (self._prompt_token_s or whole_step_s / self._chunk_tokens)
+
     def backlog_s(self, prompt_tokens: int, answer_tokens: int, sequences: int) -> float | None:
         """How long it takes to read and to answer so much, `sequences` at a time; None while no step was measured."""
         if not self.cost.measured:

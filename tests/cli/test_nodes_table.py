@@ -39,6 +39,7 @@ def laptop(**facts: object) -> NodeStatus:
         (laptop(attached=True, **BUSY), "25% of llama", ()),
         (laptop(attached=True, **IDLE | {"models": ["llama"]}), "llama", ("waited for",)),
         (laptop(attached=False), "away", ("waited for", "computes")),
+        (laptop(attached=False, preparing=True), "preparing", ("waited for", "computes")),
     ],
 )
 def test_a_column_only_for_what_there_is(
@@ -53,8 +54,12 @@ def test_a_column_only_for_what_there_is(
         yield Asked()
 
     monkeypatch.setattr(cluster_room, "_client", asked)
-    text = shoal("cluster", "nodes").stdout
+    shown = shoal("cluster", "nodes")
+    text = shown.stdout
     assert there in text
+    assert ("laptop tests its kernels and measures itself before it first attaches" in shown.stderr) == (
+        other.preparing
+    )
     assert "other machines attach at 192.168.1.5:7447" in text
     for column in ("waited for", "computes"):
         assert (column in text) == (column not in not_there), column

@@ -83,6 +83,19 @@ def test_the_role() -> None:
     assert "cluster init" in only(head(), "cluster").mend
 
 
+def test_a_machine_that_prepares_is_not_away() -> None:
+    pi4 = node("pi4", "worker", attached=False, preparing=True)
+    found = only(head(PI3, pi4), "cluster")
+    assert (found.state, found.found) == ("ok", "head; 1 of 2 machines attached, preparing: pi4")
+    found = only(head(PI3, pi4, node("pi5", "worker", attached=False)), "cluster")
+    assert found.found == "head; 1 of 3 machines attached, preparing: pi4, away: pi5"
+    assert "forget pi5" in found.mend
+    here = node("here", "worker", attached=False, preparing=True)
+    found = only(NodesReply(role="worker", nodes=[here, node("big", "head", attached=False)]), "cluster")
+    assert found.state == "ok"
+    assert found.found == "lent to big, but not attached yet: it tests its kernels and measures itself first"
+
+
 @pytest.mark.parametrize(
     ("trouble", "mend"),
     [

@@ -276,8 +276,13 @@ def test_hosts_join_and_are_told_each_and_again(launched: Launched, fake_ssh: Pa
 
     assert launched.shoal("cluster", "forget", nodes[1].fingerprint).returncode == 0
     done = launched.shoal("cluster", "launch", str(launched.hosts("one", "two")))
-    assert done.returncode == 1
-    assert "which has forgotten it: shoal cluster leave there helps" in done.stdout
+    assert done.returncode == 0
+    assert sorted(" has joined as " in line for line in done.stdout.splitlines()) == [False, True]
+    with Client(launched.head.address) as client:
+        again = client.nodes().nodes
+        assert sorted(node.fingerprint for node in again) == sorted(node.fingerprint for node in nodes)
+        assert all(node.attached for node in again)
+    assert launched.shoal("cluster", "forget", nodes[1].fingerprint).returncode == 0
 
     shown = json.loads(launched.shoal("cluster", "test", "--json").stdout)
     assert [link["trips"] > 0 for link in shown["links"]] == [True]

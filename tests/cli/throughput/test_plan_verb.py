@@ -17,6 +17,7 @@ from shoal.cli.throughput import own_machines
 from shoal.cli.verbs import cli
 from shoal.comm.cluster_messages import LinksReply, NodesReply, NodeStatus
 from shoal.comm.errors import NoDaemon
+from shoal.daemon.progress import Progress
 from shoal.daemon.throughput import profiling
 from shoal.models.checkpoint.gguf_file import open_gguf
 from shoal.partition.throughput.profile import Device, Profile
@@ -331,6 +332,24 @@ class _Head:
 class _Gone(_Head):
     def nodes(self) -> NodesReply:
         raise NoDaemon("no daemon is running")
+
+
+@pytest.mark.parametrize("measures", [True, False])
+def test_measuring_is_said_where_no_bar_is_seen(
+    measures: bool, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes so long that a script's user would think that nothing happens."""
+
+    def profile(*_: object, progress: Progress, **__: object) -> Profile:
+        for step in range(3 * measures):
+            progress("measuring", step, 3)
+        return Profile((Device("desk", 64e9, 20e9, 2e11, 2e9, 4, measured=True),))
+
+    monkeypatch.setattr(profiling, "machine_profile", profile)
+    code, result = run("plan", config)
+    assert code == 0
+    said = ["measuring this machine: about half a minute; the result is kept"]
+    assert result.stderr.splitlines() == said * measures
 
 
 def test_machines_that_are_attached_are_measured_and_planned_with(

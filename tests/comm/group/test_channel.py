@@ -313,6 +313,26 @@ def test_what_is_no_message_closes_the_channel(ends, frame, problem):
     assert other.closed
 
 
+def test_who_sends_while_another_thread_cannot_waits_no_longer_than_he_says(ends):
+    """Nothing of his has gone, so the channel is as it was."""
+    one, other = ends
+    body = bytes(12 << 20)  # more than buffers hold
+    sender = threading.Thread(target=one.send, args=[body])
+    sender.start()
+    while not one._sending.locked():
+        time.sleep(0.001)
+    began_s = time.monotonic()
+    for timeout_s in (0.1, 0.0, -1.0):
+        with pytest.raises(ChannelTimeout):
+            one.send_message(Pong("x"), timeout_s)
+    assert time.monotonic() - began_s < 1
+    assert not one.closed
+    other.receive_exactly(len(body), 20)
+    sender.join(10)
+    one.send_message(Pong("x"))
+    assert other.receive_message(Pong, 5) == Pong("x")
+
+
 def test_a_message_is_as_long_as_its_reader_admits(ends):
     one, other = ends
     one.send_message(Pong("x" * 100))

@@ -9,11 +9,11 @@ import threading
 import time
 
 import pytest
-from fakes.group.nodes import Machine, back_to, footprint, paired, tls
+from fakes.group.nodes import Machine, back_to, footprint, paired, stalled, tls
 
 from shoal.comm.errors import AddressError, KeyFileError
 from shoal.comm.group.channel import Channel
-from shoal.comm.group.dialing import dial
+from shoal.comm.group.dialing import dial, dial_all
 from shoal.comm.group.errors import (
     ChannelError,
     ChannelTimeout,
@@ -416,6 +416,21 @@ def test_the_first_address_that_is_the_node_wins(machines, tmp_path):
             assert channel.remote == listener.addresses[0]
             listener.accept(5).close()
         assert listener.accept(0.05) is None  # one channel, not one for each address
+
+
+def test_an_address_that_shows_the_certificate_and_says_nothing_holds_up_no_other(machines):
+    head, worker = machines
+    with (
+        head.listening() as listener,
+        stalled(listener.addresses[0]) as one,
+        stalled(listener.addresses[0]) as other,
+    ):
+        started = time.monotonic()
+        addresses = (one, other, *listener.addresses)
+        (channel,) = dial_all(worker.identity, worker.peers, head.fingerprint, "measure", addresses)
+        with channel:
+            assert channel.remote == listener.addresses[0]
+        assert time.monotonic() - started < 2.5
 
 
 def test_it_is_said_what_each_address_answered(machines):

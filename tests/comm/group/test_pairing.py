@@ -10,7 +10,8 @@ import time
 
 import msgspec
 import pytest
-from fakes.group.nodes import Machine, relay, tls
+from fakes.group.networks import slow_road
+from fakes.group.nodes import Machine, mute, relay, stalled, tls
 
 from shoal.comm.errors import KeyFileError
 from shoal.comm.group import listener as listener_module
@@ -223,7 +224,7 @@ def test_a_worker_that_cannot_store_says_so(head, worker):
 def test_other_machines_at_the_addresses_do_not_matter(head, worker, tmp_path, monkeypatch):
     """Another head that has no such code, the worker's own listener, somebody silent, and the head a second time."""
     # All of them answer within that, but for the silent one.
-    monkeypatch.setattr("shoal.comm.group.dialing.OTHERS_S", 0.3)
+    monkeypatch.setattr("shoal.comm.group.dialing.GREET_S", 1.0)
     other = Machine.at(tmp_path, "other")
     with contextlib.ExitStack() as stack:
         listener, again, wrong, own = (
@@ -245,27 +246,46 @@ def test_other_machines_at_the_addresses_do_not_matter(head, worker, tmp_path, m
 
 def test_a_server_of_tls_that_says_nothing_holds_up_for_a_moment_only(worker, tmp_path, monkeypatch):
     monkeypatch.setattr("shoal.comm.group.dialing.GREET_S", 0.2)
-    mute = Machine.at(tmp_path, "mute")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-
-        def serve() -> None:
-            near = TlsStream(
-                SocketStream(server.accept()[0]), server_context(mute.identity, []), server_side=True
-            )
-            near.handshake(time.monotonic() + 5)
-            with contextlib.suppress(ChannelError):
-                while True:
-                    near.receive(memoryview(bytearray(100)), time.monotonic() + 5)
-            near.abort()
-            near.close()
-
-        thread = threading.Thread(target=serve)
-        thread.start()
+    with mute(Machine.at(tmp_path, "mute")) as address:
         started = time.monotonic()
         with pytest.raises(ChannelError):
-            by(worker, WRONG, [server.getsockname()])
+            by(worker, WRONG, [address])
         assert time.monotonic() - started < 5
-        thread.join(5)
+
+
+def test_any_number_of_silent_heads_do_not_hide_the_one(head, worker, tmp_path):
+    """Each would be waited for as long as the greeting may take: one after the other, longer than there is time."""
+    with contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(mute(Machine.at(tmp_path, f"mute{number}"))) for number in range(12)]
+        listener = stack.enter_context(head.listening())
+        started = time.monotonic()
+        found, _ = by(worker, head.codes.new(), [*silent, *listener.addresses], timeout_s=10)
+        assert time.monotonic() - started < 2.5
+        assert found.fingerprint == head.fingerprint
+
+
+def test_who_passes_on_the_certificate_of_the_head_and_then_nothing_does_not_hide_it(
+    head, worker, tmp_path, monkeypatch
+):
+    """Not even if another machine refuses meanwhile."""
+    monkeypatch.setattr("shoal.comm.group.dialing.ASKED_S", 0.3)
+    other = Machine.at(tmp_path, "other")
+    with head.listening() as listener, other.listening() as refusing, contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(stalled(listener.addresses[0])) for _ in range(4)]
+        (direct,) = listener.addresses
+        with slow_road(direct, delay_s=0.1) as address:  # the others are there before it
+            started = time.monotonic()
+            by(worker, head.codes.new(), [*refusing.addresses, *silent, address])
+            assert time.monotonic() - started < 2.5
+
+
+def test_a_head_that_is_found_too_late_is_not_remembered(head, worker, monkeypatch):
+    """Whoever asked has been told that it failed."""
+    with head.listening() as listener, slow_road(listener.addresses[0], delay_s=0.15) as address:
+        with pytest.raises(ChannelError):
+            by(worker, head.codes.new(), [address], timeout_s=0.8)
+        time.sleep(0.5)
+        assert nothing_stored(worker)
 
 
 # --- attacks
@@ -399,7 +419,7 @@ def test_a_head_without_the_code_is_not_believed(head, worker, tmp_path):
         thread = threading.Thread(target=pretend)
         thread.start()
         with at_worker, at_head, pytest.raises(PairingRefused) as caught:
-            join(at_worker, head.identity.certificate, worker.identity, worker.peers, WRONG)
+            join(at_worker, head.identity.certificate, worker.identity, WRONG)
         thread.join(5)
         assert caught.value.reason == "proof"
     assert nothing_stored(worker)

@@ -332,7 +332,7 @@ def test_a_paired_head_says_whatever_it_likes(
     from_head: list[msgspec.Struct] = [
         serve,
         huge,
-        control.Alive(nodes=2),
+        control.Alive(),
         control.Drop(epoch=7),
         control.Probe(number=1, data=b"", reply_bytes=1 << 20),
         control.Introduce(epoch=7, fellows=[control.FellowAt(rank=9, addresses=["127.0.0.1:1"])]),

@@ -21,6 +21,7 @@ from shoal.daemon.cluster.control_messages import BEAT_S, FROZEN_S, Attach, Beat
 from shoal.daemon.cluster.group import Group
 from shoal.daemon.cluster.member import Member
 from shoal.daemon.cluster.roster import ROSTER_LOOK_S, Roster
+from shoal.daemon.loading import regrouping
 
 SHORT_S = 1.2
 
@@ -207,6 +208,38 @@ def test_many_streams_go_on_while_machines_come_and_go(cluster: Cluster, alone: 
     finally:
         ended.set()
         churning.join()
+
+
+@pytest.mark.parametrize("share", [1e9, 1e-9])
+def test_a_machine_that_returns_takes_part_though_somebody_always_waits(
+    share: float, cluster: Cluster, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If loading anew costs little of the time that the model has been busy for."""
+    monkeypatch.setattr(regrouping, "BUSY_SHARE", share)
+    ended, found = threading.Event(), list[tuple[int, list[int]]]()
+
+    def ask(number: int) -> None:
+        while not ended.is_set():
+            found.append((number, text_of(cluster.node, prompt(number))[1]))
+
+    with ThreadPoolExecutor(6) as threads:
+        asking = [threads.submit(ask, number) for number in range(6)]
+        try:
+            cluster.stop(1)
+            wait_for(lambda: cluster.ranks == 2)
+            cluster.start(1)
+            if share > 1:
+                wait_for(lambda: cluster.ranks == 3)
+            else:
+                cluster.wait(2)
+                time.sleep(1.5)
+                assert cluster.ranks == 2
+        finally:
+            ended.set()
+        for one in asking:
+            one.result(timeout=20)
+    assert all(ids == alone[number] for number, ids in found)
+    wait_for(lambda: cluster.ranks == 3)
 
 
 def test_all_machines_lost_at_once(cluster: Cluster, alone: list[list[int]]) -> None:

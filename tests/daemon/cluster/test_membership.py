@@ -19,7 +19,9 @@ from shoal.comm.group.discovery import MAX_HEADS, FoundHead
 from shoal.comm.group.group_protocol import Purpose
 from shoal.comm.home import Home
 from shoal.daemon.cluster import worker as worker_room
-from shoal.daemon.cluster.pairing_up import pair_with_head, unpair
+from shoal.daemon.cluster.control_messages import Attach
+from shoal.daemon.cluster.membership import Membership
+from shoal.daemon.cluster.pairing_up import NowPaired, pair_with_head, unpair
 from shoal.daemon.cluster.routes.own_addresses import parse_address
 from shoal.daemon.cluster.routes.route import HeadRoute
 from shoal.daemon.errors import DaemonError
@@ -159,6 +161,72 @@ def test_a_worker_that_was_forgotten_says_so_and_dials_rarely(
         peers.write_bytes(before)
         cluster.wait(1)
         wait_for(lambda: worker.attached and not worker.trouble)
+
+
+def test_a_forgotten_worker_is_paired_anew_by_a_code_of_the_same_head(tmp_path: Path) -> None:
+    """By whoever may start commands there. Its daemon does not wait out the minute until it would dial next."""
+    with Cluster(tmp_path, CONFIG, workers=1) as cluster:
+        head, home, worker = cluster.nodes()[0].fingerprint, cluster.home(1), cluster.workers[1]
+        address = cluster.invite().addresses[0]
+
+        def again() -> NowPaired:
+            return pair_with_head(home, cluster.invite().code, [address], head)
+
+        assert again().before  # it is known
+        cluster.head.answer(Forget(node=cluster.nodes()[1].fingerprint))
+        assert worker._worker is not None
+        wait_for(lambda: worker._worker.trouble == worker_room.FORGOTTEN)  # type: ignore[union-attr]
+        with pytest.raises(DaemonError, match="is a worker of"):
+            pair_with_head(home, cluster.invite().code, [address])
+        with pytest.raises(DaemonError, match="no such join code"):
+            pair_with_head(home, CODE, [address], head)
+        paired = again()
+        assert (paired.before, paired.fingerprint) == (False, cluster.head.paired()[0])
+        worker.answer(Rejoin())
+        cluster.wait(1)
+        assert again().before
+        cluster.stop(1)
+        cluster.head.close()
+        assert pair_with_head(home, CODE, [address], head).before  # it is away, and has said nothing
+
+
+def test_a_worker_that_has_joined_and_is_not_there_yet_prepares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured, attach = threading.Event(), Membership._attach
+
+    def slowly(membership: Membership) -> Attach:
+        assert measured.wait(20)
+        return attach(membership)
+
+    monkeypatch.setattr(Membership, "_attach", slowly)
+    with Cluster(tmp_path, CONFIG, workers=0) as cluster:
+        cluster.join(1)
+
+        def states(membership: Membership) -> list[tuple[bool, bool]]:
+            found = membership.answer(AskNodes())
+            assert isinstance(found, NodesReply)
+            return [(node.attached, node.preparing) for node in found.nodes]
+
+        wait_for(lambda: states(cluster.head) == [(True, False), (False, True)])
+        wait_for(lambda: states(cluster.workers[1]) == [(False, True), (False, False)])
+        measured.set()
+        cluster.wait(1)
+        wait_for(lambda: states(cluster.workers[1]) == [(True, False), (True, False)])
+        cluster.head._follow_members()
+        cluster.stop(1)
+        cluster.wait(0)
+        assert states(cluster.head) == [(True, False), (False, False)]  # it is away
+
+
+def test_a_worker_that_leaves_while_it_is_forgotten_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Cluster(tmp_path, CONFIG, workers=1) as cluster:
+        gone = cluster.nodes()[1].fingerprint
+        monkeypatch.setattr(cluster.roster, "tell_forgotten", cluster.head.forget)
+        cluster.head.answer(Forget(node=gone))
+        assert cluster.head.paired() == []
 
 
 @pytest.mark.parametrize("of_head", [True, False])

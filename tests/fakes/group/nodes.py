@@ -15,12 +15,14 @@ import psutil
 
 from shoal.comm.group.channel import Channel
 from shoal.comm.group.dialing import dial
+from shoal.comm.group.errors import GroupError
 from shoal.comm.group.group_protocol import Speaks
 from shoal.comm.group.join_code import Codes
 from shoal.comm.group.listener import GroupListener
 from shoal.comm.group.node_identity import NodeIdentity
 from shoal.comm.group.peers import PairedNode, Peers
 from shoal.comm.group.streams import Address, SocketStream, TlsStream
+from shoal.comm.group.tls import server_context
 
 BARE = Speaks()  # no feature
 LOOPBACK = [("127.0.0.1", 0)]
@@ -129,3 +131,54 @@ def relay(target: Address) -> Iterator[tuple[Address, bytearray]]:
         thread.start()
         yield server.getsockname(), sent
         thread.join(5)
+
+
+@contextmanager
+def mute(machine: Machine) -> Iterator[Address]:
+    """The address of a server of TLS that then says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            near = TlsStream(
+                SocketStream(server.accept()[0]), server_context(machine.identity, []), server_side=True
+            )
+            with suppress(GroupError):
+                near.handshake(time.monotonic() + 5)
+                while True:
+                    near.receive(memoryview(bytearray(100)), time.monotonic() + 5)
+            near.abort()
+            near.close()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield server.getsockname()
+        thread.join(5)
+
+
+@contextmanager
+def stalled(target: Address) -> Iterator[Address]:
+    """An address that shows the certificate of `target`, as it passes on what that says first, and no more."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def run() -> None:
+            near, _ = server.accept()
+            with near, socket.create_connection(target) as far:
+                back = threading.Thread(target=first_only, args=(far, near))
+                back.start()
+                with suppress(OSError):
+                    while data := near.recv(65536):
+                        far.sendall(data)
+                with suppress(OSError):
+                    far.shutdown(socket.SHUT_RDWR)
+                back.join(10)
+
+        def first_only(far: socket.socket, near: socket.socket) -> None:
+            with suppress(OSError):
+                near.sendall(far.recv(65536))
+                while far.recv(65536):
+                    pass
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        yield server.getsockname()
+        thread.join(10)
