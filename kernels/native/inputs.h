@@ -18,7 +18,7 @@ struct Input {
     float low;        // scale times the sum of all q: a low of 32 weights is multiplied by it
     int32_t sums[2];  // of 16 q each
 #if defined(SHOAL_CROSSED)
-    int32_t own[2];  // of 16 q each, if they are arranged as words: what `Crossed` takes away, negative
+    int32_t own[3];  // of 16 q each and of all, if they are arranged as words: what `Crossed` takes away, negative
 #endif
 };
 
@@ -48,7 +48,9 @@ INLINE void pack_group(const float* x, Input& in) {
     in.low = in.scale * (float)(in.sums[0] + in.sums[1]);
 #if defined(SHOAL_CROSSED)
     if (!std::is_same_v<Scheme, Words>) return;
-    for (int i = 0; i < 2; i++) in.own[i] = (int32_t)(0 - Crossed::own(in.q + 4 * i));
+    const uint32_t own[2] = {Crossed::own(in.q), Crossed::own(in.q + 4)};
+    for (int i = 0; i < 2; i++) in.own[i] = (int32_t)(0 - own[i]);
+    in.own[2] = (int32_t)(0 - own[0] - own[1]);
 #endif
 }
 

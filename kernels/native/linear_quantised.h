@@ -129,15 +129,18 @@ void few_tokens(const shoal::Weights& w, int64_t row0, int64_t rows, const Token
     }
 }
 
+// CHUNK: columns unpacked at once, for the first-level cache.
 #if defined(__AVX512F__)
 constexpr int VECTORS = 4, TILE_BATCH = 3;  // 12 whole and 12 float sums, 4 weights and 1 input of 32 registers
+constexpr int64_t CHUNK = 256;
 #elif defined(__AVX2__)
 constexpr int VECTORS = 2, TILE_BATCH = 4;
+constexpr int64_t CHUNK = 512;
 #else
 constexpr int VECTORS = 4, TILE_BATCH = 2;
+constexpr int64_t CHUNK = 256;
 #endif
 constexpr int64_t TILE_STEP = VECTORS * LANES;  // rows unpacked together
-constexpr int64_t CHUNK = 256;                  // columns unpacked at once, for the first-level cache
 
 // VECTORS * LANES rows of a block, unpacked.
 template <class W>
@@ -177,7 +180,7 @@ template <class W>
 INLINE void start_tile(const Tile<W>& w, const Input* x, int run, Many::Sum* sum) {
 #if defined(SHOAL_CROSSED)
     const Input& in = input_of<W>(x, run);
-    const vi own = QUADS<W> == 8 ? wrapped_sum(vi{} + in.own[0], vi{} + in.own[1]) : vi{} + in.own[run % 2];
+    const vi own = vi{} + in.own[QUADS<W> == 8 ? 2 : run % 2];
     for (int v = 0; v < VECTORS; v++) sum[v] = Words::begin(done(wrapped_sum(w.own[run][v], own)));
 #else
     (void)w;
