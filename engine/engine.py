@@ -35,7 +35,7 @@ from .sequence import EndReason, Sequence, SequenceEvent, Standing
 
 log = logging.getLogger(__name__)
 
-STEP_LIMIT_S = 60.0  # `close` waits so long for the end of a step
+STEP_LIMIT_S = 60.0  # `close` and `suspend` wait so long for the end of a step
 SETTLE_S = 0.1  # of time that nobody needs are used at once
 
 
@@ -127,11 +127,16 @@ class Engine:
         finally:
             self._stepping.release()
 
-    def suspend(self, why: RankLost) -> None:
+    def suspend(self, why: RankLost) -> bool:
         """Wait for the end of a step under way; after it there is none until `start_anew`. If a rank was lost in it,
-        that is why."""
-        with self._stepping:
+        that is why. False if it does not end: then it goes on."""
+        if not self._stepping.acquire(timeout=STEP_LIMIT_S):
+            return False
+        try:
             self.lost = self.lost or why
+        finally:
+            self._stepping.release()
+        return True
 
     def start_anew(self, rank: Rank, cache: PrefixCache, speeds: Speeds) -> None:
         """Go on with another rank 0 and its pages: the KV of all texts is gone and will be computed again."""

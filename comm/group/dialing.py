@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
+from ..errors import CommError
 from .channel import Channel
 from .errors import ChannelError, ChannelTimeout, GroupError, NotPaired, PairingRefused
 from .greeting import greet
@@ -81,17 +82,17 @@ def dial_all(
     known = peers.get(peer)
     deadline = time.monotonic() + timeout_s
     opened: list[Channel] = []
-    refusal: GroupError | None = None
+    refusal: CommError | None = None
 
-    def greeted(stream: TlsStream, shown: bytes) -> Channel | GroupError:
+    def greeted(stream: TlsStream, shown: bytes) -> Channel | CommError:
         ends_s = min(deadline, time.monotonic() + GREET_S)
         try:
             return _greeted(stream, shown, peers, known, purpose, speaks, ends_s)
-        except GroupError as error:
+        except CommError as error:
             return error
 
     context = client_context(identity, known.certificate)
-    with _Race[Channel | GroupError](addresses, context, deadline, greeted) as race:
+    with _Race[Channel | CommError](addresses, context, deadline, greeted) as race:
         for found in race.found():
             if isinstance(found, Channel):
                 opened.append(found)
@@ -177,6 +178,8 @@ class _Asking:
             except ChannelError as error:
                 return error
             except GroupError as error:
+                if isinstance(error, PairingRefused) and error.reason == "often":
+                    return error  # it is about the address from which it was asked: somebody may pass on all bytes
                 found = error
             answered.set()
             return found

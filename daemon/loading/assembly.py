@@ -73,6 +73,7 @@ class Assembly:
         """Read a checkpoint into memory, and that of a draft model if there is one. If `streaming`, what does not fit
         is streamed.
         `named`: how the model was asked for, if not by its path. Raises DaemonError; the budget then holds nothing."""
+        began_s = self.clock()
         with ExitStack() as undo:  # ends what has begun when a later part fails
             undo.callback(release, name, self.budget)
             with refusing(name):
@@ -100,7 +101,7 @@ class Assembly:
             made = LoadedModel(
                 name, called, main, engine, small, config.quant, asked, config.ranks, self.clock, now, advice
             )
-            made.settled_s = now
+            made.settled_s, made.load_s = now, now - began_s
             undo.pop_all()
         for warning in made.warnings:
             log.warning("%s", warning)

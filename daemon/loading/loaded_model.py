@@ -184,7 +184,6 @@ class LoadedModel:
 
     def loaded_in(self, seconds: float) -> Loaded:
         """The answer to who had it loaded; the log has it beside what was predicted."""
-        self.load_s = seconds
         said = f"{self.name} in {seconds:.2g} s: {self.plan.describe()}"
         if self.main.foreseen:
             usual = self.main.expectation.usual

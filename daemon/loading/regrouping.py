@@ -42,31 +42,36 @@ class Regrouping:
 
     def begin(self, model: LoadedModel, why: str = "") -> None:
         """Load a model with who is there, in a thread of its own: others are computed meanwhile. If no machine was lost
-        in a step, say `why`."""
+        in a step, say `why`: it then computes until it is its turn to be loaded, and stays as it is if that fails."""
         with self._lock:
             if model in self._begun:
                 return
             self._begun.add(model)
-        threading.Thread(target=self._run, args=(model, why), name="shoal-regroup", daemon=True).start()
+        thread = threading.Thread(target=self._run, args=(model, why), name="shoal-regroup", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system has no more now; who looks tries again
+            log.warning("%s is not loaded again yet: %s", model.name, error)
+            with self._lock:
+                self._begun.discard(model)
 
     def look(self) -> None:
         """Begin with models that lost a machine, or that would be faster with machines which have come, or without some
         which turned out to be slower than predicted. Idle ones at once; others when they have been busy for so long
         that it hardly matters."""
         grouping = self._assembly.grouping
-        if grouping is None:
-            return
         for model in self._models:
-            if model.retired or model in self._begun:
+            if model in self._begun:
                 continue
             if model.engine.lost is not None:
                 self.begin(model)
+                continue
+            if grouping is None or model.retired:
                 continue
             try:
                 if model.plan.device or not _may_wait(model):
                     continue
                 if why := self._reason(grouping, model):
-                    log.info("%s is loaded again: %s", model.name, why)
                     self.begin(model, why)
             except Exception as error:  # the model goes on as it is, and so does who looks
                 failed = translated(error)
@@ -75,7 +80,7 @@ class Regrouping:
                 )
 
     def _reason(self, grouping: Grouping, model: LoadedModel) -> str:
-        """Why an idle model is to be loaded again now; "" if it is not."""
+        """Why a model that may wait for it is to be loaded again now; "" if it is not."""
         if (token_s := model.engine.scheduler.speeds.token_times.take()) is not None:
             grouping.note(model.checkpoint, self._wanted(model), model.main.group, token_s)
         group, arrivals = model.main.group, grouping.arrivals
@@ -116,26 +121,28 @@ class Regrouping:
 
     def _run(self, model: LoadedModel, why: str) -> None:
         try:
-            if why:
-                model.engine.suspend(RankLost(0, why))
-            self._regroup(model)
+            self._regroup(model, why)
         finally:
             with self._lock:
                 self._begun.discard(model)
 
-    def _regroup(self, model: LoadedModel) -> None:
-        lost, group = model.engine.lost, model.main.group
-        if lost is not None and lost.rank and group is not None:
-            group.blame(lost.rank)
+    def _regroup(self, model: LoadedModel, why: str) -> None:
+        suspended = blamed = False
         for attempt in range(1, MOST_ATTEMPTS + 1):
             try:
+                blamed = blamed or _blame(model)
                 with self._loader.alone():
-                    if model in self._models:
+                    suspended = model in self._models and _suspended(model, why)
+                    if suspended:
+                        blamed = blamed or _blame(model)
                         self._assembly.regroup(model, self._wanted(model))
                         log.info("%s goes on: %s", model.name, model.plan.describe())
                 return
             except Exception as error:
                 failed = translated(error)
+                if not suspended and model.engine.lost is None:
+                    log.warning("%s stays with the machines that compute it: %s", model.name, failed)
+                    return
                 # A machine may have been lost that was still counted on.
                 again = failed.code in ("busy", "resources") and attempt < MOST_ATTEMPTS
                 log.warning("%s: %s", model.name, failed, exc_info=not isinstance(error, DaemonError))
@@ -157,6 +164,28 @@ class Regrouping:
             quant=model.quant,
             ranks=None if asked is None or grouping is None else min(asked, grouping.machines),
         )
+
+
+def _suspended(model: LoadedModel, why: str) -> bool:
+    """Whether it makes no steps. One that lost no machine goes on if nothing is to be done any more, as another thread
+    has done it, or if it could not be read again from its files."""
+    if model.engine.lost is not None:
+        return True
+    if not why or model.retired or not model.checkpoint.path.exists() or model.checkpoint.replaced():
+        return False
+    if not model.engine.suspend(RankLost(0, why)):
+        return False
+    log.info("%s is loaded again: %s", model.name, why)
+    return True
+
+
+def _blame(model: LoadedModel) -> bool:
+    """Whether a machine was lost in a step; the group is told which."""
+    lost, group = model.engine.lost, model.main.group
+    if lost is None or not lost.rank or group is None:
+        return False
+    group.blame(lost.rank)
+    return True
 
 
 def _may_wait(model: LoadedModel) -> bool:

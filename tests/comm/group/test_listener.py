@@ -433,6 +433,20 @@ def test_an_address_that_shows_the_certificate_and_says_nothing_holds_up_no_othe
         assert time.monotonic() - started < 2.5
 
 
+def test_a_file_of_nodes_that_is_damaged_while_somebody_dials_is_said_at_once(machines, monkeypatch):
+    head, worker = machines
+
+    def damaged(*_):
+        raise KeyFileError("peers.json: not JSON")
+
+    monkeypatch.setattr(worker.peers, "hold", damaged)
+    with head.listening() as listener:
+        started = time.monotonic()
+        with pytest.raises(KeyFileError, match="not JSON"):
+            dial_all(worker.identity, worker.peers, head.fingerprint, "measure", listener.addresses)
+        assert time.monotonic() - started < 2
+
+
 def test_it_is_said_what_each_address_answered(machines):
     head, worker = machines
     with silent() as mute:

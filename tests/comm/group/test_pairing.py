@@ -279,6 +279,27 @@ def test_who_passes_on_the_certificate_of_the_head_and_then_nothing_does_not_hid
             assert time.monotonic() - started < 2.5
 
 
+def test_who_passes_on_everything_and_has_tried_too_often_does_not_hide_the_head(head, worker, monkeypatch):
+    """The head refuses his address, and nobody else's."""
+    monkeypatch.setattr("shoal.comm.group.dialing.ASKED_S", 0.3)
+    redeem, asked = head.codes.redeem, []
+
+    def not_first(*about):
+        asked.append(about)
+        if len(asked) == 1:
+            raise PairingRefused("often", "too many tries with wrong join codes")
+        return redeem(*about)
+
+    monkeypatch.setattr(head.codes, "redeem", not_first)
+    with (
+        head.listening() as listener,
+        relay(listener.addresses[0]) as (between, _),
+        slow_road(listener.addresses[0], delay_s=0.05) as direct,
+    ):
+        found, _ = by(worker, head.codes.new(), [between, direct])
+        assert found.addresses == (direct,)
+
+
 def test_a_head_that_is_found_too_late_is_not_remembered(head, worker, monkeypatch):
     """Whoever asked has been told that it failed."""
     with head.listening() as listener, slow_road(listener.addresses[0], delay_s=0.15) as address:
