@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from shoal.partition.placement import (
     device_scratch_bytes,
     plan_on_device,
 )
-from shoal.partition.plan import Misfit, Plan, Wanted
+from shoal.partition.plan import BlockPlan, Misfit, Plan, Wanted
 from shoal.partition.spec import BlockId, LayerSpec, ModelSpec, MoeSpec, RopeSpec
 
 SPEC = ModelSpec(
@@ -198,3 +199,21 @@ def test_budgets_hold(
     more = plan(device + 8 * MB, memory + 64 * MB, spec, kv_tokens=kv_tokens, staged_tokens=staged_tokens)
     assert more.device_layers >= made.device_layers
     assert more.device_experts >= made.device_experts
+
+
+def test_steps_do_not_look_through_all_blocks() -> None:
+    """A mixture has thousands, and every step asks whether any pass."""
+    looks = []
+
+    class Counted(tuple[BlockPlan, ...]):
+        def __iter__(self) -> Iterator[BlockPlan]:
+            looks.append(self)
+            return super().__iter__()
+
+    made = plan(1 << 33)
+    made = replace(made, blocks=Counted(made.blocks))
+    for _ in range(3):
+        assert (made.passes, made.rows_together(100)) == (False, made.part_tokens)
+    assert len(looks) == 1
+    passing = replace(made, blocks=tuple(replace(it, tier="ram") for it in made.blocks))
+    assert (passing.passes, passing.rows_together(100)) == (True, 50)
