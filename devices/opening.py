@@ -6,6 +6,7 @@ Until then nothing of a device is imported.
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,9 @@ _lock = threading.Lock()
 
 def present() -> list[str]:
     """Names of the cards that this machine seems to have. Imports nothing and asks no driver."""
-    cards = len(list(NVIDIA.iterdir())) if NVIDIA.is_dir() else 0
+    cards = 0
+    with suppress(OSError):  # somebody may hide them from us
+        cards = len(list(NVIDIA.iterdir())) if NVIDIA.is_dir() else 0
     cards = max(cards, len(list(NODES.glob("nvidia[0-9]*"))))
     return [f"cuda:{number}" for number in range(cards)]
 
@@ -59,6 +62,6 @@ def _open(name: str) -> DeviceHome:
     try:
         from .cuda_device import CudaDevice  # and with them torch: 125 MB and 1.4 s that others do without
         from .torch_kernels import TorchKernels
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: a library of the driver's or of torch's is missing
         raise NoSuchDevice(f"device {name} needs torch, which cannot be imported: {error}") from error
     return DeviceHome(CudaDevice(name, said.number, said.limit_bytes), TorchKernels())

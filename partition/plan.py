@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 from .amounts import counted, format_bytes
@@ -132,7 +133,7 @@ class Plan:
         held = self.device_weights_bytes + self.device_kv_bytes + self.staging_bytes + self.passing_bytes
         return held + self.device_scratch_bytes
 
-    @property
+    @cached_property  # every step asks, and a mixture has thousands of blocks
     def passes(self) -> bool:
         """Whether blocks come to the device in every step, while the CPU attends."""
         return any(block.passes for block in self.blocks)

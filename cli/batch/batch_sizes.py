@@ -35,9 +35,16 @@ IF_STREAMED = BATCH_SIZES[1]  # where weights are streamed in any case, steps ho
 WITH_DEVICE = (BatchSize(1024, 8192), BatchSize(1024, 4096), BatchSize(512, 2048), *BATCH_SIZES)
 
 
-def batch_size(names: Iterable[str], config: NodeConfig, library: Library, packs: Packs) -> BatchSize:
-    """The fastest that keeps the weights of all models in memory."""
-    models, machine = [*names], OwnMachine(config.thread_count)
+def batch_size(
+    names: Iterable[str],
+    config: NodeConfig,
+    library: Library,
+    packs: Packs,
+    machine: OwnMachine | None = None,
+) -> BatchSize:
+    """The fastest that keeps the weights of all models in memory. `machine`: what this one can do, with its devices,
+    if that is known."""
+    models, machine = [*names], machine or OwnMachine(config.thread_count)
     rates: dict[BatchSize, float] = {}
     maybe_there = may_have_device(config)
     for size in WITH_DEVICE if maybe_there else BATCH_SIZES:

@@ -153,12 +153,15 @@ def _answerer(
             return
         with spinner("starting"), deferred_interrupt():
             from shoal.daemon.library.packs import Packs
+            from shoal.daemon.throughput.own_machine import OwnMachine
 
             from .batch_sizes import BatchSize, batch_size
         if sequences is not None:
             size = BatchSize(sequences, CHUNK_TOKENS)
         else:
-            size = batch_size(names, config, library, Packs(Home.from_env()))
+            home = Home.from_env()
+            machine = OwnMachine(config.thread_count, home.profile, home.models)
+            size = batch_size(names, config, library, Packs(home), machine)
         yield stack.enter_context(in_process(size.of(config), library, sequences=size.sequences))
 
 

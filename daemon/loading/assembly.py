@@ -19,6 +19,7 @@ from shoal.daemon.library.packs import Packs
 from shoal.daemon.memory import return_freed
 from shoal.daemon.progress import Progress, no_progress
 from shoal.daemon.throughput.own_machine import OwnMachine
+from shoal.devices.device_names import AUTO, CPU
 from shoal.engine.assisted import Assisted
 from shoal.engine.engine import Engine
 from shoal.engine.guess.drafter import Drafter
@@ -28,7 +29,7 @@ from shoal.engine.learn.speeds import Speeds
 from shoal.engine.rank import Rank
 from shoal.engine.scheduler import Scheduler
 from shoal.kernels import set_threads
-from shoal.kernels.errors import HomeLost
+from shoal.kernels.errors import HomeFull, HomeLost
 from shoal.offload.budget import Budget
 from shoal.offload.kv.disk_pages import KvDisk
 from shoal.offload.kv.prefix_cache import PrefixCache
@@ -157,7 +158,11 @@ class Assembly:
                     reserve_bytes=reserve_bytes,
                     grouping=grouping,
                 )
-            except HomeLost as error:
+            except (HomeLost, HomeFull) as error:
+                if isinstance(error, HomeFull):  # somebody else has taken memory that was free
+                    if config.device != AUTO:
+                        raise
+                    config = replace(config, device=CPU)
                 log.warning("%s: %s; it is loaded without", name, error)
                 release(name, self.budget)
             except GroupFailed as error:

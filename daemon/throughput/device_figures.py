@@ -19,7 +19,8 @@ from msgspec import Struct
 
 from shoal.daemon.installed import package_version
 from shoal.daemon.private_files import keep
-from shoal.kernels.errors import HomeFull
+from shoal.engine.errors import DeviceGone
+from shoal.kernels.errors import HomeFull, HomeLost
 from shoal.kernels.types import WEIGHT_TYPES
 from shoal.models.regular_files import read_regular
 from shoal.partition.errors import ProfileError
@@ -70,13 +71,27 @@ def device_figures(
     key = _key(home, expert, all)
     kept = _read(file)
     known = next((it for it in kept if it.key == key and abs(time.time() - it.tried_s) < AGED_S), None)
-    if known is not None and (known.figures.laws is not None or not laws):
-        return known.figures
+    if known is not None and not _lacks(known.figures, bool(expert), laws=laws):
+        return _as_named(known.figures, home)
     found = DeviceFigures(_expert(home, expert, free_bytes), _laws(home, all, free_bytes) if laws else None)
     if file is not None and found != DeviceFigures():
         others = sorted((it for it in kept if it.key != key), key=lambda it: -it.tried_s)
         keep(file, _File([_Kept(key, time.time(), found), *others[: _MOST_KEPT - 1]]))
     return found
+
+
+def _lacks(figures: DeviceFigures, expert: bool, *, laws: bool) -> bool:
+    """Whether there was no room to try something, or nobody had asked for it."""
+    return (expert and figures.expert is None) or (laws and figures.laws is None)
+
+
+def _as_named(figures: DeviceFigures, home: DeviceHome) -> DeviceFigures:
+    """A card has several names, and by some of them less memory."""
+    device, laws = home.device, figures.laws
+    if laws is None:
+        return figures
+    limit_bytes = float(device.budget.limit_bytes)
+    return DeviceFigures(figures.expert, replace(laws, name=device.name, memory_bytes=limit_bytes))
 
 
 def _shapes(model: Weighed) -> tuple[list[Shape], list[Shape]]:
@@ -116,6 +131,8 @@ def _laws(home: DeviceHome, shapes: list[Shape], free_bytes: int) -> Accelerator
         speed, calls = device_speed(home, shapes), device_overheads(home)
     except HomeFull:
         return None
+    except DeviceGone as error:  # in a step
+        raise HomeLost(str(error)) from error
     device = home.device
     return Accelerator(
         device.name,

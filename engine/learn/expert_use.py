@@ -47,8 +47,11 @@ class ExpertUse:
 
     @property
     def counts(self) -> UseCounts:
-        """As they are now. Any thread may ask."""
-        return UseCounts(dict(self._uses), dict(self._parts))
+        """As they are now. Any thread may ask, also while a part of a step is half noted: what would not fit together
+        then is cut off."""
+        uses, parts = dict(self._uses), dict(self._parts)
+        parts = {layer: min(count, FADING - 1) for layer, count in parts.items()}
+        return UseCounts({it: min(count, parts.get(it.layer, 0)) for it, count in uses.items()}, parts)
 
     def note(self, blocks: Sequence[BlockId]) -> None:
         """A part of a step used these experts of one layer, at least one, each named once."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shoal.partition.memory_layout import kv_page_bytes
@@ -17,7 +18,7 @@ from shoal.partition.placement import (
     plan_on_device,
     plan_passing,
 )
-from shoal.partition.plan import Misfit, Plan, Wanted
+from shoal.partition.plan import BlockPlan, Misfit, Plan, Wanted
 from shoal.partition.spec import BlockId, LayerSpec, ModelSpec, MoeSpec, RopeSpec
 
 SPEC = ModelSpec(
@@ -219,6 +220,7 @@ def test_what_lacks() -> None:
     st.sampled_from([SPEC, MIXTURE]),
     st.sampled_from([0, 40]),
 )
+@example(25 * MB, 128 * MB, None, MIXTURE, 40)
 def test_budgets_hold(
     device: int, memory: int, kv_tokens: int | None, spec: ModelSpec, staged_tokens: int
 ) -> None:
@@ -226,7 +228,7 @@ def test_budgets_hold(
     if not isinstance(made, Plan):
         return
     assert made.device_bytes <= device
-    assert made.staging_bytes == 2 * made.staged_experts * (MB + 3 * 256)
+    assert made.staging_bytes == 2 * made.staged_experts * (MB + 5 * 256)
     assert made.staged_tokens == (staged_tokens if made.staged_experts else 0)
     if made.device_whole or not made.staged_tokens:
         assert made.staging_bytes == 0
@@ -236,3 +238,21 @@ def test_budgets_hold(
     more = plan(device + 8 * MB, memory + 64 * MB, spec, kv_tokens=kv_tokens, staged_tokens=staged_tokens)
     assert more.device_layers >= made.device_layers
     assert more.device_experts >= made.device_experts
+
+
+def test_steps_do_not_look_through_all_blocks() -> None:
+    """A mixture has thousands, and every step asks whether any pass."""
+    looks = []
+
+    class Counted(tuple[BlockPlan, ...]):
+        def __iter__(self) -> Iterator[BlockPlan]:
+            looks.append(self)
+            return super().__iter__()
+
+    made = plan(1 << 33)
+    made = replace(made, blocks=Counted(made.blocks))
+    for _ in range(3):
+        assert (made.passes, made.rows_together(100)) == (False, made.part_tokens)
+    assert len(looks) == 1
+    passing = replace(made, blocks=tuple(replace(it, tier="ram") for it in made.blocks))
+    assert (passing.passes, passing.rows_together(100)) == (True, 50)

@@ -4,6 +4,7 @@ costs one line. What a device can do is tried once and kept as long as nothing c
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from fakes.asking import CONFIG, prompt, text_of
 
 from shoal.comm.home import Home
 from shoal.comm.messages import Load, ModelStatus
+from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.packs import Packs
 from shoal.daemon.loading import device_rooms
 from shoal.daemon.loading.outlook import Outlook, outlook
@@ -23,8 +25,10 @@ from shoal.daemon.node import Node
 from shoal.daemon.throughput import device_figures, fixed_costs, foresight
 from shoal.daemon.throughput.own_machine import OwnMachine
 from shoal.devices import device_timing, expert_timing, opening, sim_device
+from shoal.devices.device_home import DeviceHome
 from shoal.devices.errors import DeviceLost, NoSuchDevice
 from shoal.devices.sim_device import SimDevice
+from shoal.offload.budget import Budget
 from shoal.partition.throughput import staging_worth
 from shoal.partition.throughput.profile import Device, Overheads, Profile, unmeasured
 
@@ -295,3 +299,118 @@ def test_errors_while_it_is_tried_are_no_bug(mixture: Path, monkeypatch: pytest.
     monkeypatch.setattr(device_timing, "device_speed", lost)
     with loaded(mixture) as node:
         assert status(node).warnings[0].startswith(f"device {CARD} is lost (gone), so the cpu computes")
+
+
+def test_one_that_is_lost_in_a_step_of_a_trial(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = fixed_costs._engine
+
+    def losing(spec: Any, home: Any) -> Any:
+        engine = made(spec, home)
+        home.device.lose("gone")
+        return engine
+
+    monkeypatch.setattr(fixed_costs, "_engine", losing)
+    with loaded(path) as node:
+        assert status(node).warnings[0].startswith(f"device {CARD} is lost (gone), so the cpu computes")
+        assert len(text_of(node, prompt(0))[1]) == 24
+
+
+def test_a_card_that_others_have_filled_meanwhile_is_done_without(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What it can do is known, so nobody notices before weights come."""
+    kept = tmp_path / "profile.json"
+    with loaded(path, OwnMachine(1, kept)) as node:
+        assert status(node).device == CARD
+
+    def full(self: DeviceHome, w: Any) -> Any:
+        raise self.device.budget.full()
+
+    monkeypatch.setattr(DeviceHome, "keep_matrix", full)
+    with loaded(path, OwnMachine(1, kept)) as node:
+        assert status(node).device == ""
+        assert len(text_of(node, prompt(0))[1]) == 24
+        assert node.budget.on(CARD).held_bytes == 0
+    (line,) = (it.getMessage() for it in caplog.records if "is full" in it.getMessage())
+    assert line.endswith("; it is loaded without")
+    with pytest.raises(DaemonError, match="is full"):  # one that was named has to compute
+        loaded(path, device=CARD)
+
+
+def test_what_is_kept_of_a_card_holds_by_whatever_name(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A card has one for each bound of its memory."""
+    begin, kept = SimDevice.__init__, tmp_path / "profile.json"
+
+    def as_one_card(self: SimDevice, *operands: Any) -> None:
+        begin(self, *operands)
+        self.facts = "one card"
+
+    monkeypatch.setattr(SimDevice, "__init__", as_one_card)
+    profile = Profile((unmeasured(2, 1e9),))
+    for name in ("sim:32MB", CARD):
+        config = replace(CONFIG, device=name)
+        found = foresight.foresee(path, profile, foresight.Asked(64, 16), config, OwnMachine(2, kept))
+        assert f"on {name}: all layers" in [row.name for row in found.plans]
+    assert len(json.loads((tmp_path / "devices.json").read_text())["kept"]) == 1
+    tried = Tried(monkeypatch)
+    assert tried.by(path, kept) == 0
+    with loaded(path, OwnMachine(2, kept)) as node:
+        assert status(node).device == CARD
+    laws, _ = device_rooms.device_laws(CARD, weighed_of(path), OwnMachine(2, kept))
+    assert [(it.name, it.memory_bytes) for it in laws] == [(CARD, 64e6)]
+
+
+def weighed_of(path: Path) -> Any:
+    from shoal.daemon.throughput.model_sizes import weighed
+    from shoal.models.checkpoint.checkpoint import open_checkpoint
+
+    with open_checkpoint(path) as checkpoint:
+        return weighed(checkpoint, "keep")
+
+
+def test_what_there_was_no_room_to_try_is_tried_when_there_is(
+    mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, tried_bytes = tmp_path / "profile.json", expert_timing.tried_bytes
+    monkeypatch.setattr(expert_timing, "tried_bytes", lambda expert: 1 << 40)
+    room, _ = device_rooms.device_room("auto", Budget(1 << 40), weighed_of(mixture), OwnMachine(1, kept))
+    assert room is not None
+    assert (room.expert, room.laws is None) == (None, False)
+    monkeypatch.setattr(expert_timing, "tried_bytes", tried_bytes)
+    room, _ = device_rooms.device_room("auto", Budget(1 << 40), weighed_of(mixture), OwnMachine(1, kept))
+    assert room is not None
+    assert room.expert is not None
+
+
+@pytest.mark.parametrize("error", [ImportError("no torch"), OSError("libcudart.so.13: cannot open")])
+def test_a_torch_that_cannot_be_imported_costs_one_line(
+    error: Exception, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_rooms, "present", lambda: ["cuda:0"])
+    for name in [it for it in sys.modules if it.startswith("shoal.devices.cuda_device")]:
+        monkeypatch.delitem(sys.modules, name)
+
+    class Broken:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "shoal.devices.cuda_device":
+                raise error
+
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    with loaded(path) as node:
+        (said,) = status(node).warnings
+        assert said == f"cuda:0 is left alone: device cuda:0 needs torch, which cannot be imported: {error}"
+
+
+def test_cards_that_are_hidden_are_no_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hidden:
+        def is_dir(self) -> bool:
+            raise PermissionError("not for you")
+
+    monkeypatch.setattr(opening, "NVIDIA", Hidden())
+    monkeypatch.setattr(opening, "NODES", tmp_path)
+    assert opening.present() == []
+    (tmp_path / "nvidia0").touch()
+    (tmp_path / "nvidiactl").touch()
+    assert opening.present() == ["cuda:0"]

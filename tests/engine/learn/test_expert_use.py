@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -67,3 +69,20 @@ def test_counts_go_on_from_what_is_known() -> None:
         again.note(EXPERTS[1:2])
     assert (again.of(EXPERTS[0]), again.of(EXPERTS[1])) == (5, FADING // 2)
     assert use.of(EXPERTS[1]) == 10
+
+
+def test_counts_fit_together_also_while_a_part_is_noted() -> None:
+    """Somebody else may write them down in the middle of a step, and would not believe what they are then."""
+    use, seen = ExpertUse(), []
+
+    class Noted(list[BlockId]):
+        def __getitem__(self, place: Any) -> Any:
+            seen.append(use.counts)  # when its experts have been counted, and the part has not
+            return super().__getitem__(place)
+
+    for _ in range(FADING + 1):
+        use.note(Noted(EXPERTS[:2]))
+    assert len(seen) > FADING
+    for counts in seen:
+        assert all(count <= counts.parts[it.layer] for it, count in counts.uses.items() if count)
+        assert all(count < FADING for count in counts.parts.values())
