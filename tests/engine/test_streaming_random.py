@@ -16,7 +16,7 @@ from fakes.packing import build_pack
 from fakes.running import Running
 
 from shoal.daemon.config import NodeConfig
-from shoal.daemon.loading.planning import extents
+from shoal.daemon.throughput.model_sizes import weighed
 from shoal.engine.collective import Alone
 from shoal.engine.engine import Engine
 from shoal.engine.executor import Executor
@@ -77,7 +77,8 @@ class World:
         with pytest.MonkeyPatch.context() as patch, open_checkpoint(path) as checkpoint:
             patch.setattr("shoal.offload.pack.layout.SLICE_BYTES", source.choice([1, 20_000, 64 << 20]))
             self.pack = build_pack(checkpoint, directory / "pack")
-            self.extents = extents(checkpoint)
+            model = weighed(checkpoint, "keep")
+            self.extents = model.extents, model.vectors_bytes
         self.known: dict[tuple[int, ...], tuple[list[int], list[bytes]]] = {}
 
     def truth(self, prompt: list[int], new: int) -> tuple[list[int], list[bytes]]:
