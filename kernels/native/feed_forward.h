@@ -103,19 +103,6 @@ Status prepare(FeedForward& f, const Linear* three, int64_t tokens) {
     return shoal::OK;
 }
 
-// What threads will read of gate and up, whose jobs are the same rows of both.
-void foresee(shoal::Turn& turn, const FeedForward& f) {
-    const auto from = [](const Expert& e, int64_t job) {
-        return shoal::Coming{{e.gate.at(job), e.up.at(job)}, e.gate.at(e.gate.jobs) - e.gate.at(job)};
-    };
-    if (f.routing.factors) {
-        for (int64_t i = 0; i < f.routing.experts; i++) turn.met(i, f.routing.experts, from(f.experts[i], 0));
-        return;
-    }
-    shoal::Coming* coming = turn.reads(f.experts->gate.at(0));
-    for (int i = 0; i < turn.threads(); i++) coming[i] = from(*f.experts, f.experts->gate.jobs * i / turn.threads());
-}
-
 Status feed_forward(const shoal::Inputs& x, int64_t tokens, shoal::Activation act, const Linear* const* all,
                     const Routing& routing, float* y) {
     FeedForward f{};
@@ -159,7 +146,6 @@ Status feed_forward(const shoal::Inputs& x, int64_t tokens, shoal::Activation ac
         jobs += e.gate.jobs;
         weights += f.hidden.cols * x.cols * e.count;
     }
-    foresee(turn, f);
     const Packing packing{x, 0, &f.inputs};
     turn.run(tokens, tokens * x.cols, pack_job, &packing);
     turn.run(jobs, 2 * weights, gate_up_job, &f);

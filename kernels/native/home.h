@@ -107,13 +107,6 @@ struct Home {
 // A unit of work: the `index`-th of a run, done by one of the pool's threads.
 using Job = void (*)(const void* context, int64_t index, int worker);
 
-// What a thread reads first of the weights of a call: so many bytes from each of these places, of which the second may
-// be null.
-struct Coming {
-    const char* at[2];
-    int64_t bytes;
-};
-
 // Has the pool while one kernel runs; kernels that are called from several threads take turns.
 class Turn {
 public:
@@ -129,15 +122,6 @@ public:
     // Runs jobs [0, count), each once, and returns when all are done. If the `work` (in multiply-adds) is not worth
     // waking others for, the calling thread does all of it.
     void run(int64_t count, int64_t work, Job job, const void* context);
-
-    // What the call is about to read, for those who wait while Python prepares the next call: they fetch what they are
-    // expected to read in it (`foresight.h`). The functions are those of `Foresight`.
-    Coming* reads(const void* weights);
-    void chose(const int64_t* experts, int64_t count);
-    void met(int64_t i, int64_t count, const Coming& whole);
-
-private:
-    bool foresees_ = false;
 };
 
 void set_threads(int count);

@@ -47,11 +47,6 @@ struct Product {
         job_rows = tokens > type->few_tokens ? TILE_ROWS : least(least(some, share), TILE_ROWS);
         jobs = ceil_div(rows, job_rows);
     }
-    // Where the weights of a job are; behind the last one, where they end.
-    const char* at(int64_t job) const {
-        const int64_t row_bytes = linear->w.cols / type->block_weights * type->block_bytes;
-        return static_cast<const char*>(linear->w.data) + least(job * job_rows, linear->w.rows) * row_bytes;
-    }
     int64_t job_size(int64_t job) const { return least(job_rows, linear->w.rows - job * job_rows); }
 
     void multiply(int64_t row0, int64_t rows, const Tokens& x, const Output& y, char* scratch) const {
@@ -146,18 +141,6 @@ void linears_job(const void* context, int64_t index, int worker) {
                l.scratch + worker * l.scratch_bytes);
 }
 
-// What threads will read in a run of so many jobs.
-void foresee(shoal::Turn& turn, const Product* products, int64_t jobs) {
-    if (!jobs) return;
-    shoal::Coming* coming = turn.reads(products->at(0));
-    for (int i = 0; i < turn.threads(); i++) {
-        const Product* p = products;
-        int64_t job = jobs * i / turn.threads();
-        while (job >= p->jobs) job -= p++->jobs;
-        coming[i] = {{p->at(job), nullptr}, p->at(p->jobs) - p->at(job)};
-    }
-}
-
 // y[i] (tokens, rows of linear i) = x @ linear i.
 Status linears(const shoal::Inputs& x, int64_t tokens, int count, const Linear* all, float* const* y) {
     if (count > MOST_LINEARS) return shoal::BAD_TYPE;
@@ -187,7 +170,6 @@ Status linears(const shoal::Inputs& x, int64_t tokens, int count, const Linear* 
         l.products[i].cut(at_once, turn.threads(), rows);
         jobs += l.products[i].jobs;
     }
-    foresee(turn, l.products, jobs);
     for (int64_t tile = 0; tile < tiling.tiles(); tile++) {
         l.token0 = tiling.start(tile);
         l.tokens = tiling.length(tile);
@@ -212,8 +194,6 @@ Status scores(const shoal::Inputs& x, int64_t tokens, const Linear& router, floa
         s.scratch = static_cast<char*>(turn.reserve((size_t)(turn.threads() * s.scratch_bytes)));
         if (!s.scratch) return shoal::NO_MEMORY;
     }
-    const Product product{&router, type, SCORE_JOB_ROWS, row_jobs};
-    foresee(turn, &product, row_jobs);
     turn.run(jobs, tokens * w.rows * w.cols, scores_job, &s);
     return shoal::OK;
 }

@@ -1,8 +1,8 @@
 // The thread pool: who runs the jobs of a kernel, and when threads sleep.
 //
 // Workers spin for some tens of microseconds after the last job, because the next kernel of a step
-// usually follows at once, and then sleep on a condition variable: an idle process burns nothing. While they
-// spin, they fetch what they are expected to read next, so that memory does not rest. The calling thread works too. The pool is never destroyed (threads may outlive static objects) and a
+// usually follows at once, and then sleep on a condition variable: an idle process burns nothing. The
+// calling thread works too. The pool is never destroyed (threads may outlive static objects) and a
 // forked child starts with a fresh one.
 #include <pthread.h>
 #include <sched.h>
@@ -16,7 +16,6 @@
 #include <thread>
 #include <vector>
 
-#include "foresight.h"
 #include "home.h"
 
 namespace shoal {
@@ -26,7 +25,6 @@ constexpr auto SPIN = std::chrono::microseconds(60);
 constexpr int64_t WORTH_WAKING = 1 << 16;  // multiply-adds; some 5 µs on one thread
 constexpr size_t LINE = 64;
 constexpr int MOST_THREADS = 1024;
-constexpr int64_t MOST_FETCHED = 256 << 10;  // by a thread that waits: a part of its second-level cache
 
 void pause_cpu() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -51,56 +49,11 @@ struct Ticket {
 
 constexpr int64_t MOST_JOBS = Ticket::MASK - MOST_THREADS;
 
-// What a thread is to fetch while it waits. Whoever sees half of a change fetches what nobody needs.
-struct Order {
-    std::atomic<const char*> at[2] = {};
-    std::atomic<int64_t> bytes{0};
-    std::atomic<uint32_t> number{0};
-
-    void give(const Coming& coming) {
-        for (int i = 0; i < 2; i++) at[i].store(coming.at[i], std::memory_order_relaxed);
-        bytes.store(coming.bytes, std::memory_order_relaxed);
-        number.fetch_add(1, std::memory_order_release);
-    }
-};
-
-// Carries out the orders of one thread, some lines at a time.
-class Fetching {
-public:
-    explicit Fetching(const Order& order) : order_(order) {}
-
-    // False if there is nothing left to fetch.
-    bool some() {
-        if (const uint32_t number = order_.number.load(std::memory_order_acquire); number != number_) {
-            number_ = number;
-            for (int i = 0; i < 2; i++) at_[i] = order_.at[i].load(std::memory_order_relaxed);
-            const int64_t bytes = order_.bytes.load(std::memory_order_relaxed), most = MOST_FETCHED / (at_[1] ? 2 : 1);
-            left_ = bytes < most ? bytes : most;
-        }
-        if (left_ <= 0) return false;
-        left_ -= 2 * (int64_t)LINE;
-        for (const char*& at : at_) {
-            if (!at) continue;
-            __builtin_prefetch(at, 0, 2);
-            __builtin_prefetch(at + LINE, 0, 2);
-            at += 2 * LINE;
-        }
-        return true;
-    }
-
-private:
-    const Order& order_;
-    uint32_t number_ = 0;
-    const char* at_[2] = {};
-    int64_t left_ = 0;
-};
-
 class Pool {
 public:
     explicit Pool(int threads) : threads_(threads), shares_((size_t)threads) {}
 
     std::mutex turn;  // held for the length of a kernel
-    Foresight foresight;
 
     int threads() const { return threads_; }
 
@@ -148,16 +101,10 @@ public:
         return memory_;
     }
 
-    // Those who wait fetch what is foreseen now.
-    void look_ahead() {
-        foresight.next(threads_, [&](int i, const Coming& coming) { shares_[(size_t)i].order.give(coming); });
-    }
-
 private:
     struct alignas(LINE) Share {
         std::atomic<uint64_t> ticket{0};
         int64_t first = 0;
-        alignas(LINE) Order order;
     };
 
     void take_jobs(int worker) {
@@ -174,22 +121,19 @@ private:
 
     void work(int worker) {
         uint64_t seen = 0;
-        Fetching fetching(shares_[(size_t)worker].order);
         for (;;) {
-            if (!await(seen, fetching)) return;
+            if (!await(seen)) return;
             seen = Ticket{shares_[0].ticket.load()}.run();
             take_jobs(worker);
         }
     }
 
     // Waits until a run other than `seen` is on, spinning first; false if the pool stops.
-    bool await(uint64_t seen, Fetching& fetching) {
+    bool await(uint64_t seen) {
         const auto news = [&] { return stopping_.load() || Ticket{shares_[0].ticket.load()}.run() != seen; };
         const auto until = std::chrono::steady_clock::now() + SPIN;
         while (!news()) {
-            for (int i = 0; i < 16 && !news(); i++) {
-                if (!fetching.some()) pause_cpu();
-            }
+            for (int i = 0; i < 16 && !news(); i++) pause_cpu();
             if (std::chrono::steady_clock::now() < until) continue;
             std::unique_lock<std::mutex> lock(sleep_);
             sleepers_.fetch_add(1);
@@ -249,24 +193,9 @@ const int forked = pthread_atfork(nullptr, nullptr, [] { pool = new Pool(pool->t
 }  // namespace
 
 Turn::Turn() { pool->turn.lock(); }
-Turn::~Turn() {
-    if (foresees_) pool->look_ahead();
-    pool->turn.unlock();
-}
+Turn::~Turn() { pool->turn.unlock(); }
 int Turn::threads() const { return pool->threads(); }
 void* Turn::reserve(size_t bytes) { return pool->reserve(bytes); }
-Coming* Turn::reads(const void* weights) {
-    foresees_ = true;
-    return pool->foresight.reads(weights, pool->threads());
-}
-void Turn::chose(const int64_t* experts, int64_t count) {
-    foresees_ = true;
-    pool->foresight.chose(experts, count);
-}
-void Turn::met(int64_t i, int64_t count, const Coming& whole) {
-    foresees_ = true;
-    pool->foresight.met(i, count, whole);
-}
 void Turn::run(int64_t count, int64_t work, Job job, const void* context) {
     pool->run(count, work, job, context);
 }

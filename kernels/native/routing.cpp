@@ -81,7 +81,6 @@ int64_t route(const Choice& choice, int64_t* used, int64_t* starts, int64_t* tok
         start += its;
     }
     starts[count] = start;
-    turn.chose(used, count);
     for (int64_t t = 0; t < choice.tokens; t++) {
         for (int64_t i = t * choice.count; i < (t + 1) * choice.count; i++) {
             const int64_t place = next[keys[i] & EXPERT]++;

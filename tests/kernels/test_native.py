@@ -114,20 +114,6 @@ def test_no_bit_depends_on_batch_threads_or_rows(home: str, kind: WeightType) ->
             assert np.array_equal(linear(x[:9], part, bias[start:stop]), alone[:9, start:stop])
 
 
-def test_what_is_expected_to_come_next_may_be_gone_or_other(home: str) -> None:
-    """Threads that wait fetch what followed a call the last time. Here it is freed by then, or something else comes."""
-    kernels.set_threads(3)
-    x = randn(1, 512)
-    alone = {seed: linear(x, random_matrix(Q4_K, 64 * seed, 512, seed=seed)) for seed in range(1, 9)}
-    kept = random_matrix(Q8_0, 640, 512)
-    again = linear(x, kept)
-    for number in range(200):
-        seed = 1 + number * number % 8
-        assert np.array_equal(linear(x, random_matrix(Q4_K, 64 * seed, 512, seed=seed)), alone[seed])
-        if number % 3:
-            assert np.array_equal(linear(x, kept), again)
-
-
 @pytest.mark.parametrize("kind", [F32, F16, BF16], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("cols", [1, 3, 17, 33, 70])
 def test_float_rows_of_any_length(home: str, kind: WeightType, cols: int) -> None:
