@@ -310,8 +310,8 @@ def test_errors_while_it_is_tried_are_no_bug(mixture: Path, monkeypatch: pytest.
 def test_one_that_is_lost_in_a_step_of_a_trial(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = fixed_costs._engine
 
-    def losing(spec: Any, home: Any) -> Any:
-        engine = made(spec, home)
+    def losing(spec: Any, store: Any, streams: int, home: Any) -> Any:
+        engine = made(spec, store, streams, home)
         home.device.lose("gone")
         return engine
 
