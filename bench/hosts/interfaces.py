@@ -11,7 +11,7 @@ SLOW_BYTES_PER_S = 1.25e6
 DOCKER, VPN, LINK_LOCAL = "172.17.0.1/16", "10.8.0.{}/24", "169.254.7.{}/16"
 
 
-def two_ways(lab: Lab) -> tuple[Group, str]:
+def two_ways(lab: Lab) -> tuple[Group, tuple[str, str]]:
     """A head and a worker that found it, and how the fast network's addresses begin."""
     fast = lab.network()
     hosts = [lab.host(name, lan=False) for name in ("head", "worker")]
@@ -19,7 +19,7 @@ def two_ways(lab: Lab) -> tuple[Group, str]:
         lab.plug(host, bytes_per_s=SLOW_BYTES_PER_S)
         lab.plug(host, fast)
         decoys(host, number)
-    return Group(hosts[0], hosts[1:]), fast.address(0).removesuffix("0")
+    return Group(hosts[0], hosts[1:]), fast.prefixes
 
 
 def decoys(host: Host, number: int) -> None:

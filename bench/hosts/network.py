@@ -46,6 +46,11 @@ class Network:
     def address(self, host: int) -> str:
         return f"10.{self.number}.0.{host}"
 
+    @property
+    def prefixes(self) -> tuple[str, str]:
+        """How its addresses begin."""
+        return f"10.{self.number}.0.", f"fd00:{self.number}::"
+
     def attach(self, namespace: str, interface: str, host: int, bytes_per_s: float = 0) -> Cable:
         """A cable from a host, which gets an address."""
         port = f"p{host}"
