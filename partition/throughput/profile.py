@@ -300,22 +300,3 @@ class Profile:
                 if link.between in (way, way[::-1]):
                     return link
         return None
-
-
-def interpolated(at: float, points: tuple[float, ...] | tuple[int, ...], values: tuple[float, ...]) -> float:
-    """Between the points on lines; before the first and after the last its value."""
-    if at <= points[0]:
-        return values[0]
-    for number in range(1, len(points)):
-        low, high = points[number - 1], points[number]
-        if at <= high:
-            share = (at - low) / (high - low)
-            return values[number - 1] + share * (values[number] - values[number - 1])
-    return values[-1]
-
-
-def between_logs(at: float, low: float, high: float) -> float:
-    """How far `at` lies on the way from low to high on a logarithmic scale, in [0, 1]."""
-    if high <= low:
-        return 0.0
-    return min(1.0, max(0.0, math.log(at / low) / math.log(high / low)))
