@@ -85,7 +85,7 @@ class SimKernels:
         if there is None:
             matrices = [Matrix(w.type, w.data.inside, w.rows, w.cols) for w in all.matrices]  # type: ignore[attr-defined]
             biases = [bias if bias is None else bias.inside for bias in all.biases]  # type: ignore[attr-defined]
-            there = all.prepared[self] = Linears(matrices, biases)
+            there = all.prepared[self] = Linears(matrices, biases, all.input_bits)
         return there
 
     def _feed_forward(self, layer: FeedForward) -> FeedForward:

@@ -16,6 +16,11 @@ from shoal.kernels.types import F16, F32, WeightType
 
 Activation = Literal["silu", "gelu_tanh"]
 
+InputBits = Literal[16, 8]
+WIDE_INPUTS: InputBits = 16
+NARROW_INPUTS: InputBits = 8
+"""Bits to which inputs of quantised weights are rounded (`reference.quantised_inputs`)."""
+
 TYPE_OF_DTYPE = {np.dtype(np.float32): F32, np.dtype(np.float16): F16}
 
 
@@ -65,18 +70,25 @@ class Matrix:
 class Linears:
     """Matrices that one call multiplies by the same input, each with its bias, float32 (rows,), or None.
 
-    `prepared` holds what each home works out about them when it first uses them.
+    `input_bits`: to how many the input of quantised weights is rounded. `prepared` holds what each home works out about
+    them when it first uses them.
     """
 
-    __slots__ = ("biases", "cols", "matrices", "prepared")
+    __slots__ = ("biases", "cols", "input_bits", "matrices", "prepared")
 
-    def __init__(self, matrices: Sequence[Matrix], biases: Sequence[Floats | None] = ()) -> None:
+    def __init__(
+        self,
+        matrices: Sequence[Matrix],
+        biases: Sequence[Floats | None] = (),
+        input_bits: InputBits = WIDE_INPUTS,
+    ) -> None:
         self.matrices = tuple(matrices)
         biases = biases or (None,) * len(self.matrices)
         self.biases = tuple(
             bias if bias is None or bias.flags.c_contiguous else np.ascontiguousarray(bias) for bias in biases
         )
         self.cols = self.matrices[0].cols
+        self.input_bits = input_bits
         self.prepared: dict[object, Any] = {}
         for matrix, bias in zip(self.matrices, self.biases, strict=True):
             if matrix.cols != self.cols:

@@ -24,12 +24,12 @@ from shoal.kernels.cpu_home import (
     check_route,
 )
 from shoal.kernels.errors import KernelError, OperandError
-from shoal.kernels.matrix import Activation, FeedForward, Linears, Matrix, Routes
+from shoal.kernels.matrix import WIDE_INPUTS, Activation, FeedForward, Linears, Matrix, Routes
 from shoal.kernels.routing import Routing
 from shoal.kernels.types import WeightType
 
 LIBRARY = Path(__file__).with_name("libshoal.so")
-ABI_VERSION = 6
+ABI_VERSION = 7
 
 _STATUS = {
     1: "it has no kernel for this weight type",
@@ -47,6 +47,7 @@ class _Linear(ctypes.Structure):
         ("cols", c_int64),
         ("data", c_void_p),
         ("bias", c_void_p),
+        ("input_bits", c_int32),
     )
 
 
@@ -235,7 +236,7 @@ class Native(CpuHome):
     def _gather(self, w: Matrix, ids: Any, count: int) -> Floats:
         out = np.empty((count, w.cols), np.float32)
         native = self._functions if _served is self else self._switched()
-        if status := native.gather_rows(byref(_structure(w, None)), ids, count, _at(out)):
+        if status := native.gather_rows(byref(_structure(w, None, WIDE_INPUTS)), ids, count, _at(out)):
             raise _refusal(status, w)
         return out
 
@@ -302,13 +303,18 @@ def _rotation(rotation: Rotation) -> Any:
     return byref(_Rotation(rotation.dims, rotation.interleaved, cos, sin))
 
 
-def _structure(w: Matrix, bias: Floats | None) -> _Linear:
-    return _Linear(w.type.id, w.rows, w.cols, w.data.ctypes.data, bias if bias is None else bias.ctypes.data)
+def _structure(w: Matrix, bias: Floats | None, input_bits: int) -> _Linear:
+    at = bias if bias is None else bias.ctypes.data
+    return _Linear(w.type.id, w.rows, w.cols, w.data.ctypes.data, at, input_bits)
 
 
 def _structures(*parts: Linears) -> ctypes.Array[_Linear]:
-    pairs = [pair for part in parts for pair in zip(part.matrices, part.biases, strict=True)]
-    return (_Linear * len(pairs))(*[_structure(w, bias) for w, bias in pairs])
+    all = [
+        _structure(w, bias, part.input_bits)
+        for part in parts
+        for w, bias in zip(part.matrices, part.biases, strict=True)
+    ]
+    return (_Linear * len(all))(*all)
 
 
 _PREPARED: dict[type, Callable[[Any], Any]] = {

@@ -26,12 +26,23 @@ from shoal.kernels.attention_reference import attend
 from shoal.kernels.band_layout import from_bands, to_bands
 from shoal.kernels.cpu_home import CpuHome, check_attention, check_experts, check_linears, check_norm
 from shoal.kernels.errors import OperandError
-from shoal.kernels.matrix import Activation, FeedForward, Linears, Matrix, Routes
+from shoal.kernels.matrix import (
+    NARROW_INPUTS,
+    WIDE_INPUTS,
+    Activation,
+    FeedForward,
+    InputBits,
+    Linears,
+    Matrix,
+    Routes,
+)
 from shoal.kernels.types import WeightType
 from shoal.partition.memory_layout import INPUT_GROUP
 
 TILE_BYTES = 4 << 20
 """Most bytes of float32 weights that exist at once."""
+
+_MOST_INPUT = {WIDE_INPUTS: 32639, NARROW_INPUTS: 127}
 
 SMALLEST_INPUT = 1e-30
 """A group of inputs to quantised weights counts as zeros if no magnitude in it reaches this."""
@@ -101,14 +112,14 @@ class ReferenceHome(CpuHome):
         return attend(kv, segments, q, k, v, scoring)
 
 
-def quantised_inputs(x: Floats) -> Floats:
+def quantised_inputs(x: Floats, bits: InputBits = WIDE_INPUTS) -> Floats:
     """x (T, cols), float32, rounded to 16 bits: every 32 columns become whole multiples, from -32639 to 32639, of
-    1/32639 of their largest magnitude; halves are rounded to even.
+    1/32639 of their largest magnitude; halves are rounded to even. To 8 bits: with 127 instead of 32639.
 
     A group with an infinite or NaN input becomes NaN. Native kernels multiply the whole numbers exactly. 32639 is the
     largest number that a high and a low byte, both signed, stand for: machines differ in what they can multiply.
     """
-    return _quantised(_tensor(x)).numpy()
+    return _quantised(_tensor(x), bits).numpy()
 
 
 def decode(kind: WeightType, data: Bytes) -> Floats:
@@ -137,23 +148,25 @@ def _tiles(w: Matrix) -> Iterator[tuple[int, Tensor]]:
 def _linears(x: Tensor, all: Linears, norm: Floats | None = None, eps: float = 0.0) -> list[Tensor]:
     if norm is not None:
         x = _normed(x, norm, eps)
-    return [_linear(x, w, bias) for w, bias in zip(all.matrices, all.biases, strict=True)]
+    return [_linear(x, w, bias, all.input_bits) for w, bias in zip(all.matrices, all.biases, strict=True)]
 
 
-def _linear(x: Tensor, w: Matrix, bias: Floats | None) -> Tensor:
+def _linear(x: Tensor, w: Matrix, bias: Floats | None, input_bits: InputBits) -> Tensor:
     """x (T, cols) @ w.T + bias (rows,), float32 (T, rows); weights are decoded tile by tile."""
     if w.type.quantised:
-        x = _quantised(x)
+        x = _quantised(x, input_bits)
     out = torch.empty(x.shape[0], w.rows)
     for row, tile in _tiles(w):
         out[:, row : row + tile.shape[0]] = x @ tile.T
     return out if bias is None else out.add_(_tensor(bias))
 
 
-def _quantised(x: Tensor) -> Tensor:
+def _quantised(x: Tensor, bits: InputBits) -> Tensor:
     groups = x.reshape(x.shape[0], x.shape[1] // INPUT_GROUP, INPUT_GROUP)  # (T, cols / 32, 32)
     largest = groups.abs().amax(-1, keepdim=True)
-    most = torch.full_like(largest, 32639)  # a tensor: torch may divide by a plain number less exactly
+    most = torch.full_like(
+        largest, _MOST_INPUT[bits]
+    )  # a tensor: torch may divide by a plain number less exactly
     zeros = largest < SMALLEST_INPUT
     scale = (largest / most).masked_fill(zeros, 0).masked_fill(~largest.isfinite(), torch.nan)
     inverse = (most / largest).masked_fill(zeros, 0)

@@ -16,7 +16,15 @@ from shoal.kernels.arrays import Array, Floats, Ids
 from shoal.kernels.attention_operands import KvPages, Rotation, Scoring, Segments, kv_layout
 from shoal.kernels.compute_home import ComputeHome
 from shoal.kernels.errors import KernelError
-from shoal.kernels.matrix import FeedForward, Linears, Matrix, Routes
+from shoal.kernels.matrix import (
+    NARROW_INPUTS,
+    WIDE_INPUTS,
+    FeedForward,
+    InputBits,
+    Linears,
+    Matrix,
+    Routes,
+)
 from shoal.kernels.stored_rows import from_stored
 from shoal.kernels.types import BF16, F16, F32, WEIGHT_TYPES, WeightType
 from shoal.partition.memory_layout import KV_FORMATS, PAGE_TOKENS
@@ -68,7 +76,10 @@ def _cases() -> Iterator[Case]:
     for kind in WEIGHT_TYPES:
         matrix = _matrix(kind, ROWS, COLS)
         for tokens in TOKENS:
-            yield f"{kind.name} by {tokens} rows", CLOSE, _linears(matrix, tokens)
+            yield f"{kind.name} by {tokens} rows", CLOSE, _linears(matrix, tokens, WIDE_INPUTS)
+            if kind.quantised:
+                name = f"{kind.name} by {tokens} rows of {NARROW_INPUTS} bits"
+                yield name, CLOSE, _linears(matrix, tokens, NARROW_INPUTS)
     for kind in WEIGHT_TYPES:
         yield f"experts of {kind.name}", TWICE_CLOSE, _experts(kind)
     for name in KV_FORMATS:
@@ -87,9 +98,10 @@ def _cases() -> Iterator[Case]:
     )
 
 
-def _linears(matrix: Matrix, tokens: int) -> Callable[[ComputeHome], Array]:
+def _linears(matrix: Matrix, tokens: int, bits: InputBits) -> Callable[[ComputeHome], Array]:
     def compute(home: ComputeHome) -> Array:
-        all = Linears((home.keep_matrix(matrix),), (home.keep_vector(_numbers(matrix.rows)),))
+        biases = (home.keep_vector(_numbers(matrix.rows)),)
+        all = Linears((home.keep_matrix(matrix),), biases, bits)
         return home.fetch(home.linears(home.place(_numbers(tokens, matrix.cols)), all)[0])
 
     return compute

@@ -14,6 +14,8 @@ Roles by kind of block (vectors are f32; those in brackets exist in some familie
             [shared_scale (1, hidden)]    vector: [norm], [post_norm]
     expert  matrix: gate, up (moe.ffn, hidden), down (hidden, moe.ffn)
     head    matrix: head (vocab, hidden)    vector: norm
+
+Quantised o and down (`NARROW`) multiply inputs that are rounded to 8 bits, all others to 16.
 """
 
 from __future__ import annotations
@@ -21,8 +23,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from shoal.kernels import Activation, ComputeHome, FeedForward, Linears, Matrix
+from shoal.kernels import (
+    NARROW_INPUTS,
+    WIDE_INPUTS,
+    Activation,
+    ComputeHome,
+    FeedForward,
+    Linears,
+    Matrix,
+)
 from shoal.kernels.arrays import Floats
+
+NARROW = frozenset({"o", "down", "shared_down"})
+"""Roles whose inputs lose nothing that can be told when 8 bits are left of them (docs/LOG.md has the perplexities)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +66,8 @@ class Weights:
         made = self._linears.get(roles)
         if made is None:
             biases = [self.vector.get(f"{role}_bias") for role in roles]
-            made = self._linears[roles] = Linears([self.matrix[role] for role in roles], biases)
+            bits = NARROW_INPUTS if NARROW.issuperset(roles) else WIDE_INPUTS
+            made = self._linears[roles] = Linears([self.matrix[role] for role in roles], biases, bits)
         return made
 
     def feed_forward(self, activation: Activation, prefix: str = "") -> FeedForward:

@@ -31,6 +31,7 @@ struct BF16 {
 template <int WEIGHTS, int RUNS_, int BYTES, int OFFSET_, int TOP_>
 struct Blocks {
     static constexpr int weights = WEIGHTS, RUNS = RUNS_, bytes = BYTES, OFFSET = OFFSET_, TOP = TOP_;
+    static constexpr int QUADS = WEIGHTS / RUNS / 4;  // of a run
     static constexpr bool HAS_LOW = OFFSET == 0;
 };
 

@@ -55,14 +55,13 @@ void gate_up_job(const void* context, int64_t index, int worker) {
     for (int64_t tile = 0; tile < e->tiling().tiles(); tile++) {
         const int64_t first = e->first + e->tiling().start(tile), count = e->tiling().length(tile);
         const char* in[TILE_TOKENS];
-        for (int64_t t = 0; t < count; t++) in[t] = f.inputs.as(*e->gate.type, f.token_of(first + t), count);
+        for (int64_t t = 0; t < count; t++) in[t] = f.inputs.token(f.token_of(first + t), e->gate.by->form(count));
         e->gate.multiply(row0, rows, {in, count}, gate, scratch + sizeof(Partial));
-        for (int64_t t = 0; t < count; t++) in[t] = f.inputs.as(*e->up.type, f.token_of(first + t), count);
+        for (int64_t t = 0; t < count; t++) in[t] = f.inputs.token(f.token_of(first + t), e->up.by->form(count));
         e->up.multiply(row0, rows, {in, count}, up, scratch + sizeof(Partial));
         for (int64_t t = 0; t < count; t++) {
             f.act == shoal::SILU ? activate<silu>(gate.row(t), up.row(t), rows) : activate<gelu>(gate.row(t), up.row(t), rows);
-            const bool planes = e->down.type->as_planes(count);
-            f.hidden.put(first + t, row0, rows, gate.row(t), f.hidden.planes && planes, f.hidden.words && !planes);
+            f.hidden.put(first + t, row0, rows, gate.row(t), 1u << e->down.by->form(count));
         }
     }
 }
@@ -78,7 +77,7 @@ void down_job(const void* context, int64_t index, int worker) {
         for (int64_t tile = 0; tile < e->tiling().tiles(); tile++) {
             const int64_t first = e->first + e->tiling().start(tile), count = e->tiling().length(tile);
             const char* in[TILE_TOKENS];
-            for (int64_t t = 0; t < count; t++) in[t] = f.hidden.as(*e->down.type, first + t, count);
+            for (int64_t t = 0; t < count; t++) in[t] = f.hidden.token(first + t, e->down.by->form(count));
             const Output out = f.routing.factors ? Output{partial.first, TILE_ROWS} : Output{y.row(first), y.stride};
             e->down.multiply(row0, rows, {in, count}, out, scratch + sizeof(Partial));
             if (!f.routing.factors) continue;
@@ -97,8 +96,9 @@ Status prepare(FeedForward& f, const Linear* three, int64_t tokens) {
     Product* const products[] = {&e.gate, &e.up, &e.down};
     for (int i = 0; i < 3; i++) {
         if (const Status status = products[i]->find(three[i])) return status;
-        (i < 2 ? f.inputs : f.hidden).need(*products[i]->type, tokens);
-        f.scratch_bytes = most(f.scratch_bytes, (int64_t)products[i]->type->scratch_bytes);
+        const Multiply& by = *products[i]->by;
+        (i < 2 ? f.inputs : f.hidden).need(by.form(tokens));
+        f.scratch_bytes = most(f.scratch_bytes, (int64_t)by.scratch_bytes);
     }
     return shoal::OK;
 }
@@ -110,7 +110,7 @@ Status feed_forward(const shoal::Inputs& x, int64_t tokens, shoal::Activation ac
     f.act = act;
     f.tokens = tokens;
     f.inputs.cols = x.cols;
-    f.inputs.floats = x.norm;
+    if (x.norm) f.inputs.need(FLOATS);
     f.hidden.cols = all[0][0].w.rows;
     f.y = y;
     f.y_rows = all[0][2].w.rows;

@@ -57,10 +57,12 @@ struct Attention {
     int64_t window;
 };
 
-// A matrix and the bias (rows,) that is added to its products, or null.
+// A matrix and the bias (rows,) that is added to its products, or null. Inputs of quantised weights are rounded to
+// `input_bits`: 16 or 8.
 struct Linear {
     Weights w;
     const float* bias;
+    int32_t input_bits;
 };
 
 // x (tokens, cols). Unless `norm` (cols,) is null, x is normalised first.
@@ -85,8 +87,7 @@ enum Status : int { OK = 0, BAD_TYPE = 1, NO_MEMORY = 2, NO_ROW = 3 };
 
 struct Home {
     const char* name;
-    // y[i] (tokens, rows of all[i]) = x @ all[i].w.T + all[i].bias. Quantised weights are multiplied by x rounded to 16
-    // bits.
+    // y[i] (tokens, rows of all[i]) = x @ all[i].w.T + all[i].bias.
     Status (*linears)(const Inputs& x, int64_t tokens, int count, const Linear* all, float* const* y);
     // y (tokens, rows of down) = (act(x @ gate.T) * (x @ up.T)) @ down.T; `all` are gate, up and down.
     Status (*gated)(const Inputs& x, int64_t tokens, Activation act, const Linear* all, float* y);

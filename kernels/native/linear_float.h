@@ -160,15 +160,8 @@ void many_tokens_float(const shoal::Weights& w, int64_t row0, int64_t rows, cons
 
 template <class W>
 constexpr Type float_type() {
-    return {false,
-            1,
-            W::bytes / LANES,
-            4,
-            {},
-            few_tokens_float<W>,
-            many_tokens_float<W>,
-            sizeof(FloatScratch),
-            decode_float<W>};
+    constexpr Multiply by{4, {FLOATS, FLOATS}, few_tokens_float<W>, many_tokens_float<W>, sizeof(FloatScratch)};
+    return {false, 1, W::bytes / LANES, {by, by}, decode_float<W>};
 }
 
 }  // namespace

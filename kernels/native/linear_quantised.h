@@ -1,4 +1,4 @@
-// Quantised weights times inputs of 16 bits (`inputs.h`): sums of products are whole numbers, exact.
+// Quantised weights times inputs of 16 or 8 bits (`inputs.h`): sums of products are whole numbers, exact.
 //
 // A run of columns adds one float to each output, (sum of q * input) * (weight scale * input scale), and a second one
 // if the type has lows; runs come in ascending order. Few tokens use the stored bytes, many use unpacked tiles. Both
@@ -10,29 +10,28 @@
 
 namespace {
 
+// Which part of a group of inputs the columns of a run are: 0 or 1 for a half, 2 for all.
 template <class W>
-constexpr int QUADS = W::weights / W::RUNS / 4;  // of a run
-
-template <class W>
-using FewOf = Few<W::TOP, QUADS<W>>;
-
-template <class W>
-INLINE const Input& input_of(const Input* x, int run) {
-    return x[run * QUADS<W> * 4 / GROUP];
+INLINE int part_of(int run) {
+    return W::QUADS == 8 ? 2 : run % 2;
 }
 
 template <class W, class Scheme>
-INLINE typename Scheme::Sum start_run(const Input* x, int run) {
-    const Input& in = input_of<W>(x, run);
-    return Scheme::template start<W::OFFSET>(QUADS<W> == 8 ? in.sums[0] + in.sums[1] : in.sums[run % 2]);
+INLINE const Input<Scheme>& input_of(const Input<Scheme>* x, int run) {
+    return x[run * W::QUADS * 4 / GROUP];
 }
 
-template <class W>
-INLINE vf add(vf acc, vi sum, vf scale, vf low, const Input* x, int run) {
-    const Input& in = input_of<W>(x, run);
+template <class W, class Scheme>
+INLINE Known known_of(const Input<Scheme>* x, int run) {
+    return input_of<W>(x, run).known(part_of<W>(run));
+}
+
+template <class W, class Scheme>
+INLINE vf add(vf acc, vi sum, vf scale, vf low, const Input<Scheme>* x, int run) {
+    const Input<Scheme>& in = input_of<W>(x, run);
     acc = fma(to_float(sum), scale * splat(in.scale), acc);
     if (!W::HAS_LOW) return acc;
-    return fma(low, splat(QUADS<W> == 8 ? in.low : in.scale * (float)in.sums[run % 2]), acc);
+    return fma(low, splat(W::QUADS == 8 ? in.low : in.scale * (float)in.sums[run % 2]), acc);
 }
 
 // Writes LANES rows, or as many as there are.
@@ -43,47 +42,39 @@ INLINE void store_rows(float* y, vf v, int64_t rows) {
 
 constexpr int AHEAD = PARTS == 1 ? 4096 : 8192;  // weights are fetched this many bytes ahead
 
-// Sums of a run that grow side by side, so that one token does not wait for each product, where one instruction
-// multiplies and adds.
-template <int T>
-#if defined(__AVX512F__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
-constexpr int CHAINS = T == 1 ? 2 : 1;
-#else
-constexpr int CHAINS = 1;
-#endif
-
 // A band and T tokens.
-template <class W, int T>
-INLINE void multiply_band(const uint8_t* band, int64_t blocks, const Input* const* x, float* const* y, int64_t rows) {
-    using Scheme = FewOf<W>;
+template <class W, class Scheme, int T>
+INLINE void multiply_band(const uint8_t* band, int64_t blocks, const Input<Scheme>* const* x, float* const* y, int64_t rows) {
+    constexpr int CHAINS = T == 1 ? Scheme::CHAINS : 1;  // sums of a run that grow side by side
     vf acc[PARTS][T] = {};
     for (int64_t b = 0; b < blocks; b++, band += BAND * W::bytes) {
         for (int part = 0; part < PARTS; part++) {
-            const Input* in[T];
+            const Input<Scheme>* in[T];
             for (int t = 0; t < T; t++) in[t] = unknown(x[t] + b * (W::weights / GROUP));
             const Lines lines(band, part, band + AHEAD + part * (BAND * W::bytes / PARTS));
-            typename Scheme::Sum sum[W::RUNS][T][CHAINS<T>];
+            typename Scheme::Sum sum[W::RUNS][T][CHAINS];
 #pragma GCC unroll 16
             for (int run = 0; run < W::RUNS; run++) {
                 for (int t = 0; t < T; t++) {
-                    sum[run][t][0] = start_run<W, Scheme>(in[t], run);
-                    for (int c = 1; c < CHAINS<T>; c++) sum[run][t][c] = Scheme::template start<0>(0);
+                    sum[run][t][0] = Scheme::template start<W>(known_of<W>(in[t], run));
+                    for (int c = 1; c < CHAINS; c++) sum[run][t][c] = typename Scheme::Sum{};
                 }
             }
             W::unpack(lines, [&](int i, vb q) INLINE_LAMBDA {
                 typename Scheme::Half w[Scheme::HALVES];
-                Scheme::template halve<W::OFFSET>(q, w);
+                Scheme::template halve<W>(q, w);
                 for (int half = 0; half < Scheme::HALVES; half++) {
                     for (int t = 0; t < T; t++) {
-                        typename Scheme::Sum& to = sum[i / QUADS<W>][t][(i + half) % CHAINS<T>];
+                        typename Scheme::Sum& to = sum[i / W::QUADS][t][(i + half) % CHAINS];
                         to = Scheme::mac(to, w[half], in[t][i / 8].q[i % 8], half);
                     }
                 }
             });
             W::scales(lines, [&](int run, vf scale, vf low) INLINE_LAMBDA {
                 for (int t = 0; t < T; t++) {
-                    vi whole = Scheme::total(sum[run][t][0]);
-                    for (int c = 1; c < CHAINS<T>; c++) whole += Scheme::total(sum[run][t][c]);
+                    const Known known = known_of<W>(in[t], run);
+                    vi whole = Scheme::template total<W>(sum[run][t][0], known);
+                    for (int c = 1; c < CHAINS; c++) whole += Scheme::template total<W>(sum[run][t][c], {});
                     acc[part][t] = add<W>(acc[part][t], whole, scale, low, in[t], run);
                 }
             });
@@ -107,24 +98,25 @@ INLINE const uint8_t* band_of(const shoal::Weights& w, int64_t row) {
     return static_cast<const uint8_t*>(w.data) + row * (w.cols / W::weights * W::bytes);
 }
 
-template <class W>
+template <class W, class Bits>
 void few_tokens(const shoal::Weights& w, int64_t row0, int64_t rows, const Tokens& x, const Output& y) {
+    using Scheme = typename Bits::template Few<W>;
     const int64_t blocks = w.cols / W::weights;
     for (int64_t r = 0; r < rows; r += BAND) {
         const uint8_t* band = band_of<W>(w, row0 + r);
         for (int64_t t = 0; t < x.count; t += DIRECT_TOKENS<W>) {
-            const Input* in[DIRECT_TOKENS<W>];
+            const Input<Scheme>* in[DIRECT_TOKENS<W>];
             float* out[DIRECT_TOKENS<W>];
             for (int i = 0; i < DIRECT_TOKENS<W>; i++) {  // after the last token that one again, with the same result
                 const int64_t token = least<int64_t>(t + i, x.count - 1);
-                in[i] = reinterpret_cast<const Input*>(x.packed[token]);
+                in[i] = reinterpret_cast<const Input<Scheme>*>(x.packed[token]);
                 out[i] = y.row(token) + r;
             }
             const int64_t tokens = x.count - t;
-            if (tokens == 1) multiply_band<W, 1>(band, blocks, in, out, rows - r);
-            else if (tokens == 2) multiply_band<W, 2>(band, blocks, in, out, rows - r);
-            else if (tokens <= 4) multiply_band<W, (DIRECT_TOKENS<W> < 4 ? DIRECT_TOKENS<W> : 4)>(band, blocks, in, out, rows - r);
-            else multiply_band<W, DIRECT_TOKENS<W>>(band, blocks, in, out, rows - r);
+            if (tokens == 1) multiply_band<W, Scheme, 1>(band, blocks, in, out, rows - r);
+            else if (tokens == 2) multiply_band<W, Scheme, 2>(band, blocks, in, out, rows - r);
+            else if (tokens <= 4) multiply_band<W, Scheme, (DIRECT_TOKENS<W> < 4 ? DIRECT_TOKENS<W> : 4)>(band, blocks, in, out, rows - r);
+            else multiply_band<W, Scheme, DIRECT_TOKENS<W>>(band, blocks, in, out, rows - r);
         }
     }
 }
@@ -143,32 +135,24 @@ constexpr int64_t CHUNK = 256;
 constexpr int64_t TILE_STEP = VECTORS * LANES;  // rows unpacked together
 
 // VECTORS * LANES rows of a block, unpacked.
-template <class W>
+template <class W, class Scheme>
 struct Tile {
-    Many::Half halves[W::weights / 4][Many::HALVES][VECTORS];
+    typename Scheme::Half halves[W::weights / 4][Scheme::HALVES][VECTORS];
     vf scale[W::RUNS][VECTORS];
     vf low[W::HAS_LOW ? W::RUNS : 1][VECTORS];
-#if defined(SHOAL_CROSSED)
-    vi own[W::RUNS][VECTORS];  // what is taken away, negative
-#endif
+    vi own[Scheme::CROSSED ? W::RUNS : 1][VECTORS];  // what `Crossed` takes away, negative
 };
 
-template <class W>
-INLINE void unpack_tile(const Lines& lines, int v, Tile<W>& tile) {
-#if defined(SHOAL_CROSSED)
+template <class W, class Scheme>
+INLINE void unpack_tile(const Lines& lines, int v, Tile<W, Scheme>& tile) {
     vi own[W::RUNS] = {};
-#endif
     W::unpack(lines, [&](int i, vb q) INLINE_LAMBDA {
-        Many::Half w[Many::HALVES];
-        Many::halve<W::OFFSET>(q, w);
-        for (int half = 0; half < Many::HALVES; half++) tile.halves[i][half][v] = w[half];
-#if defined(SHOAL_CROSSED)
-        own[i / QUADS<W>] = wrapped_difference(own[i / QUADS<W>], Many::own(w[0]));
-#endif
+        typename Scheme::Half w[Scheme::HALVES];
+        Scheme::template halve<W>(q, w);
+        for (int half = 0; half < Scheme::HALVES; half++) tile.halves[i][half][v] = w[half];
+        if constexpr (Scheme::CROSSED) own[i / W::QUADS] = wrapped_difference(own[i / W::QUADS], Scheme::own(w[0]));
     });
-#if defined(SHOAL_CROSSED)
-    for (int run = 0; run < W::RUNS; run++) tile.own[run][v] = own[run];
-#endif
+    for (int run = 0; Scheme::CROSSED && run < W::RUNS; run++) tile.own[run][v] = own[run];
     W::scales(lines, [&](int run, vf scale, vf low) INLINE_LAMBDA {
         tile.scale[run][v] = scale;
         if (W::HAS_LOW) tile.low[run][v] = low;
@@ -176,23 +160,21 @@ INLINE void unpack_tile(const Lines& lines, int v, Tile<W>& tile) {
 }
 
 // The first values of a token's sums.
-template <class W>
-INLINE void start_tile(const Tile<W>& w, const Input* x, int run, Many::Sum* sum) {
-#if defined(SHOAL_CROSSED)
-    const Input& in = input_of<W>(x, run);
-    const vi own = vi{} + in.own[QUADS<W> == 8 ? 2 : run % 2];
-    for (int v = 0; v < VECTORS; v++) sum[v] = Words::begin(done(wrapped_sum(w.own[run][v], own)));
-#else
-    (void)w;
-    for (int v = 0; v < VECTORS; v++) sum[v] = start_run<W, Many>(x, run);
-#endif
+template <class W, class Scheme>
+INLINE void start_tile(const Tile<W, Scheme>& w, const Known& known, int run, typename Scheme::Sum* sum) {
+    if constexpr (Scheme::CROSSED) {
+        const vi own = vi{} + known.besides;
+        for (int v = 0; v < VECTORS; v++) sum[v] = Words::begin(done(wrapped_sum(w.own[run][v], own)));
+    } else {
+        for (int v = 0; v < VECTORS; v++) sum[v] = Scheme::template start<W>(known);
+    }
 }
 
 // Adds to the sums of a tile's rows and T tokens, which are zero at first.
-template <class W, int T>
-void multiply_tile(const Tile<W>* w, int64_t blocks, const Input* const* x, bool first, vf (*sums)[VECTORS]) {
+template <class W, class Scheme, int T>
+void multiply_tile(const Tile<W, Scheme>* w, int64_t blocks, const Input<Scheme>* const* x, bool first, vf (*sums)[VECTORS]) {
     vf acc[T][VECTORS];
-    const Input* in[T];
+    const Input<Scheme>* in[T];
 #pragma GCC unroll 8
     for (int t = 0; t < T; t++) {
         for (int v = 0; v < VECTORS; v++) acc[t][v] = first ? vf{} : sums[t][v];
@@ -200,29 +182,32 @@ void multiply_tile(const Tile<W>* w, int64_t blocks, const Input* const* x, bool
     }
     for (int64_t b = 0; b < blocks; b++, w++) {
         for (int run = 0; run < W::RUNS; run++) {
-            Many::Sum sum[T][VECTORS];
+            typename Scheme::Sum sum[T][VECTORS];
             const char* q[T];
 #pragma GCC unroll 8
             for (int t = 0; t < T; t++) {
-                q[t] = input_of<W>(in[t], run).q[run * QUADS<W> % 8];
-                start_tile(*w, in[t], run, sum[t]);
+                q[t] = input_of<W>(in[t], run).q[run * W::QUADS % 8];
+                start_tile<W, Scheme>(*w, known_of<W>(in[t], run), run, sum[t]);
             }
 #pragma GCC unroll 8
-            for (int i = 0; i < QUADS<W>; i++) {
+            for (int i = 0; i < W::QUADS; i++) {
 #pragma GCC unroll 2
-                for (int half = 0; half < Many::HALVES; half++) {
+                for (int half = 0; half < Scheme::HALVES; half++) {
 #pragma GCC unroll 8
                     for (int t = 0; t < T; t++) {
                         for (int v = 0; v < VECTORS; v++) {
-                            sum[t][v] = Many::mac(sum[t][v], w->halves[run * QUADS<W> + i][half][v], q[t] + 8 * i, half);
+                            const char* four = q[t] + Scheme::QUAD * i;
+                            sum[t][v] = Scheme::mac(sum[t][v], w->halves[run * W::QUADS + i][half][v], four, half);
                         }
                     }
                 }
             }
 #pragma GCC unroll 8
             for (int t = 0; t < T; t++) {
+                const Known known = known_of<W>(in[t], run);
                 for (int v = 0; v < VECTORS; v++) {
-                    acc[t][v] = add<W>(acc[t][v], Many::total(sum[t][v]), w->scale[run][v], w->low[W::HAS_LOW ? run : 0][v], in[t], run);
+                    const vi whole = Scheme::template total<W>(sum[t][v], known);
+                    acc[t][v] = add<W>(acc[t][v], whole, w->scale[run][v], w->low[W::HAS_LOW ? run : 0][v], in[t], run);
                 }
             }
         }
@@ -234,25 +219,27 @@ void multiply_tile(const Tile<W>* w, int64_t blocks, const Input* const* x, bool
     }
 }
 
-template <class W>
-using MultiplyTile = void (*)(const Tile<W>*, int64_t, const Input* const*, bool, vf (*)[VECTORS]);
+template <class W, class Scheme>
+using MultiplyTile = void (*)(const Tile<W, Scheme>*, int64_t, const Input<Scheme>* const*, bool, vf (*)[VECTORS]);
 
-template <class W>
-MultiplyTile<W> multiply_tile_of(int64_t tokens) {
-    static constexpr MultiplyTile<W> all[] = {multiply_tile<W, 1>, multiply_tile<W, 2>, multiply_tile<W, (TILE_BATCH < 3 ? TILE_BATCH : 3)>,
-                                              multiply_tile<W, TILE_BATCH>};
+template <class W, class Scheme>
+MultiplyTile<W, Scheme> multiply_tile_of(int64_t tokens) {
+    static constexpr MultiplyTile<W, Scheme> all[] = {
+        multiply_tile<W, Scheme, 1>, multiply_tile<W, Scheme, 2>, multiply_tile<W, Scheme, (TILE_BATCH < 3 ? TILE_BATCH : 3)>,
+        multiply_tile<W, Scheme, TILE_BATCH>};
     return all[tokens - 1];
 }
 
-template <class W>
+template <class W, class Scheme>
 struct alignas(64) TileScratch {
-    Tile<W> tiles[CHUNK / W::weights];
+    Tile<W, Scheme> tiles[CHUNK / W::weights];
     vf sums[TILE_ROWS / TILE_STEP][TILE_TOKENS][VECTORS];
 };
 
-template <class W>
+template <class W, class Bits>
 void many_tokens(const shoal::Weights& w, int64_t row0, int64_t rows, const Tokens& x, const Output& y, char* memory) {
-    TileScratch<W>& scratch = *reinterpret_cast<TileScratch<W>*>(memory);
+    using Scheme = typename Bits::template Many<W>;
+    auto& scratch = *reinterpret_cast<TileScratch<W, Scheme>*>(memory);
     const int64_t batches = ceil_div(x.count, TILE_BATCH);
     for (int64_t k = 0; k < w.cols; k += CHUNK) {
         const int64_t blocks = least(CHUNK, w.cols - k) / W::weights;
@@ -262,16 +249,16 @@ void many_tokens(const shoal::Weights& w, int64_t row0, int64_t rows, const Toke
                 const uint8_t* block = band_of<W>(w, row0 + row) + k / W::weights * BAND * W::bytes;
                 const int64_t chunk = blocks * BAND * W::bytes, ahead = chunk + v % PARTS * (BAND * W::bytes / PARTS);
                 for (int64_t b = 0; b < blocks; b++, block += BAND * W::bytes) {
-                    unpack_tile<W>(Lines(block, v % PARTS, block + ahead), v, scratch.tiles[b]);
+                    unpack_tile<W, Scheme>(Lines(block, v % PARTS, block + ahead), v, scratch.tiles[b]);
                 }
             }
             for (int64_t i = 0; i < batches; i++) {
                 const int64_t from = x.count * i / batches, until = x.count * (i + 1) / batches;
-                const Input* in[TILE_BATCH];
+                const Input<Scheme>* in[TILE_BATCH];
                 for (int64_t t = from; t < until; t++) {
-                    in[t - from] = reinterpret_cast<const Input*>(x.packed[t]) + k / GROUP;
+                    in[t - from] = reinterpret_cast<const Input<Scheme>*>(x.packed[t]) + k / GROUP;
                 }
-                multiply_tile_of<W>(until - from)(scratch.tiles, blocks, in, k == 0, scratch.sums[r / TILE_STEP] + from);
+                multiply_tile_of<W, Scheme>(until - from)(scratch.tiles, blocks, in, k == 0, scratch.sums[r / TILE_STEP] + from);
             }
         }
     }
@@ -292,8 +279,8 @@ void decode_quantised(const shoal::Weights& w, int64_t row, float* out) {
         int32_t quads[W::weights / 4];
         W::unpack(lines, [&](int i, vb q) INLINE_LAMBDA { quads[i] = ((vi)q)[lane]; });
         W::scales(lines, [&](int run, vf scale, vf low) INLINE_LAMBDA {
-            for (int i = 0; i < 4 * QUADS<W>; i++) {
-                const int column = run * 4 * QUADS<W> + i;
+            for (int i = 0; i < 4 * W::QUADS; i++) {
+                const int column = run * 4 * W::QUADS + i;
                 const int q = (quads[column / 4] >> column % 4 * 8 & 255) - W::OFFSET;
                 out[k + column] = W::HAS_LOW ? (float)q * scale[lane] + low[lane] : (float)q * scale[lane];
             }
@@ -301,17 +288,20 @@ void decode_quantised(const shoal::Weights& w, int64_t row, float* out) {
     }
 }
 
+template <class W, class Bits>
+constexpr Multiply multiply_quantised() {
+    using FewScheme = typename Bits::template Few<W>;
+    using ManyScheme = typename Bits::template Many<W>;
+    return {FEW_TOKENS<W>,
+            {Bits::template form<ManyScheme>(), Bits::template form<FewScheme>()},
+            few_tokens<W, Bits>,
+            many_tokens<W, Bits>,
+            sizeof(TileScratch<W, ManyScheme>)};
+}
+
 template <class W>
 constexpr Type quantised_type() {
-    return {true,
-            W::weights,
-            W::bytes,
-            FEW_TOKENS<W>,
-            {std::is_same_v<Many, Planes>, std::is_same_v<FewOf<W>, Planes>},
-            few_tokens<W>,
-            many_tokens<W>,
-            sizeof(TileScratch<W>),
-            decode_quantised<W>};
+    return {true, W::weights, W::bytes, {multiply_quantised<W, Bits16>(), multiply_quantised<W, Bits8>()}, decode_quantised<W>};
 }
 
 }  // namespace

@@ -20,7 +20,7 @@ const Type* find_type(int32_t id) {
     };
     static constexpr Type bf16 = float_type<BF16>();
     if (id == 30) return &bf16;
-    if (id < 0 || id >= (int32_t)(sizeof types / sizeof types[0]) || !types[id].few) return nullptr;
+    if (id < 0 || id >= (int32_t)(sizeof types / sizeof types[0]) || !types[id].decode) return nullptr;
     return &types[id];
 }
 
@@ -32,26 +32,29 @@ int64_t whole_lines(size_t bytes) { return (int64_t)((bytes + 63) / 64 * 64); }
 struct Product {
     const Linear* linear;
     const Type* type;
+    const Multiply* by;
     int64_t job_rows, jobs;
 
     Status find(const Linear& l) {
         linear = &l;
         type = find_type(l.w.type);
-        return type ? shoal::OK : shoal::BAD_TYPE;
+        if (!type) return shoal::BAD_TYPE;
+        by = &type->by[l.input_bits == 8];
+        return shoal::OK;
     }
     // For products with `tokens` at once: several jobs for each of `threads`.
     void cut(int64_t tokens, int threads, int64_t all_rows) {
         const int64_t rows = linear->w.rows, row_bytes = linear->w.cols / type->block_weights * type->block_bytes;
         const int64_t some = ceil_div(FEW_JOB_BYTES, 2 * BAND * row_bytes) * 2 * BAND;
         const int64_t share = ceil_div(all_rows, 8 * BAND * threads) * 2 * BAND;  // four jobs a thread
-        job_rows = tokens > type->few_tokens ? TILE_ROWS : least(least(some, share), TILE_ROWS);
+        job_rows = tokens > by->few_tokens ? TILE_ROWS : least(least(some, share), TILE_ROWS);
         jobs = ceil_div(rows, job_rows);
     }
     int64_t job_size(int64_t job) const { return least(job_rows, linear->w.rows - job * job_rows); }
 
     void multiply(int64_t row0, int64_t rows, const Tokens& x, const Output& y, char* scratch) const {
-        if (x.count <= type->few_tokens) type->few(linear->w, row0, rows, x, y);
-        else type->many(linear->w, row0, rows, x, y, scratch);
+        if (x.count <= by->few_tokens) by->few(linear->w, row0, rows, x, y);
+        else by->many(linear->w, row0, rows, x, y, scratch);
         if (!linear->bias) return;
         for (int64_t t = 0; t < x.count; t++) {
             for (int64_t r = 0; r < rows; r++) y.row(t)[r] += linear->bias[row0 + r];
@@ -59,42 +62,54 @@ struct Product {
     }
 };
 
-// The inputs of some tokens in the forms that matrices need: floats, and groups arranged by a scheme (`operands.h`).
+template <class Bits, class Scheme>
+void pack_groups(const float* x, int64_t count, char* out) {
+    auto* groups = reinterpret_cast<Input<Scheme>*>(out);
+    for (int64_t k = 0; k + GROUP <= count; k += GROUP) pack_group<Bits>(x + k, groups[k / GROUP]);
+}
+
+// How groups of inputs come into a form.
+struct Packer {
+    size_t group_bytes;
+    void (*pack)(const float* x, int64_t count, char* out);  // whole groups
+};
+
+template <class Bits, class Scheme>
+constexpr Packer packer{sizeof(Input<Scheme>), pack_groups<Bits, Scheme>};
+
+constexpr Packer PACKERS[FORMS] = {
+    {}, packer<Bits16, Planes>, packer<Bits16, Words>, packer<Bits8, Bytes>, packer<Bits8, Words>};
+
+// The inputs of some tokens in the forms that matrices need.
 struct Packed {
     int64_t cols;
-    bool floats, planes, words;
-    int64_t float_bytes, group_bytes;  // of a token
+    unsigned forms;              // a bit for each
+    int64_t at[FORMS], bytes;    // of a token
     char* memory;
 
-    // Adds what `type` needs for products with `tokens` tokens at once.
-    void need(const Type& type, int64_t tokens) {
-        if (!type.quantised) floats = true;
-        else (type.as_planes(tokens) ? planes : words) = true;
+    void need(Form form) { forms |= 1u << form; }
+    int64_t token_bytes() {
+        bytes = 0;
+        for (int form = 0; form < FORMS; form++) {
+            at[form] = bytes;
+            if (!(forms >> form & 1)) continue;
+            bytes += form == FLOATS ? whole_lines((size_t)(ceil_div(cols, 16) * 16) * sizeof(float))
+                                    : whole_lines((size_t)(cols / GROUP) * PACKERS[form].group_bytes);
+        }
+        return bytes += 64;  // no power of two, or tokens would compete for cache lines
     }
-    int64_t token_bytes() {  // no power of two, or tokens would compete for cache lines
-        float_bytes = floats ? whole_lines((size_t)(ceil_div(cols, 16) * 16) * sizeof(float)) : 0;
-        group_bytes = whole_lines((size_t)(cols / GROUP) * sizeof(Input));
-        return float_bytes + (planes + words) * group_bytes + 64;
-    }
-    char* token(int64_t index) const { return memory + index * (float_bytes + (planes + words) * group_bytes + 64); }
-    float* as_floats(int64_t index) const { return reinterpret_cast<float*>(token(index)); }
-    Input* as_groups(int64_t index, bool as_planes) const {
-        return reinterpret_cast<Input*>(token(index) + float_bytes + (planes && !as_planes ? group_bytes : 0));
-    }
-    // A token as `type` needs it for products with `tokens` tokens at once.
-    const char* as(const Type& type, int64_t index, int64_t tokens) const {
-        return type.quantised ? reinterpret_cast<const char*>(as_groups(index, type.as_planes(tokens))) : token(index);
-    }
-    // Columns [from, from + count) of a token: whole groups, or up to the last column.
-    void put(int64_t index, int64_t from, int64_t count, const float* x, bool as_planes, bool as_words) const {
-        if (floats) {
+    char* token(int64_t index, Form form) const { return memory + index * bytes + at[form]; }
+    float* as_floats(int64_t index) const { return reinterpret_cast<float*>(token(index, FLOATS)); }
+    // Columns [from, from + count) of a token, whole groups or up to the last column, in some of the forms.
+    void put(int64_t index, int64_t from, int64_t count, const float* x, unsigned some) const {
+        if (some >> FLOATS & 1) {
             float* out = as_floats(index) + from;
             if (out != x) memcpy(out, x, (size_t)count * sizeof(float));
             if (from + count == cols) memset(out + count, 0, (size_t)(ceil_div(cols, 16) * 16 - cols) * sizeof(float));
         }
-        for (int64_t k = 0; k + GROUP <= count; k += GROUP) {
-            if (as_planes) pack_group<Planes>(x + k, as_groups(index, true)[(from + k) / GROUP]);
-            if (as_words) pack_group<Words>(x + k, as_groups(index, false)[(from + k) / GROUP]);
+        for (int form = FLOATS + 1; form < FORMS; form++) {
+            const Packer& packer = PACKERS[form];
+            if (some >> form & 1) packer.pack(x, count, token(index, (Form)form) + from / GROUP * packer.group_bytes);
         }
     }
 };
@@ -115,7 +130,7 @@ void pack_job(const void* context, int64_t token, int) {
         normalise(x, p.x.norm, p.x.eps, cols, normal);
         x = normal;
     }
-    p.packed->put(token, 0, cols, x, p.packed->planes, p.packed->words);
+    p.packed->put(token, 0, cols, x, p.packed->forms);
 }
 
 constexpr int MOST_LINEARS = 8;
@@ -135,7 +150,7 @@ void linears_job(const void* context, int64_t index, int worker) {
     while (index >= l.products[i].jobs) index -= l.products[i++].jobs;
     const Product& p = l.products[i];
     const char* in[TILE_TOKENS];
-    for (int64_t t = 0; t < l.tokens; t++) in[t] = l.packed.as(*p.type, t, l.tokens);
+    for (int64_t t = 0; t < l.tokens; t++) in[t] = l.packed.token(t, p.by->form(l.tokens));
     const int64_t row0 = index * p.job_rows, stride = p.linear->w.rows;
     p.multiply(row0, p.job_size(index), {in, l.tokens}, {l.y[i] + l.token0 * stride + row0, stride},
                l.scratch + worker * l.scratch_bytes);
@@ -150,13 +165,13 @@ Status linears(const shoal::Inputs& x, int64_t tokens, int count, const Linear* 
     const int64_t at_once = tiling.longest();
     int64_t rows = 0, weights = 0, jobs = 0;
     l.packed.cols = x.cols;
-    l.packed.floats = x.norm;
+    if (x.norm) l.packed.need(FLOATS);
     l.y = y;
     for (int i = 0; i < count; i++) {
         if (const Status status = l.products[i].find(all[i])) return status;
-        const Type& type = *l.products[i].type;
-        l.packed.need(type, at_once);
-        if (at_once > type.few_tokens) l.scratch_bytes = most(l.scratch_bytes, (int64_t)type.scratch_bytes);
+        const Multiply& by = *l.products[i].by;
+        l.packed.need(by.form(at_once));
+        if (at_once > by.few_tokens) l.scratch_bytes = most(l.scratch_bytes, (int64_t)by.scratch_bytes);
         rows += all[i].w.rows;
         weights += all[i].w.rows * x.cols;
     }

@@ -49,18 +49,26 @@ struct Output {
     float* row(int64_t token) const { return first + token * stride; }
 };
 
-// Rows start at whole bands; there are at most TILE_ROWS rows and TILE_TOKENS tokens to `many`.
-struct Type {
-    bool quantised;
-    int block_weights, block_bytes;
+// How the inputs of a token lie in memory (`operands.h`). There are words and planes of 16 bits.
+enum Form { FLOATS, PLANES, WORDS, BYTES, BYTES_AS_WORDS, FORMS };
+
+// How a type is multiplied by inputs of some bits. Rows start at whole bands; there are at most TILE_ROWS rows and
+// TILE_TOKENS tokens to `many`.
+struct Multiply {
     int64_t few_tokens;  // up to this number `few` is faster than `many`
-    bool planes[2];      // whether inputs are arranged as planes for `many`, for `few`
+    Form forms[2];       // of the inputs for `many`, for `few`
     void (*few)(const shoal::Weights& w, int64_t row0, int64_t rows, const Tokens& x, const Output& y);
     void (*many)(const shoal::Weights& w, int64_t row0, int64_t rows, const Tokens& x, const Output& y, char* scratch);
     size_t scratch_bytes;  // a thread's working memory for `many`, a multiple of 64
-    void (*decode)(const shoal::Weights& w, int64_t row, float* out);
 
-    bool as_planes(int64_t tokens) const { return planes[tokens <= few_tokens]; }
+    Form form(int64_t tokens) const { return forms[tokens <= few_tokens]; }
+};
+
+struct Type {
+    bool quantised;
+    int block_weights, block_bytes;
+    Multiply by[2];  // inputs of 16 bits, of 8; floats multiply floats
+    void (*decode)(const shoal::Weights& w, int64_t row, float* out);
 };
 
 }  // namespace

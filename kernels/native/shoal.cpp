@@ -76,7 +76,7 @@ const Home* chosen = all[sizeof all / sizeof all[0] - 1];
 #define API extern "C" __attribute__((visibility("default")))
 
 // Changes whenever a signature below does; the Python side refuses a library that does not match.
-API int shoal_version() { return 6; }
+API int shoal_version() { return 7; }
 
 // From now on the home with this name computes, or the best one if the name is empty. Returns its name, or null if this
 // machine cannot run it.

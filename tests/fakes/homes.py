@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from shoal.kernels import KernelError, Linears, Matrix
+from shoal.kernels import WIDE_INPUTS, InputBits, KernelError, Linears, Matrix
 from shoal.kernels import native_library as library
 from shoal.kernels.arrays import Array, Floats
 from shoal.kernels.homes import cpu
@@ -26,9 +26,9 @@ HOMES = ["reference", *NATIVE]
 TRUTH = ReferenceHome()
 
 
-def linear(x: Floats, w: Matrix, bias: Floats | None = None) -> Floats:
+def linear(x: Floats, w: Matrix, bias: Floats | None = None, bits: InputBits = WIDE_INPUTS) -> Floats:
     """x @ w.T + bias, by the kernels that were chosen last."""
-    return cpu().linears(x, Linears((w,), (bias,)))[0]
+    return cpu().linears(x, Linears((w,), (bias,), bits))[0]
 
 
 def randn(*shape: int, seed: int = 0) -> Floats:

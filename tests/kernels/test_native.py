@@ -18,7 +18,10 @@ from inputs.random_weights import random_matrix, random_rows
 
 from shoal import kernels
 from shoal.kernels import (
+    NARROW_INPUTS,
     WEIGHT_TYPES,
+    WIDE_INPUTS,
+    InputBits,
     KernelError,
     Linears,
     Matrix,
@@ -32,6 +35,7 @@ from shoal.kernels.homes import choose, cpu
 from shoal.kernels.types import BF16, F16, F32, IQ4_NL, Q4_0, Q4_1, Q4_K, Q6_K, Q8_0
 
 each_type = pytest.mark.parametrize("kind", WEIGHT_TYPES, ids=lambda kind: kind.name)
+each_bits = pytest.mark.parametrize("bits", [WIDE_INPUTS, NARROW_INPUTS])
 
 
 @pytest.fixture(params=NATIVE)
@@ -57,15 +61,15 @@ def test_decoding_is_that_of_the_reference(home: str, kind: WeightType, scale: f
     assert np.array_equal(kernels.gather_rows(w, ids), kernels.dequantize(w)[ids])
 
 
-def assert_linear_close(x: Floats, w: Matrix, bias: Floats | None) -> None:
+def assert_linear_close(x: Floats, w: Matrix, bias: Floats | None, bits: InputBits = WIDE_INPUTS) -> None:
     """Compares with float64, within what rounding does to a float32 sum: errors add up like steps of a random walk."""
     full = TRUTH.dequantize(w).astype(float)
-    x_seen = reference.quantised_inputs(x) if w.type.quantised else x
+    x_seen = reference.quantised_inputs(x, bits) if w.type.quantised else x
     truth = x_seen @ full.T + (0 if bias is None else bias)
     magnitude = np.abs(x_seen) @ np.abs(full).T + (0 if bias is None else np.abs(bias))
-    plain = TRUTH.linears(x, Linears((w,), (bias,)))[0]
+    plain = TRUTH.linears(x, Linears((w,), (bias,), bits))[0]
     tolerance = 2**-24 * (8 + w.cols**0.5)  # 8e-7 for a block of 32, 4e-6 for the longest rows here
-    for got in (linear(x, w, bias), plain):
+    for got in (linear(x, w, bias, bits), plain):
         assert got.dtype == np.float32
         assert got.shape == truth.shape
         assert (np.abs(got - truth) <= tolerance * magnitude + 1e-30).all()
@@ -79,15 +83,22 @@ def assert_linear_close(x: Floats, w: Matrix, bias: Floats | None) -> None:
     tokens=st.integers(0, 70),
     offset_bytes=st.integers(0, 3),
     with_bias=st.booleans(),
+    bits=st.sampled_from([WIDE_INPUTS, NARROW_INPUTS]),
 )
 def test_linear_is_that_of_the_reference(
-    kind: WeightType, rows: int, blocks: int, tokens: int, offset_bytes: int, with_bias: bool
+    kind: WeightType,
+    rows: int,
+    blocks: int,
+    tokens: int,
+    offset_bytes: int,
+    with_bias: bool,
+    bits: InputBits,
 ) -> None:
     cols = blocks * kind.block_weights * (7 if kind.block_weights == 1 else 1)
     w = random_matrix(kind, rows, cols, seed=blocks, offset_bytes=offset_bytes)
     for name in NATIVE:
         choose(name)
-        assert_linear_close(randn(tokens, cols), w, randn(rows) if with_bias else None)
+        assert_linear_close(randn(tokens, cols), w, randn(rows) if with_bias else None, bits)
 
 
 @each_type
@@ -98,20 +109,21 @@ def test_larger_shapes(home: str, kind: WeightType) -> None:
 
 
 @each_type
-def test_no_bit_depends_on_batch_threads_or_rows(home: str, kind: WeightType) -> None:
+@each_bits
+def test_no_bit_depends_on_batch_threads_or_rows(home: str, kind: WeightType, bits: InputBits) -> None:
     stored = random_rows(kind, 131, 768, seed=3)
     w = kernels.from_stored(kind, 131, 768, stored)
     x, bias = randn(200, 768), randn(131)
-    alone = np.concatenate([linear(x[t : t + 1], w, bias) for t in range(64)])
+    alone = np.concatenate([linear(x[t : t + 1], w, bias, bits) for t in range(64)])
     for threads in (1, 2, 3):
         kernels.set_threads(threads)
         for tokens in (1, 2, 3, 5, 8, 12, 16, 17, 64, 200):
-            assert np.array_equal(linear(x[:tokens], w, bias)[:64], alone[:tokens]), (threads, tokens)
-        assert np.array_equal(linear(x[7:40], w, bias), alone[7:40])
+            assert np.array_equal(linear(x[:tokens], w, bias, bits)[:64], alone[:tokens]), (threads, tokens)
+        assert np.array_equal(linear(x[7:40], w, bias, bits), alone[7:40])
         for start, stop in ((0, 1), (1, 131), (66, 70)):
             part = kernels.from_stored(kind, stop - start, 768, stored[start:stop].copy())
-            assert np.array_equal(linear(x[:1], part, bias[start:stop]), alone[:1, start:stop])
-            assert np.array_equal(linear(x[:9], part, bias[start:stop]), alone[:9, start:stop])
+            assert np.array_equal(linear(x[:1], part, bias[start:stop], bits), alone[:1, start:stop])
+            assert np.array_equal(linear(x[:9], part, bias[start:stop], bits), alone[:9, start:stop])
 
 
 @pytest.mark.parametrize("kind", [F32, F16, BF16], ids=lambda kind: kind.name)
