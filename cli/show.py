@@ -125,6 +125,8 @@ def _words(found: Outlook) -> Table:
         rows.add_row("speed", _speed(found))
         if found.why:
             rows.add_row("devices", found.why)
+    if found.trouble:
+        rows.add_row("trouble", found.trouble)
     if found.pack_bytes:
         there = "made already" if found.packed else "to be made by the first run, or by shoal pack"
         rows.add_row("pack", f"{format_bytes(found.pack_bytes)} on disk, {there}")

@@ -13,7 +13,8 @@ import os
 import re
 import resource
 import sys
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from shoal import kernels
@@ -31,11 +32,37 @@ TORCH_CODE_BYTES = 76 << 20  # … of torch, in which the reference kernels comp
 GROWTH_BYTES = 12 << 20  # of Python and its libraries in a long life: stacks, requests, replies
 CHILD_BYTES = 12 << 20  # a process that renders chat templates
 PROCESS = "this process"  # in the ledger
+RUNTIMES = "libraries of devices"
+
+_runtimes: dict[str, tuple[int, int]] = {}  # what each device took when it was opened: private bytes, and all
+_opening = threading.Lock()
 
 
 def pinned_for(device: str) -> str:
     """What page-locked memory is called in the ledger."""
     return f"page-locked memory for {device}"
+
+
+@contextlib.contextmanager
+def opening(device: str) -> Iterator[None]:
+    """Within it a device may be opened. The first time, its libraries and its driver take memory of this process, also
+    where they find that it cannot be used, and keep it. `take_runtimes` enters that in a ledger."""
+    with _opening:
+        if device in _runtimes:
+            yield
+            return
+        private, resident = private_bytes(), resident_bytes()
+        try:
+            yield
+        finally:
+            more = max(0, private_bytes() - private)
+            _runtimes[device] = more, max(more, resident_bytes() - resident)
+
+
+def take_runtimes(budget: Budget) -> None:
+    """Enter what devices have taken until now, whether they were opened before this ledger was made or since."""
+    if taken := sum(nbytes for _, nbytes in _runtimes.values()):
+        budget.take(RUNTIMES, taken)
 
 
 def available_bytes() -> int:
@@ -82,11 +109,15 @@ def budget_of(memory_bytes: int | None) -> Budget:
             "`memory_bytes=None` takes what leaves the machine usable",
         )
     in_torch = kernels.home() == "reference"  # and then torch has been imported
-    own, later = private_bytes(), CODE_BYTES + GROWTH_BYTES + CHILD_BYTES + in_torch * TORCH_CODE_BYTES
+    with _opening:
+        own = private_bytes()
+        devices = min(own, sum(private for private, _ in _runtimes.values()))
+    later = CODE_BYTES + GROWTH_BYTES + CHILD_BYTES + in_torch * TORCH_CODE_BYTES
     if memory_bytes is None:
         memory_bytes = own + max(later, _usable_bytes())
     budget = Budget(memory_bytes)
-    budget.take(PROCESS, own + later)
+    budget.take(PROCESS, own - devices + later)
+    take_runtimes(budget)
     return budget
 
 

@@ -43,7 +43,6 @@ from shoal.daemon.loading.regrouping import Regrouping
 from shoal.daemon.throughput.own_machine import OwnMachine
 from shoal.engine.errors import RankLost
 from shoal.kernels import set_threads
-from shoal.kernels.errors import HomeFull
 from shoal.offload.errors import OffloadError
 from shoal.offload.kv.disk_pages import FLUSH_LIMIT_S
 
@@ -341,7 +340,7 @@ class Node:
                 self._regrouping.begin(model)
             except Exception as error:  # the step's own requests have ended with it; the others go on
                 if model in self._models and not self._closed.is_set():  # else the step was interrupted
-                    ours = not isinstance(error, OffloadError | HomeFull)  # one line is enough
+                    ours = not isinstance(error, OffloadError)  # one line is enough
                     log.error("a step of %s failed: %s", model.name, error, exc_info=ours)
 
     def _looks(self) -> Iterator[Callable[[], object]]:

@@ -4,7 +4,7 @@ Knows streams, events and torch's errors; `torch_kernels` computes.
 
 Copies go through page-locked memory (`PinnedRing`), if there is any: from other memory torch's copies make the caller
 wait, those that come out too. A thread of its own fills it with weights that come and go (`CopyThread`). This memory is
-asked for once, so nothing that is copied later can lack it.
+asked for once, so nothing that is copied later can lack it. Weights that are locked where they lie need none of it.
 
 Memory is the computing stream's. Both ends of a copy are kept until it has ended, so torch need not be told which other
 streams use them (`record_stream`): if it was, it asks the driver when memory is given back, and where the card is lost
@@ -18,7 +18,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial as bound
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,12 +27,14 @@ import numpy as np
 import torch
 
 from shoal.kernels.arrays import Array
+from shoal.kernels.huge_pages import mapped
 from shoal.partition.amounts import format_bytes
 from shoal.partition.placement import PINNED_BYTES
 
 from .copy_thread import Begun, CopyThread
 from .device import PACKET_BYTES, DeviceArray, DeviceBudget, DeviceEvent, DeviceMemory, DeviceWork
-from .errors import DeviceLost, NoSuchDevice
+from .errors import DeviceLost, NoSuchDevice, NotPageLocked
+from .page_locked import LockedRanges
 from .pinned_ring import PinnedRing
 
 DRIVER = Path("/proc/driver/nvidia/version")
@@ -85,6 +87,7 @@ class CudaDevice:
         self.lost = ""
         self.pinned_bytes, self.unpinned = 0, ""
         self._pinned: dict[torch.cuda.Stream, _Pinned] = {}
+        self._ranges = LockedRanges()
         self._copies_begin = CopyThread(f"shoal-copies-{number}")
         self._number = number
         self._device = torch.device("cuda", number)
@@ -121,10 +124,11 @@ class CudaDevice:
     def pin(self) -> None:
         if self.pinned_bytes:
             return
+        memory = torch.from_numpy(mapped(PINNED_BYTES)[:PINNED_BYTES])
         try:
-            memory = _page_locked(PINNED_BYTES)
-        except (RuntimeError, MemoryError) as error:
-            self.unpinned = _line(error) + _memlock(PINNED_BYTES)
+            self.lock(memory.data_ptr(), PINNED_BYTES)
+        except NotPageLocked as error:
+            self.unpinned = str(error)
             return
         queues = self._staging, self._coming, self._going
         each = PINNED_BYTES // len(queues)
@@ -132,6 +136,41 @@ class CudaDevice:
             stream: _Pinned(memory[place * each : (place + 1) * each]) for place, stream in enumerate(queues)
         }
         self.pinned_bytes, self.unpinned = PINNED_BYTES, ""
+
+    def unpin(self) -> None:
+        pinned, self._pinned, self.pinned_bytes = self._pinned, {}, 0
+        starts = []
+        for its in pinned.values():
+            with its.lock, suppress(DeviceLost), self._calling():
+                its.ring.land_all()
+            starts.append(its.memory.data_ptr())
+        if starts:
+            self.unlock(min(starts))
+
+    @property
+    def locked_bytes(self) -> int:
+        return self._ranges.nbytes - self.pinned_bytes
+
+    def lock(self, start: int, nbytes: int) -> None:
+        with self._calling():
+            torch.cuda.set_device(self._device)
+            runtime = _cuda.cudart()
+            said = runtime.cudaHostRegister(start, nbytes, 0)
+        if int(said):
+            with suppress(RuntimeError):  # the next call would be told of it, so that is one that nobody needs
+                torch.zeros(1, device=self._device)
+            why = runtime.cudaGetErrorString(said)
+            raise NotPageLocked(f"of {format_bytes(nbytes)} more the driver says: {why}{_memlock(nbytes)}")
+        self._ranges.add(start, nbytes)
+
+    def unlock(self, start: int) -> None:
+        if not self._ranges.remove(start):
+            return
+        with suppress(DeviceLost), self._calling():  # nothing is copied from there any more
+            _ = self._copies_begin.begin(lambda: None).event
+            self._staging.synchronize()
+            self._coming.synchronize()
+        _cuda.cudart().cudaHostUnregister(start)  # a card that is lost may keep it until the process ends
 
     def copy_in(self, source: Array, target: DeviceArray, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
         return self._copy(self._coming, torch.from_numpy(source), target.inside, after)
@@ -196,6 +235,10 @@ class CudaDevice:
         ended: Any = None
         for start in range(0, max(1, len(source)), PACKET_BYTES):
             mine, theirs = (it[start : start + PACKET_BYTES] for it in (source, target))
+            if not leaves and self._ranges.whole(mine.data_ptr(), len(mine)):
+                _, ended = self._on(stream, after, bound(_begin_copy, theirs, mine))
+                after = ()
+                continue
             with pinned.lock:
                 with self._calling():
                     place = pinned.ring.place(len(mine))
@@ -280,11 +323,6 @@ def _land(ended: Any, target: torch.Tensor | None, packet: torch.Tensor) -> None
 def _bytes(x: torch.Tensor) -> torch.Tensor:
     """The same memory, (n,); contiguous."""
     return x.view(-1).view(torch.uint8)
-
-
-def _page_locked(nbytes: int) -> torch.Tensor:
-    """Raises RuntimeError."""
-    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
 
 def _memlock(nbytes: int) -> str:

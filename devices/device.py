@@ -11,6 +11,7 @@ Knows bytes, not what they mean. Shapes and dtypes are those of NumPy.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from math import prod
 from types import SimpleNamespace
@@ -19,10 +20,13 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 import numpy as np
 
 from shoal.kernels.arrays import Array
+from shoal.partition.amounts import format_bytes
 
 from .errors import DeviceFull
 
 PACKET_BYTES = 1 << 20  # of staged weights, for which another copy waits at most
+FULL_S = 600.0  # for so long a device that was full is taken to have no more room than it had
+LEFT_SHARE = 1 / 8  # of what a device held when it was full, which may come and go
 
 
 class DeviceEvent(Protocol):
@@ -110,7 +114,26 @@ class DeviceBudget:
         self.limit_bytes = limit_bytes
         self.held_bytes = self.peak_bytes = 0
         self._name = name
+        self._room_bytes, self._until_s = limit_bytes, 0.0  # as it was found, and how long that holds
         self._lock = threading.RLock()  # memory may be given back anywhere, by the thread in here, too
+
+    @property
+    def room_bytes(self) -> int:
+        """Of the limit, as much as a plan may count with: less for a while where the device was full."""
+        with self._lock:
+            full = time.monotonic() < self._until_s
+            return min(self.limit_bytes, self._room_bytes) if full else self.limit_bytes
+
+    @property
+    def trouble(self) -> str:
+        """Why that is less than the limit, in one line; "" if it is not."""
+        there, whole = self.room_bytes, self.limit_bytes
+        if there == whole:
+            return ""
+        return (
+            f"device {self._name} was full lately, so at most {format_bytes(there)} of its {format_bytes(whole)} are "
+            f"used; a model that is loaded {FULL_S / 60:.0f} minutes after that may have all of it"
+        )
 
     def reserve(self, nbytes: int) -> DeviceMemory:
         """Raises DeviceFull."""
@@ -122,8 +145,15 @@ class DeviceBudget:
         return DeviceMemory(nbytes, self._given_back)
 
     def full(self, nbytes: int = 0) -> DeviceFull:
-        """The error for so many bytes more; 0: for something that does not say how many."""
-        return DeviceFull(self._name, nbytes, self.held_bytes, self.limit_bytes)
+        """The error for so many bytes more; 0: for something that does not say how many. For a while `room_bytes` is
+        what there was room for, less what then was too much; or half of that, if it has been full lately."""
+        with self._lock:
+            lately = time.monotonic() < self._until_s
+            over = max(0, self.held_bytes + nbytes - self.limit_bytes)
+            room = min(self.held_bytes, self.limit_bytes - over)
+            room = min(int(room * (1 - LEFT_SHARE)), self._room_bytes // 2 if lately else room)
+            self._room_bytes, self._until_s = max(0, room), time.monotonic() + FULL_S
+            return DeviceFull(self._name, nbytes, self.held_bytes, self.limit_bytes)
 
     def _given_back(self, nbytes: int) -> None:
         with self._lock:
@@ -149,6 +179,11 @@ class OpenDevice(Protocol):
         """Seconds on the clock by which it computes and copies."""
         ...
 
+    @property
+    def locked_bytes(self) -> int:
+        """Of the host's memory, page-locked where it lies."""
+        ...
+
     def reserve(self, nbytes: int) -> DeviceMemory:
         """Room for a result, which `within` makes an array. Raises DeviceFull."""
         ...
@@ -164,6 +199,19 @@ class OpenDevice(Protocol):
     def pin(self) -> None:
         """Have copies go through PINNED_BYTES of page-locked memory from now on. If the system gives none, they go
         without it, more slowly. Idempotent."""
+        ...
+
+    def unpin(self) -> None:
+        """Give that memory back when all that goes through it has landed. Idempotent."""
+        ...
+
+    def lock(self, start: int, nbytes: int) -> None:
+        """Page-lock memory of the host where it lies: whole pages from this address on, of which none is locked.
+        Copies from there need no other memory. Whoever asks keeps it as it is until `unlock`. Raises NotPageLocked."""
+        ...
+
+    def unlock(self, start: int) -> None:
+        """What was locked from this address on is not any more, as soon as copies from there have ended. Idempotent."""
         ...
 
     def copy_in(self, source: Array, target: DeviceArray, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:

@@ -21,6 +21,7 @@ from shoal.kernels.matrix import FeedForward, Linears, Matrix, Routes
 from shoal.partition.placement import DeviceRoom
 
 from .device import DeviceArray, DeviceEvent, DeviceWork, Leaving, OpenDevice
+from .page_locked import PageLocked
 
 UINT8 = np.dtype(np.uint8)
 F32_BYTES = 4
@@ -86,6 +87,7 @@ class DeviceHome(ComputeHome):
         """What plans count with."""
         device, kernels = self.device, self._kernels
         limit_bytes = device.budget.limit_bytes
+        free_bytes = max(0, free_bytes - (limit_bytes - device.budget.room_bytes))
         return DeviceRoom(device.name, free_bytes, kernels.scratch_bytes, kernels.gathers, limit_bytes)
 
     # --- what stays ------------------------------------------------------------------------------------------
@@ -113,6 +115,10 @@ class DeviceHome(ComputeHome):
         memory.ready = self.device.stage_in(w.data, self.device.within(memory, inside), after)
         there: Any = DeviceArray(memory, self._kernels.as_they_lie(inside, w), UINT8, w.data.shape, (1,))
         return Matrix(w.type, there, w.rows, w.cols)
+
+    def lock(self, all: Sequence[Bytes]) -> PageLocked | None:
+        # What lies beside locked pages has to pass through other memory: of what is locked in part, drivers copy nothing.
+        return PageLocked(self.device, all) if self.device.pinned_bytes else None
 
     def pages(self, shape: tuple[int, int, int, int]) -> Any:
         made = self.device.allocate(shape, UINT8)

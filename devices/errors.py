@@ -2,6 +2,7 @@
 
     KernelError
     ├── NoSuchDevice       a device is not there, or cannot be used
+    ├── NotPageLocked      the system does not page-lock so much memory
     ├── HomeFull           (kernels) the memory of what computes is full
     │   └── DeviceFull     a device has fewer bytes left than were asked for
     └── HomeLost           (kernels) what computes is gone, with all that it held
@@ -18,6 +19,10 @@ from shoal.partition.amounts import format_bytes
 
 class NoSuchDevice(KernelError):
     """A device that is not there, or that cannot be used here."""
+
+
+class NotPageLocked(KernelError):
+    """The system does not page-lock so much memory. The message says why."""
 
 
 class DeviceFull(HomeFull):

@@ -40,6 +40,11 @@ def home_of(name: str) -> ComputeHome:
     return cpu() if name == CPU else device_home(name)
 
 
+def is_open(name: str) -> bool:
+    """Whether somebody has asked for the home of this device, and got it."""
+    return name in _opened
+
+
 def device_home(name: str) -> DeviceHome:
     """The home of a device other than the CPU; the same for everybody. Raises NoSuchDevice."""
     with _lock:

@@ -49,6 +49,11 @@ class PinnedRing:
         self._pieces.append(_Piece(self._end, copy, land))
         self._end += -(-nbytes // ALIGNMENT) * ALIGNMENT
 
+    def land_all(self) -> None:
+        """All copies have ended."""
+        while self._pieces:
+            self._pieces.popleft().land()
+
     def land(self, copy: object) -> None:
         """This copy has ended, and so have those before it. One that has landed is no piece any more."""
         if any(piece.copy is copy for piece in self._pieces):

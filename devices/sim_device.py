@@ -4,7 +4,8 @@
   at all, memory has NaN in it, whatever type of number is looked for.
 - A copy takes what is in its source when somebody waits for it: if that was changed meanwhile, the copy is wrong.
 - It has a budget of its own.
-- Copies have the link's speed if they go through page-locked memory, else another one; and it may have none of that.
+- Copies have the link's speed if they go through page-locked memory or come from such, else another one; and it may
+  have little of that, or none.
 - A virtual clock says when everything would begin and end, by the device's link, memory and arithmetic. `schedule` has
   it all, in the order in which it was begun. The host's own work takes no time there. A copy in waits for the packet of
   staged weights that is on the link; what it takes from those behind is so little that it is not counted.
@@ -27,7 +28,8 @@ from shoal.partition.placement import PINNED_BYTES
 
 from .device import PACKET_BYTES, DeviceArray, DeviceBudget, DeviceEvent, DeviceMemory, DeviceWork
 from .device_names import SIM_LINK_BYTES_PER_S
-from .errors import DeviceLost
+from .errors import DeviceLost, NotPageLocked
+from .page_locked import LockedRanges
 
 Queue = Literal["in", "stage", "compute", "out"]
 
@@ -66,7 +68,7 @@ class _QueueState:
 
 class SimDevice:
     """`limit_bytes` of memory behind a link of so many bytes per second each way; `unpinned_bytes_per_s` without
-    page-locked memory (None: as many), of which there are `pinnable_bytes` (None: any). It is an OpenDevice."""
+    page-locked memory (None: as many), of which there are `pinnable_bytes` in all (None: any). It is an OpenDevice."""
 
     def __init__(
         self,
@@ -78,9 +80,10 @@ class SimDevice:
     ) -> None:
         self.name = self.facts = name
         self.budget = DeviceBudget(name, limit_bytes)
-        self.link_bytes_per_s = unpinned_bytes_per_s or link_bytes_per_s  # as it is now
         self.pinned_bytes, self.unpinned = 0, ""
         self._pinned_bytes_per_s, self._pinnable_bytes = link_bytes_per_s, pinnable_bytes
+        self._unpinned_bytes_per_s = unpinned_bytes_per_s or link_bytes_per_s
+        self._ranges = LockedRanges()
         self.now_s = 0.0  # on the virtual clock
         self.schedule: deque[Scheduled] = deque(maxlen=SCHEDULE_ENTRIES)
         self.lost = ""
@@ -110,14 +113,43 @@ class SimDevice:
         poisoned = np.full(memory.nbytes, POISON, np.uint8)
         return self.within(memory, poisoned.view(dtype).reshape(shape))
 
+    @property
+    def link_bytes_per_s(self) -> float:
+        """As it is now, from memory that is not locked."""
+        return self._pinned_bytes_per_s if self.pinned_bytes else self._unpinned_bytes_per_s
+
+    @property
+    def locked_bytes(self) -> int:
+        return self._ranges.nbytes
+
     def pin(self) -> None:
-        if self._pinnable_bytes is not None and self._pinnable_bytes < PINNED_BYTES:
-            most = format_bytes(self._pinnable_bytes)
-            self.unpinned = (
-                f"{format_bytes(PINNED_BYTES)} were asked for, and at most {most} may be page-locked"
-            )
-        else:
-            self.pinned_bytes, self.link_bytes_per_s = PINNED_BYTES, self._pinned_bytes_per_s
+        if self.pinned_bytes:
+            return
+        self.unpinned = self._not_lockable(PINNED_BYTES)
+        self.pinned_bytes = 0 if self.unpinned else PINNED_BYTES
+
+    def unpin(self) -> None:
+        self.pinned_bytes = 0
+
+    def lock(self, start: int, nbytes: int) -> None:
+        with self._lock:
+            self._look()
+            twice = "some of these pages are locked already" if self._ranges.some(start, nbytes) else ""
+            if why := twice or self._not_lockable(nbytes):
+                raise NotPageLocked(why)
+            self._ranges.add(start, nbytes)
+
+    def unlock(self, start: int) -> None:
+        with self._lock:
+            self._ranges.remove(start)
+
+    def _not_lockable(self, nbytes: int) -> str:
+        """Why so much more may not be page-locked; "" if it may."""
+        most, held = self._pinnable_bytes, self.pinned_bytes + self.locked_bytes
+        if most is None or held + nbytes <= most:
+            return ""
+        more = f" more than {format_bytes(held)}" if held else ""
+        return f"{format_bytes(nbytes)}{more} were asked for, and at most {format_bytes(most)} may be page-locked"
 
     def copy_in(self, source: Array, target: DeviceArray, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
         return self._copy("in", source, target.inside, after)
@@ -155,10 +187,15 @@ class SimDevice:
         with self._lock:
             self._look()
             _bytes_of(target)[...] = POISON
-            begun = self._begin(queue, "copy", target.nbytes, target.nbytes / self.link_bytes_per_s, after)
+            seconds = target.nbytes / self._bytes_per_s(queue, source)
+            begun = self._begin(queue, "copy", target.nbytes, seconds, after)
             begun.after, begun.land = tuple(after), land
             self._queues[queue].flying.append(begun)
             return begun
+
+    def _bytes_per_s(self, queue: Queue, source: Array) -> float:
+        comes = queue != "out" and self._ranges.whole(source.ctypes.data, source.nbytes)
+        return self._pinned_bytes_per_s if comes else self.link_bytes_per_s
 
     def _begin(
         self, queue: Queue, what: str, nbytes: int, seconds: float, after: Sequence[DeviceEvent]

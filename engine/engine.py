@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from itertools import islice
 
 from shoal.kernels.arrays import Floats
-from shoal.kernels.errors import HomeLost
+from shoal.kernels.errors import HomeFull, HomeLost
 from shoal.models.errors import SamplingError
 from shoal.models.sampling import Sampled
 from shoal.offload.kv.disk_pages import FLUSH_LIMIT_S
@@ -181,7 +181,7 @@ class Engine:
             except RankLost as error:  # its texts go on with who is left: see `start_anew`
                 self.lost = error
                 raise
-            except HomeLost as error:  # as above
+            except (HomeLost, HomeFull) as error:  # as above, with less of the device, or without it
                 self.lost = DeviceGone(str(error))
                 raise self.lost from error.with_traceback(None)  # whose frames have what the device had
             except Exception as error:

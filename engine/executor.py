@@ -115,11 +115,18 @@ class Executor:
         """Where they are, and how often they were used."""
         return self._experts
 
+    @property
+    def trouble(self) -> str:
+        """What is not as it could be with weights that pass through a device, in one line."""
+        return self._alternating.trouble if self._alternating is not None else ""
+
     def let_go(self) -> None:
         """Give the memory of weights and KV back. It runs no step any more."""
         self.store.close()
         self.store = ResidentStore({})
         self._staging.let_go()
+        if self._alternating is not None:
+            self._alternating.let_go()
         self._alternating = None
         self.kv.let_go()
 

@@ -17,6 +17,18 @@ from shoal.kernels.matrix import FeedForward, Linears, Matrix, Routes
 from shoal.kernels.routing import Routing
 
 
+class Locked(Protocol):
+    """Memory of the host that is page-locked for a home, `nbytes` of it, until `release`; `trouble`: why that is not
+    all, in one line."""
+
+    nbytes: int
+    trouble: str
+
+    def release(self) -> None:
+        """Idempotent."""
+        ...
+
+
 class HomeMemory(Protocol):
     """What stays in a home from step to step. Nobody but the home looks into what these functions return. They raise
     HomeFull where there is no room for it, and HomeLost."""
@@ -41,6 +53,11 @@ class HomeMemory(Protocol):
     def stage(self, w: Matrix, staging: Bytes, start: int) -> Matrix:
         """The same weights of an expert, at byte `start` of `staging`. Begins to bring them there as soon as no expert
         that was there is computed with any more. Until a step that uses them has ended, nobody may change w."""
+        ...
+
+    def lock(self, all: Sequence[Bytes]) -> Locked | None:
+        """Page-lock weights of the host where they lie, as far as the system lets: they are to be staged again and
+        again. None where that is of no use."""
         ...
 
     def pages(self, shape: tuple[int, int, int, int]) -> Bytes:

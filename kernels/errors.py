@@ -3,7 +3,7 @@
     KernelError                 anything the kernels refuse
     ├── UnsupportedTypeError    a weight type without kernels (known by name, or unknown)
     ├── OperandError            sizes, dtypes or layouts of operands that do not fit together
-    ├── HomeFull                a home's memory is full; it computes on
+    ├── HomeFull                a home's memory is full; what it holds stays as it is
     └── HomeLost                a home is gone, with all that it held
 
 Does not know who called. Messages name the value, the limit and what to do.

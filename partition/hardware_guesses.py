@@ -26,6 +26,7 @@ OVERLAP_ROWS = 32
 DEVICE_LAYER_S = 300e-6
 COPY_S = 30e-6
 DEVICE_SCRATCH_BYTES = 100 << 20  # of its kernels
+DEVICE_HOST_BYTES = 512 << 20  # of this machine's memory, that a card's libraries and its driver take
 
 # What ranks do for each other besides computing, in an interpreter on a machine of 2026:
 STEP_S = 0.5e-3  # a step begins and ends: order, sampling, bookkeeping

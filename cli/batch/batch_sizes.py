@@ -46,17 +46,19 @@ def batch_size(
     if that is known."""
     models, machine = [*names], machine or OwnMachine(config.thread_count)
     rates: dict[BatchSize, float] = {}
-    maybe_there = may_have_device(config)
+    maybe_there, taken = may_have_device(config), False
     for size in WITH_DEVICE if maybe_there else BATCH_SIZES:
         found = [_found(name, size.of(config), library, packs, machine) for name in models]
         known = [it for it in found if it is not None]
         if any(not isinstance(it, Outlook) or it.streamed_bytes for it in known):
             continue
-        speeds = [it.batch_tokens_per_s for it in known if isinstance(it, Outlook)]
-        if not maybe_there or not speeds:
+        outlooks = [it for it in known if isinstance(it, Outlook)]
+        if not maybe_there or not outlooks:
             return size
+        taken = taken or any(it.device for it in outlooks)
+        speeds = [it.batch_tokens_per_s for it in outlooks]
         rates[size] = 1 / sum(1 / speed for speed in speeds) if all(speeds) else 0.0
-    if any(rates.values()):
+    if taken and any(rates.values()):
         return max(rates, key=lambda size: rates[size])
     return next((size for size in rates if size in BATCH_SIZES), IF_STREAMED)
 

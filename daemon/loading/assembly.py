@@ -14,6 +14,7 @@ from pathlib import Path
 
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.error_codes import refusing
+from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.kv_files import KvFiles, NotKept, fingerprint
 from shoal.daemon.library.packs import Packs
 from shoal.daemon.memory import return_freed
@@ -119,7 +120,7 @@ class Assembly:
         release(name, self.budget)
         return_freed()
         with refusing(name):
-            main = self._read(name, path, config, no_progress, grouping=self.grouping)
+            main = self._read_anew(name, path, config)
         model.main = main
         disk = self._disk(name, main, config)
         model.engine.start_anew(
@@ -127,6 +128,18 @@ class Assembly:
         )
         model.settled_s = self.clock()
         model.load_s = model.settled_s - began_s
+
+    def _read_anew(self, name: str, path: Path, config: NodeConfig) -> Runnable:
+        """Without a device that was named if nothing fits there any more: requests wait for it."""
+        try:
+            return self._read(name, path, config, no_progress, grouping=self.grouping)
+        except (DaemonError, HomeFull) as error:
+            lacks = isinstance(error, HomeFull) or error.code == "resources"
+            if not (lacks and config.names_device):
+                raise
+            log.warning("%s: %s; it is loaded without", name, error)
+            release(name, self.budget)
+        return self._read(name, path, replace(config, device=CPU), no_progress)
 
     def _read(
         self,

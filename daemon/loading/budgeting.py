@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
-from shoal.daemon.memory import PROCESS, pinned_for
+from shoal.daemon.memory import PROCESS, RUNTIMES, pinned_for
 from shoal.models.checkpoint.checkpoint import Checkpoint
 from shoal.models.checkpoint.shard import AnyCheckpoint
 from shoal.offload.budget import Budget
@@ -84,7 +84,8 @@ def plan_within_budget(
     if isinstance(made, Plan) and tokenizer.reading <= free:
         return made
     least = tokenizer.more + (made.peak_bytes if isinstance(made, Plan) else made.least_bytes)
-    process = budget.held_by(PROCESS) + (budget.held_by(pinned_for(room.name)) if room is not None else 0)
+    process = budget.held_by(PROCESS) + budget.held_by(RUNTIMES)
+    process += budget.held_by(pinned_for(room.name)) if room is not None else 0
     others = budget.held_bytes - idle_bytes - process
     return Shortfall(budget.limit_bytes, least, extra_bytes, process, others, tokenizer.reading)
 

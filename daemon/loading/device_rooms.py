@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
-from shoal.daemon.memory import pinned_for
+from shoal.daemon.memory import opening, pinned_for, take_runtimes
 from shoal.daemon.throughput.device_figures import DeviceFigures, device_figures
 from shoal.daemon.throughput.own_machine import OwnMachine
-from shoal.devices.device_names import AUTO, CPU
-from shoal.devices.opening import device_home, present
+from shoal.devices.device_names import AUTO, CPU, read_name
+from shoal.devices.opening import device_home, is_open, present
 from shoal.kernels import KernelError
 from shoal.kernels.errors import HomeLost
 from shoal.offload.budget import Budget
 from shoal.offload.errors import BudgetExceeded
 from shoal.partition.amounts import format_bytes
+from shoal.partition.hardware_guesses import DEVICE_HOST_BYTES
 from shoal.partition.placement import PINNED_BYTES, DeviceRoom
 from shoal.partition.plan import Plan
 from shoal.partition.throughput.profile import Accelerator
@@ -67,28 +68,52 @@ def device_room(
     name = next(iter(present()), CPU) if auto else device
     if name == CPU:
         return Chosen(None)
+    if auto and not is_open(name) and (lacks := _no_room_for_libraries(name, budget)):
+        return Chosen(None, f"{name} is left alone: {lacks}")
     try:
-        home = device_home(name)
+        with opening(name):
+            home = device_home(name)
     except KernelError as error:
         if auto:
             return Chosen(None, f"{name} is left alone: {error}")
         raise DaemonError("unsupported", str(error), "`device=cpu` does without it") from error
+    finally:
+        take_runtimes(budget)
     there = home.device
     ledger = budget.on(name, there.budget.limit_bytes)
-    trouble = _pinned(there, budget)
+    troubles = [_pinned(there, budget), there.budget.trouble]
     figures, kept = DeviceFigures(), machine.home.devices if machine.home is not None else None
+    free_bytes = home.room(ledger.free_bytes).free_bytes
     with suppress(HomeLost):
-        figures = device_figures(home, model, ledger.free_bytes, kept, laws=laws)
+        figures = device_figures(home, model, free_bytes, kept, laws=laws)
+    lacks = ""
     if there.lost:
-        said = f"device {name} is lost ({there.lost}), so the cpu computes; start anew to use it again"
-        return Chosen(None, said)
-    if auto and figures.laws is None:
-        free = format_bytes(ledger.free_bytes)
-        return Chosen(
-            None, f"{name} is left alone: {free} of its memory are free, too little to try how fast it is"
-        )
+        lacks = f"device {name} is lost ({there.lost}), so the cpu computes; start anew to use it again"
+    elif auto and figures.laws is None:
+        free = format_bytes(free_bytes)
+        lacks = f"{name} is left alone: {free} of its memory are free, too little to try how fast it is"
+    if lacks:
+        let_be(name, budget)
+        return Chosen(None, lacks)
     room = home.room(ledger.free_bytes + idle_bytes)
+    trouble = "; ".join(filter(None, troubles))
     return Chosen(room._replace(expert=figures.expert, laws=figures.laws if laws else None), trouble)
+
+
+def let_be(name: str, budget: Budget) -> None:
+    """Of a device that computes no model of this ledger nothing stays page-locked."""
+    if not budget.on(name).held_bytes:
+        device_home(name).device.unpin()
+        budget.release(pinned_for(name))
+
+
+def _no_room_for_libraries(name: str, budget: Budget) -> str:
+    """Why a card that nobody has named is not even opened; "" if it may be."""
+    needs = DEVICE_HOST_BYTES if read_name(name).kind == "cuda" else 0
+    if needs <= budget.free_bytes:
+        return ""
+    needed, free = format_bytes(needs), format_bytes(max(0, budget.free_bytes))
+    return f"its libraries take about {needed} of this machine's memory, and {free} of the budget are free"
 
 
 def device_laws(device: str, model: Weighed, machine: OwnMachine) -> tuple[tuple[Accelerator, ...], str]:

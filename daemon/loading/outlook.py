@@ -47,9 +47,10 @@ class Outlook(Struct, frozen=True):
     `step_s`: what the disk takes for a token. Both are 0 if nothing is streamed. `tokens_per_s`, between the two of
     `band`: of an answer of usual length, whose first token comes after `first_s`; `binding` is what decides that.
     `measured`: whether this machine's speed is known. `device`: which one computes blocks besides the CPU, "" if none;
-    with one, no more is predicted than `batch_tokens_per_s`: of answers to many requests at once, 0 if not even that.
-    `device_bytes`: of its memory; `placed`: what lies where, in words; `why` that, where it was a choice, or what is
-    not as it should be."""
+    with one, no more is predicted than `batch_tokens_per_s`: of answers to many requests at once. That is predicted
+    where a device may compute, whether it does or not; 0: it is not. `device_bytes`: of the device's memory; `placed`:
+    what lies where, in words; `why` that, where it was a choice; `trouble`: what is not as it should be with the
+    device."""
 
     plan: str
     quant: Quant
@@ -73,6 +74,7 @@ class Outlook(Struct, frozen=True):
     device_bytes: int = 0
     placed: str = ""
     why: str = ""
+    trouble: str = ""
     batch_tokens_per_s: float = 0.0
 
 
@@ -136,11 +138,13 @@ def _outlook(
         device=plan.device,
         device_bytes=plan.device_bytes,
         placed=plan.placed,
-        why=plan.why or trouble,
+        why=plan.why,
+        trouble=trouble,
     )
-    if plan.device and room is not None:
-        host = with_laws(model, machine.device, room)
-        return replace(found, batch_tokens_per_s=batch_rate(model, plan, host)) if host is not None else found
+    if room is not None and (host := with_laws(model, machine.device, room)) is not None:
+        found = replace(found, batch_tokens_per_s=batch_rate(model, plan, host))
+    if plan.device:
+        return found
     usual = Expectation(model, plan, machine, speed).usual
     return replace(
         found,

@@ -35,7 +35,7 @@ from shoal.partition.plan import VOCABULARY_BYTES, Plan
 from shoal.partition.slicing import cut_rows
 
 from .budgeting import Shortfall, disk_buffer_bytes, plan_within_budget, require_plan
-from .device_rooms import device_asked_for, device_room, require_whole
+from .device_rooms import device_asked_for, device_room, let_be, require_whole
 from .grouping import FormedGroup, Grouping, OwnShare, Seated, Unseated
 from .kept_uses import KeptUses
 from .stores import open_store
@@ -139,6 +139,8 @@ class Runnable:
                     counts = kept_uses.read()
                     plan = with_used_experts(plan, counts)
                 peak_bytes = plan.peak_bytes + extra_bytes + expected
+            if room is not None and not plan.device:
+                let_be(room.name, budget)
             budget.hold(purpose, peak_bytes)
             if room is not None and plan.device:
                 budget.on(room.name).hold(purpose, plan.device_bytes, f"{name} on device {room.name}")
@@ -182,7 +184,7 @@ class Runnable:
             share,
             share_bytes,
             speed,
-            device_trouble=trouble,
+            device_trouble="; ".join(filter(None, (trouble, executor.trouble))),
             kept_uses=kept_uses,
         )
 

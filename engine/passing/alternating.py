@@ -48,6 +48,15 @@ class Alternating:
         layers = range(len(model.spec.layers))
         self._layers = [(BlockId("attn", layer), *model.spec.ffn_blocks(layer)) for layer in layers]
 
+    @property
+    def trouble(self) -> str:
+        """See `PassingWeights`."""
+        return self._passing.trouble
+
+    def let_go(self) -> None:
+        """It runs no step any more."""
+        self._passing.let_go()
+
     def through_layers(
         self,
         step: Step,

@@ -2,12 +2,14 @@
 
 Each kind of block has two places there, in turns, as large as the largest of the kind. So while a layer is computed the
 next one comes, and it comes as soon as nothing is begun any more with what its places had. It goes on from the last
-layer of a step to the first of the next. Which copy waits for what knows the home.
+layer of a step to the first of the next. Which copy waits for what knows the home. They are page-locked where they lie,
+as far as the system lets.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Sequence
 
 from shoal.engine.expert_staging import brought
 from shoal.kernels import ComputeHome
@@ -32,12 +34,25 @@ class PassingWeights:
             with store.acquire(block) as here:
                 its = here.vector.items()
                 self._vectors[block] = {role: home.keep_vector(vector) for role, vector in its}
+        self._locked = home.lock(_memory(store, self._cycle))
         self._there: dict[BlockId, Weights] = {}  # have come, or are on their way
         self._free = {place: deque(both) for place, both in self._rooms.items()}
         self._held: dict[BlockId, Bytes] = {}
         self._next = 0  # in the cycle, to come
         self._users = 0  # of each block, in the step
         self._left: Counter[BlockId] = Counter()
+
+    @property
+    def trouble(self) -> str:
+        """Why not all of them are copied from where they lie; "" if they are, or where nothing is page-locked."""
+        return self._locked.trouble if self._locked is not None else ""
+
+    def let_go(self) -> None:
+        """Nothing comes any more: give the memory on the device back, and that of the host to the system."""
+        self._there.clear()
+        self._rooms, self._free, self._held, self._vectors = {}, {}, {}, {}
+        if self._locked is not None:
+            self._locked.release()
 
     def begin(self, users: int) -> None:
         """A step begins, in which each block is lent so many times. What has come already counts."""
@@ -92,3 +107,12 @@ class PassingWeights:
         self._left.clear()
         self._free = {place: deque(both) for place, both in self._rooms.items()}
         self._next = 0
+
+
+def _memory(store: BlockStore, blocks: Sequence[BlockId]) -> list[Bytes]:
+    """In which the matrices of these blocks lie."""
+    found: list[Bytes] = []
+    for block in blocks:
+        with store.acquire(block) as weights:
+            found += [matrix.data for matrix in weights.matrix.values()]
+    return found

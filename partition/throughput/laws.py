@@ -51,6 +51,13 @@ class Share(NamedTuple):
 NOTHING = Share(0.0, 0.0)
 
 
+def as_it_ran(device: Device, share: Share) -> Share:
+    """What a part of a step takes by what running has taught of the device."""
+    learnt = device.corrections
+    memory_s = learnt.memory * share.memory_s
+    return Share(memory_s + learnt.compute * (share.seconds - share.memory_s), memory_s)
+
+
 def product(device: Device, matrix: Product, rows: float) -> Share:
     """Multiplying `rows` rows by a matrix. By the tables of its type, between those of the next smaller and the next
     larger matrices that were measured; beyond the last number of rows each costs as much as the last ones did."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from ..errors import ProfileError
-from .profile import ANY, CORRECTED, AttentionLaw, Device, Profile, ReadLaw, RowsLaw
+from .profile import ANY, CORRECTED, AttentionLaw, Profile, ReadLaw, RowsLaw
 
 MAX_DEVICES = 64
+MAX_ACCELERATORS = 64  # of a device
 MAX_POINTS = 256  # of a table
 MAX_LAWS = 256
 
@@ -66,16 +67,21 @@ def check_profile(profile: Profile) -> Profile:
         _check_figures(f"{where}.contention", vars(device.contention))
         _check_figures(f"{where}.repeats", vars(device.repeats))
         _check_figures(f"{where}.corrections", vars(device.corrections))
+        if len(device.accelerators) > MAX_ACCELERATORS:
+            raise ProfileError(
+                f"{where}.accelerators: there are {len(device.accelerators)}, must be at most {MAX_ACCELERATORS}"
+            )
         within: set[str] = set()
         for number, accelerator in enumerate(device.accelerators):
             _check_name(f"{where}.accelerators[{number}].name", accelerator.name, within)
             within.add(accelerator.name)
             path = f"{where}.accelerators[{number}]"
             _check_figures(path, vars(accelerator))
-            for spot, table in enumerate(accelerator.products):
-                _check_law(f"{path}.products[{spot}]", table)
-        for path, law in _laws(where, device):
-            _check_law(path, law)
+            _check_laws(f"{path}.products", accelerator.products)
+        _check_laws(f"{where}.products", device.products)
+        _check_laws(f"{where}.attention", device.attention)
+        if device.reads is not None:
+            _check_law(f"{where}.reads", device.reads)
     for number, link in enumerate(profile.links):
         where = f"links[{number}]"
         for end in link.between:
@@ -95,17 +101,11 @@ def check_profile(profile: Profile) -> Profile:
     return profile
 
 
-def _laws(where: str, device: Device) -> Iterator[tuple[str, Law]]:
-    both: tuple[tuple[str, tuple[Law, ...]], ...] = (
-        ("products", device.products),
-        ("attention", device.attention),
-    )
-    for name, laws in both:
-        if len(laws) > MAX_LAWS:
-            raise ProfileError(f"{where}.{name} has {len(laws)} laws: must be at most {MAX_LAWS}")
-        yield from ((f"{where}.{name}[{number}]", law) for number, law in enumerate(laws))
-    if device.reads is not None:
-        yield f"{where}.reads", device.reads
+def _check_laws(where: str, laws: Sequence[Law]) -> None:
+    if len(laws) > MAX_LAWS:
+        raise ProfileError(f"{where} has {len(laws)} laws: must be at most {MAX_LAWS}")
+    for number, law in enumerate(laws):
+        _check_law(f"{where}[{number}]", law)
 
 
 def _check_name(field: str, name: str, taken: Iterable[str]) -> None:

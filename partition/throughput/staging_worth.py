@@ -13,7 +13,7 @@ from bisect import bisect_left
 
 from ..hardware_guesses import FAST_FLOPS, FAST_MEMORY_BYTES_PER_S
 from ..placement import STAGED_EXPERTS, ExpertTimes
-from .laws import distinct_experts, products
+from .laws import as_it_ran, distinct_experts, products
 from .profile import Device
 from .weights_of import LayerKind, Weighed
 
@@ -53,6 +53,6 @@ def _gain_s(model: Weighed, kind: LayerKind, machine: Device, expert: ExpertTime
     come_s = size * expert.come_s
     computed_s = size * expert.computed_s * max(1.0, rows / expert.rows)
     carried_s = 2 * 4 * tokens * model.spec.hidden * expert.come_s / expert.nbytes
-    cpu_s = used * products(machine, kind.expert, rows).seconds + carried_s
+    cpu_s = used * as_it_ran(machine, products(machine, kind.expert, rows)).seconds + carried_s
     ends_s = min(used, STAGED_EXPERTS) * min(come_s, computed_s)
     return cpu_s - used * max(come_s, computed_s) - ends_s

@@ -12,7 +12,7 @@ from functools import cached_property
 from ..placement import FEW_ROWS, MANY_ROWS, DeviceRoom, ExpertTimes
 from ..plan import BlockPlan, Plan
 from ..spec import BlockId
-from .laws import Rows, attention, distinct_experts, product, products
+from .laws import Rows, as_it_ran, attention, distinct_experts, product, products
 from .placing.device_cost import DeviceStep, staying_step
 from .prediction import Binding
 from .profile import Accelerator, Device
@@ -91,6 +91,11 @@ class _Passing:
     def _blocks(self) -> Mapping[BlockId, BlockPlan]:
         return {it.block: it for it in self._plan.blocks}
 
+    @property
+    def _calls_s(self) -> float:
+        """The host's, of a layer for one group."""
+        return self._host.corrections.overhead * self._host.overheads.layer_s
+
     def step(self) -> DeviceStep:
         spec, own = self._model.spec, self._host.overheads
         groups = _GROUPS if self._rows > 1 else 1
@@ -110,9 +115,10 @@ class _Passing:
             heads_s = products(self._there, self._model.head, self._wanted).seconds
             logits_s = self._carried_s(self._wanted * spec.vocab)
         between_s = max(own.step_s, self._link.step_s) + own.logit_s * self._wanted * spec.vocab
+        between_s *= self._host.corrections.overhead
         tail = Tail(0.0, 0.0, fed, heads_s, logits_s, between_s)
         found = alternate(layers, tail, self._carried_s(self._rows * spec.hidden))
-        calls_s = between_s + (last + 1) * groups * own.layer_s
+        calls_s = between_s + (last + 1) * groups * self._calls_s
         parts = self._parts
         parts["link"], parts["compute"] = found.weights_s, found.device_s
         parts["memory"], parts["overhead"] = max(0.0, found.host_s - calls_s), calls_s
@@ -136,7 +142,7 @@ class _Passing:
         spec, there = self._model.spec, self._there
         *asking, last = kind.attention
         heads, kv_heads = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-        attends_s = self._attends_s(self._host, kind) / groups + self._host.overheads.layer_s
+        attends_s = self._attends_s(self._host, kind) / groups + self._calls_s
         calls_s = there.overheads.layer_s / 2
         return LayerTurn(
             asked_s=products(there, asking, rows).seconds + calls_s,
@@ -168,7 +174,7 @@ class _Passing:
     def _attends_s(self, at: Device, kind: LayerKind) -> float:
         spec, kv_type = self._model.spec, self._plan.kv.dtype
         return sum(
-            it.alike * attention(at, spec, kv_type, it.rows, it.before, kind.window).seconds
+            it.alike * as_it_ran(at, attention(at, spec, kv_type, it.rows, it.before, kind.window)).seconds
             for it in self._segments
         )
 

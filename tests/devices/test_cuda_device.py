@@ -6,11 +6,12 @@ import resource
 import threading
 import warnings
 import weakref
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from fakes.cuda_on_host import FREE_BYTES, Event, cuda
+from fakes.cuda_on_host import FREE_BYTES, Event, cuda, runtime
 
 from shoal.devices import cuda_device
 from shoal.devices.cuda_device import OF_FREE_MEMORY, CudaDevice
@@ -18,6 +19,9 @@ from shoal.devices.device import PACKET_BYTES, DeviceWork
 from shoal.devices.device_home import DeviceHome
 from shoal.devices.errors import DeviceFull, DeviceLost, NoSuchDevice
 from shoal.devices.torch_kernels import TorchKernels
+from shoal.devices.page_locked import PageLocked
+from shoal.kernels.arrays import Bytes
+from shoal.kernels.huge_pages import mapped
 from shoal.kernels.reference import ReferenceHome
 from shoal.kernels.self_test import disagreements
 from shoal.partition.placement import PINNED_BYTES
@@ -128,11 +132,16 @@ def test_staged_weights_go_in_packets(monkeypatch: pytest.MonkeyPatch) -> None:
 def pinned(monkeypatch: pytest.MonkeyPatch) -> CudaDevice:
     """A card with page-locked memory, of which no bit is as it should be before something was copied there."""
     device = cuda(monkeypatch)
-    monkeypatch.setattr(
-        cuda_device, "_page_locked", lambda nbytes: torch.full((nbytes,), 0xFF, dtype=torch.uint8)
-    )
+
+    def poisoned(nbytes: int) -> Bytes:
+        memory = mapped(nbytes)
+        memory.fill(0xFF)
+        return memory
+
+    monkeypatch.setattr(cuda_device, "mapped", poisoned)
     device.pin()
     assert (device.pinned_bytes, device.unpinned) == (PINNED_BYTES, "")
+    assert [*runtime().held.values()] == [PINNED_BYTES]
     return device
 
 
@@ -209,23 +218,81 @@ def test_what_goes_wrong_while_weights_are_staged_is_handed_on(monkeypatch: pyte
     assert not again.lost
 
 
-@pytest.mark.parametrize("kind", [RuntimeError, torch.OutOfMemoryError, torch.AcceleratorError])
-def test_without_page_locked_memory_copies_go_on(
-    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_page_locked_memory_copies_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     device = cuda(monkeypatch)
-    monkeypatch.setattr(
-        cuda_device, "_page_locked", lambda nbytes: failing(kind("CUDA error: no more of it"))
-    )
+    runtime().most = PINNED_BYTES - 1
+    told, zeros = [], torch.zeros
+
+    def telling(*operands: Any, **more: Any) -> torch.Tensor:  # as torch does after a call that went wrong
+        told.append(operands)
+        if len(told) == 1:
+            raise torch.AcceleratorError("CUDA error: out of memory")
+        return zeros(*operands, **more)
+
+    monkeypatch.setattr(torch, "zeros", telling)
     for limit, more in ((1 << 20, " (this process may lock 1.05 MB: ulimit -l)"), (PINNED_BYTES, "")):
         monkeypatch.setattr(resource, "getrlimit", lambda what, limit=limit: (limit, limit))
         device.pin()
-        assert (device.pinned_bytes, device.unpinned) == (0, f"CUDA error: no more of it{more}")
+        why = f"of 6.29 MB more the driver says: out of memory{more}"
+        assert (device.pinned_bytes, device.unpinned) == (0, why)
+    assert len(told) == 2
     there, back = device.allocate((100,), F32), np.zeros(100, np.float32)
     came = device.copy_in(np.ones(100, np.float32), there, [there.memory.ready])
     device.wait(device.copy_out(there, back, [came]))
     assert back.all()
     assert not device.lost
+
+
+def test_page_locked_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = pinned(monkeypatch)
+    source = np.arange(PINNED_BYTES).astype(np.uint8)
+    there, back = device.allocate(source.shape, source.dtype), np.zeros_like(source)
+    came = device.copy_in(source, there, [there.memory.ready])
+    gone = device.copy_out(there, back, [came])
+    for _ in range(2):
+        device.unpin()
+        assert (device.pinned_bytes, runtime().held) == (0, {})
+    device.wait(gone)
+    assert np.array_equal(back, source)  # what was under way has landed
+    device.pin()
+    assert (device.pinned_bytes, [*runtime().held.values()]) == (PINNED_BYTES, [PINNED_BYTES])
+    device.lost = "the bus is gone"
+    device.unpin()
+    assert not runtime().held
+
+
+def test_weights_that_are_locked_where_they_lie_are_copied_from_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Packets that are locked in part go through the other memory, and so does what leaves."""
+    device = pinned(monkeypatch)
+    ring = [it.memory for it in device._pinned.values()]
+    ways, copy = [], torch.Tensor.copy_
+
+    def seen(there: torch.Tensor, here: torch.Tensor, **how: bool) -> torch.Tensor:
+        inside = any(it.data_ptr() <= here.data_ptr() < it.data_ptr() + len(it) for it in ring)
+        ways.append(("ring" if inside else "there") if how else "host")
+        return copy(there, here, **how)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", seen)
+    memory = mapped(4 * PACKET_BYTES)
+    memory[:] = np.arange(len(memory)).astype(np.uint8)
+    whole = memory[: 2 * PACKET_BYTES + 10]
+    half = memory[2 * PACKET_BYTES + 10 :]
+    locked = PageLocked(device, [memory[: 3 * PACKET_BYTES]])
+    assert (locked.nbytes, device.locked_bytes, locked.trouble) == (3 * PACKET_BYTES, 3 * PACKET_BYTES, "")
+    for source, expected in ((whole, ["there"] * 3), (half, ["host", "ring"] * 2)):
+        there = device.allocate(source.shape, source.dtype)
+        ways.clear()
+        device.wait(device.stage_in(source, there, [there.memory.ready]))
+        assert np.array_equal(there.inside.numpy(), source)
+        assert ways == expected
+    locked.release()
+    assert (device.locked_bytes, len(runtime().held)) == (0, 1)
+    ways.clear()
+    there = device.allocate(whole.shape, whole.dtype)
+    device.wait(device.stage_in(whole, there, [there.memory.ready]))
+    assert ways == ["host", "ring"] * 3
 
 
 def test_a_card_that_is_lost_between_packets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import operator
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 
-from shoal.devices.device import DeviceWork
+from shoal.devices.device import FULL_S, DeviceWork
 from shoal.devices.device_names import DeviceName, DeviceNameError, read_name
 from shoal.devices.errors import DeviceFull, DeviceLost
 from shoal.devices.sim_device import LAUNCH_S, SIM_MEMORY_BYTES_PER_S, SimDevice
@@ -200,3 +201,23 @@ def test_who_has_no_device_imports_nothing_of_one() -> None:
     out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     names = ("", ".device_names", ".errors", ".opening")
     assert sorted(out.split()) == sorted(["False", *(f"shoal.devices{name}" for name in names)])
+
+
+def test_what_was_full_has_less_room_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, now_s = device(1000), [1e6]
+    monkeypatch.setattr(time, "monotonic", lambda: now_s[0])
+    kept = here.allocate((200,), F32)
+    assert (here.budget.room_bytes, here.budget.trouble) == (1000, "")
+    with pytest.raises(DeviceFull):
+        here.allocate((60,), F32)
+    room = here.budget.room_bytes
+    assert room == 700  # what was there, less an eighth
+    assert here.budget.trouble.startswith(
+        "device sim:test was full lately, so at most 700 B of its 1 kB are used"
+    )
+    here.budget.full()  # again, so soon: nobody tries all sizes
+    assert here.budget.room_bytes == room // 2
+    kept.memory.free()
+    assert here.allocate((250,), F32).nbytes == 1000  # what is there may be used
+    now_s[0] += FULL_S
+    assert (here.budget.room_bytes, here.budget.trouble) == (1000, "")

@@ -14,6 +14,7 @@ import torch
 
 from shoal.devices import cuda_device
 from shoal.devices.cuda_device import CudaDevice
+from shoal.devices.page_locked import PAGE_BYTES
 
 FREE_BYTES = 1 << 30
 
@@ -21,6 +22,9 @@ FREE_BYTES = 1 << 30
 class Stream:
     def __init__(self, number: int) -> None:
         self.waited: list[Event] = []
+
+    def synchronize(self) -> None:
+        return
 
     def wait_event(self, event: Event) -> None:
         assert event.stream is not None, "nothing was recorded"
@@ -52,9 +56,38 @@ class Event:
             raise Event.fails
 
 
+class Runtime:
+    """What page-locks memory, up to `most` bytes: `held` has how many from which address on."""
+
+    def __init__(self) -> None:
+        self.most = 1 << 40
+        self.held: dict[int, int] = {}
+
+    def cudaHostRegister(self, start: int, nbytes: int, flags: int) -> int:  # noqa: N802
+        pages = start % PAGE_BYTES or nbytes % PAGE_BYTES
+        twice = any(at < start + nbytes and start < at + its for at, its in self.held.items())
+        if pages or twice or sum(self.held.values()) + nbytes > self.most:
+            return 1 if pages else 712 if twice else 2
+        self.held[start] = nbytes
+        return 0
+
+    def cudaHostUnregister(self, start: int) -> int:  # noqa: N802
+        return 0 if self.held.pop(start, 0) else 713
+
+    def cudaGetErrorString(self, said: int) -> str:  # noqa: N802
+        return {2: "out of memory"}.get(said, f"error {said}")
+
+
 @contextmanager
 def _stream(stream: Stream) -> Iterator[None]:
     yield
+
+
+def runtime() -> Runtime:
+    """Of the card that was made last."""
+    found = cuda_device._cuda.cudart()
+    assert isinstance(found, Runtime)
+    return found
 
 
 def cuda(monkeypatch: pytest.MonkeyPatch, limit_bytes: int | None = None) -> CudaDevice:
@@ -69,7 +102,9 @@ def cuda(monkeypatch: pytest.MonkeyPatch, limit_bytes: int | None = None) -> Cud
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(cuda_device, "_probe", lambda device: None)
-    monkeypatch.setattr(cuda_device, "_cuda", SimpleNamespace(Stream=Stream, Event=Event))
+    its = Runtime()
+    fake = SimpleNamespace(Stream=Stream, Event=Event, cudart=lambda: its)
+    monkeypatch.setattr(cuda_device, "_cuda", fake)
     monkeypatch.setattr(torch.Tensor, "record_stream", None)  # it would end the process after a loss
     device = CudaDevice("cuda:0", 0, limit_bytes)
     device._device = torch.device("cpu")

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from ...plan import Plan
 from ...spec import BlockId
-from ..laws import NOTHING, Rows, Share, distinct_experts, products
+from ..laws import NOTHING, Rows, Share, as_it_ran, distinct_experts, products
 from ..prediction import Binding
 from ..profile import Accelerator, Device
 from ..step_pieces import Pieces
@@ -76,24 +76,24 @@ class _DeviceStep:
         for layer in range(last + 1):
             kind, block = model.kind_of(layer), BlockId("attn", layer)
             away = self._moved(away, self._away[block], rows)
-            self._add(self._pieces[away].attention(kind), self._homes[away].overheads.layer_s / 2)
+            self._add(away, self._pieces[away].attention(kind), self._homes[away].overheads.layer_s / 2)
             if layer == last:  # of the last layer only what logits are wanted of is needed
                 rows = wanted
             block = model.spec.ffn_blocks(layer)[0]
             away = self._moved(away, self._away[block], rows)
             overheads = self._homes[away].overheads
             own_s = overheads.layer_s / 2 + (overheads.mixture_s if kind.expert else 0.0)
-            self._add(self._pieces[away].feeding(kind, rows), own_s)
+            self._add(away, self._pieces[away].feeding(kind, rows), own_s)
             if kind.expert and rows:
                 self._mix(layer, kind, rows, away)
         heads = [it.block for it in self._plan.blocks if it.block.kind == "head"]
         for block in heads if wanted else ():
             away = self._moved(away, self._away[block], wanted)
-            self._add(products(self._homes[away], model.products[block], wanted), 0.0)
+            self._add(away, products(self._homes[away], model.products[block], wanted), 0.0)
         if away and wanted:
             self._copied(wanted * model.spec.vocab)
         begun_s = max(machine.overheads.step_s, self._link.step_s)
-        self._add(NOTHING, begun_s + machine.overheads.logit_s * wanted * model.spec.vocab)
+        self._add(False, NOTHING, begun_s + machine.overheads.logit_s * wanted * model.spec.vocab)
         parts: dict[Binding, float] = {
             "memory": self._computing.memory_s,
             "compute": self._computing.seconds - self._computing.memory_s,
@@ -109,13 +109,14 @@ class _DeviceStep:
         assert moe is not None
         used = distinct_experts(moe.experts, moe.active, rows, self._share)
         each = {
-            place: products(home, kind.expert, max(1.0, rows * moe.active / used))
+            place: as_it_ran(home, products(home, kind.expert, max(1.0, rows * moe.active / used)))
             for place, home in self._homes.items()
         }
         share = self._there[layer] / self._experts[layer]
         theirs, ours = each[True].times(used * share), each[False].times(used * (1 - share))
         if share == 1 or not away:
-            self._add(theirs + ours, 0.0)
+            self._computing += theirs + ours
+            self._seconds += (theirs + ours).seconds
         elif self._plan.staged_tokens and rows >= self._plan.staged_tokens:
             coming = used * (1 - share)
             come_s = coming * sum(it.nbytes for it in kind.expert) / self._link.host_bytes_per_s
@@ -131,7 +132,9 @@ class _DeviceStep:
             self._link_s += carried_s
             self._seconds += max(theirs.seconds, ours.seconds + carried_s)
 
-    def _add(self, share: Share, calls_s: float) -> None:
+    def _add(self, away: bool, share: Share, calls_s: float) -> None:
+        home = self._homes[away]
+        share, calls_s = as_it_ran(home, share), home.corrections.overhead * calls_s
         self._computing += share
         self._calls_s += calls_s
         self._seconds += share.seconds + calls_s

@@ -15,16 +15,19 @@ from fakes.cli_fakes import shoal
 from msgspec.structs import replace as replaced
 
 from shoal.cli.batch import batch_sizes
-from shoal.cli.batch.batch_sizes import BATCH_SIZES, WITH_DEVICE, batch_size
+from shoal.cli.batch.batch_sizes import BATCH_SIZES, IF_STREAMED, WITH_DEVICE, batch_size
 from shoal.comm.home import Home
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.library.library import Library
 from shoal.daemon.library.packs import Packs
+from shoal.daemon.loading import device_rooms
 from shoal.daemon.loading.outlook import TooLarge, outlook
-from shoal.devices import opening
+from shoal.devices import opening, sim_device
 from shoal.engine.passing.alternating import Alternating
 from shoal.models.step import Step
+from shoal.partition.throughput import staging_worth
 from shoal.partition.throughput.placing import device_ways
+from shoal.partition.throughput.profile import Device, Overheads, unmeasured
 
 DEVICE = "sim:20MB"
 
@@ -97,3 +100,33 @@ def test_the_size_of_steps_is_the_fastest(tmp_path: Path, monkeypatch: pytest.Mo
     ):
         monkeypatch.setattr(batch_sizes, "outlook", with_rates(rates))
         assert batch_size([str(model)], config, library, packs) == size
+
+
+def test_sizes_with_which_the_processor_computes_count_as_what_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `auto` some sizes may leave the device alone. Where all do, it is as without one."""
+    model = tiny.save_gguf(tiny.hf_model("llama"), tmp_path / "m.gguf")
+    library, packs = Library(Home(tmp_path)), Packs(Home(tmp_path))
+    monkeypatch.setattr(device_rooms, "present", lambda: ["sim:1GB"])
+    monkeypatch.setattr(batch_sizes, "may_have_device", lambda config: True)
+    monkeypatch.setattr(sim_device, "LAUNCH_S", 1e-9)
+    quick = Device("quick", 0.0, 1e15, 1e18, overheads=Overheads(0.0, 0.0, 0.0, 0.0))
+    rates: dict[bool, list[float]] = {}
+
+    def looked(slow: int | None) -> Any:
+        def look(path: Path, config: NodeConfig, *more: Any) -> Any:
+            machine = unmeasured(2) if config.chunk_tokens == slow else quick
+            monkeypatch.setattr(staging_worth, "FAST", machine)
+            found = outlook(path, config, *more)
+            rates.setdefault(bool(found.device), []).append(found.batch_tokens_per_s)  # type: ignore[union-attr]
+            return found
+
+        return look
+
+    for slow in (None, 8192):
+        monkeypatch.setattr(batch_sizes, "outlook", looked(slow))
+        size = batch_size([str(model)], NodeConfig(), library, packs)
+        assert size == BATCH_SIZES[0] if slow is None else size not in (WITH_DEVICE[0], IF_STREAMED)
+    assert len(rates[True]) == 1
+    assert 0 < rates[True][0] < min(rates[False])

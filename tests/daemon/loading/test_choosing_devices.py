@@ -15,6 +15,7 @@ import msgspec
 import pytest
 from fakes import tiny
 from fakes.asking import CONFIG, prompt, text_of
+from fakes.cli_fakes import shoal
 
 from shoal.comm.home import Home
 from shoal.comm.messages import Load, ModelStatus
@@ -170,6 +171,20 @@ def test_one_that_is_lost_later_is_done_without(node: Node, path: Path) -> None:
         opening.device_home(CARD).device.lose("somebody pulled it out")  # type: ignore[attr-defined]
         assert text_of(there, prompt(0))[:2] == expected
         assert status(there).device == ""
+
+
+def test_show_says_why_and_what_is_wrong(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A choice hides no trouble."""
+    card = f"{CARD},16GB/s,4GB/s,1MB"
+    monkeypatch.setattr(device_rooms, "present", lambda: [card])
+    monkeypatch.setenv("SHOAL_HOME", str(tmp_path))
+    found = outlook(path, CONFIG, Packs(Home(tmp_path)), OwnMachine(1))
+    assert isinstance(found, Outlook)
+    assert found.why.startswith(f"on {card}: all layers: a prompt of ")
+    assert found.trouble.startswith(f"copies to {card} are slower than they could be")
+    shown = " ".join(shoal("show", "--ctx", "128", str(path)).stdout.split())
+    assert "are predicted to take" in shown
+    assert "without page-locked memory: 6.29 MB were asked for" in shown
 
 
 def test_several_machines_leave_devices_alone() -> None:

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.throughput.profile_files import parse_profile, profile_text, read_profile
 from shoal.partition.throughput.profile import AttentionLaw, Profile, ReadLaw, RowsLaw
+from shoal.partition.throughput.profile_checks import MAX_LAWS
 
-HAND = {
+LAW = {"kind": "Q4_K", "nbytes": 1e6, "rows": [1], "byte_s": [1e-10]}
+HAND: dict[str, Any] = {
     "devices": [
         {
             "name": "a",
@@ -150,6 +152,21 @@ def test_a_measured_profile_comes_back(tmp_path: Path) -> None:
             "devices[0].products[0].byte_s[0]=-1:",
         ),
         ("devices.0.contention", {"compute_keeps": 0}, "devices[0].contention.compute_keeps=0"),
+        (
+            "devices.0.products",
+            [LAW] * (MAX_LAWS + 1),
+            "devices[0].products has 257 laws: must be at most 256",
+        ),
+        (
+            "devices.0.accelerators.0.products",
+            [LAW] * (MAX_LAWS + 1),
+            "devices[0].accelerators[0].products has 257 laws: must be at most 256",
+        ),
+        (
+            "devices.0.accelerators",
+            [HAND["devices"][0]["accelerators"][0] | {"name": f"gpu {place}"} for place in range(65)],
+            "devices[0].accelerators: there are 65, must be at most 64",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(path: str, value: Any, said: str) -> None:

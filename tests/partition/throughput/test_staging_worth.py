@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from shoal.partition.hardware_guesses import FAST_FLOPS, FAST_MEMORY_BYTES_PER_S
 from shoal.partition.placement import ExpertTimes
 from shoal.partition.spec import BlockId, LayerSpec, ModelSpec, MoeSpec, RopeSpec
-from shoal.partition.throughput.profile import ANY, Device, RowsLaw, unmeasured
+from shoal.partition.throughput.profile import ANY, Corrections, Device, RowsLaw, unmeasured
 from shoal.partition.throughput.staging_worth import staged_from
 from shoal.partition.throughput.weights_of import Product, Weighed
 
@@ -52,6 +52,12 @@ def test_about_as_the_formula_says(compute: float, link: float) -> None:
     assert staged_from(model(), cpu(compute), there(link), MOST) == pytest.approx(
         expected / (1 + carried), rel=0.01
     )
+
+
+def test_by_what_running_taught_of_the_processor() -> None:
+    slow = replace(cpu(2e12), corrections=Corrections(compute=2.0))
+    expected = staged_from(model(), cpu(1e12), there(25e9), MOST)
+    assert staged_from(model(), slow, there(25e9), MOST) == expected
 
 
 def test_by_the_tables_of_the_processor() -> None:

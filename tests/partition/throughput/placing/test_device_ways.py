@@ -15,15 +15,16 @@ from shoal.partition.placement import DeviceRoom, NoRoomThere
 from shoal.partition.plan import Plan
 from shoal.partition.spec import MoeSpec
 from shoal.partition.throughput.alone import AS_QUICK, best_plan, usual_job
-from shoal.partition.throughput.cost import cost
+from shoal.partition.throughput.cost import Took, cost, step_cost
 from shoal.partition.throughput.placing.device_ways import (
     expert_of,
     plan_with_device,
+    ways_through_device,
     ways_with_device,
     with_device_or_alone,
 )
 from shoal.partition.throughput.prediction import Job
-from shoal.partition.throughput.profile import Accelerator, Device, Overheads
+from shoal.partition.throughput.profile import Accelerator, Corrections, Device, Overheads
 from shoal.partition.throughput.weights_of import Weighed
 from shoal.partition.throughput.with_device import room_of
 
@@ -81,6 +82,29 @@ def test_a_device_like_the_processor_takes_as_long(model: Weighed) -> None:
             assert found.ttft_s == pytest.approx(expected.ttft_s, rel=1e-3)
         else:  # experts in both places compute beside each other
             assert expected.token_s / 2 < found.token_s < 1.000001 * expected.token_s
+
+
+@pytest.mark.parametrize("model", [DENSE, MIXED], ids=["dense", "mixture"])
+@pytest.mark.parametrize("passing", [False, True], ids=["staying", "passing"])
+def test_what_running_taught_of_the_processor_counts_in_every_plan(model: Weighed, passing: bool) -> None:
+    """One that turned out to take twice as long for everything does so for its part of a plan with a device."""
+    overheads = Overheads(1e-3, 1e-4, 1e-4, 1e-9)
+    machine = replace(MACHINE, overheads=overheads)
+    learnt = replace(machine, corrections=Corrections(memory=2.0, compute=2.0, overhead=2.0))
+    there = card(memory_bytes=model.weights_bytes / 2)
+    made = planned(model, there)
+    if passing:
+        (way,) = ways_through_device(model, [wanted(model.spec)], room(there, model), MEMORY)
+        assert isinstance(way.made, Plan)
+        made = way.made
+    plan = replace(made, staged_tokens=0, staged_experts=0)
+
+    def taken(host: Device) -> Took:
+        return step_cost(model, plan, replace(host, accelerators=(there,)), 1, 400)
+
+    slowed = replace(machine.slowed(2.0, 2.0), overheads=Overheads(2e-3, 2e-4, 2e-4, 2e-9))
+    assert taken(learnt).seconds == pytest.approx(taken(slowed).seconds, rel=1e-9)
+    assert taken(learnt).seconds > taken(machine).seconds
 
 
 def test_a_layer_on_the_device_takes_its_bytes_at_its_speed() -> None:
