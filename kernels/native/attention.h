@@ -2,7 +2,7 @@
 // sequence.
 //
 // Knows pages and how the work is cut into jobs: first to store, by (page, K/V head), then to attend, by (tile of rows,
-// K/V head), large tiles also by span. The arithmetic is in `attention_span.h`; the cut does not change it.
+// some K/V heads), large tiles also by span. The arithmetic is in `attention_span.h`; the cut does not change it.
 #pragma once
 #include "attention_span.h"
 #include "elementwise.h"
@@ -11,7 +11,7 @@
 namespace {
 
 constexpr int64_t LOOK_ROWS = 96;   // widening a page costs as much as its use by two rows
-constexpr int64_t THREAD_PARTS = 4;  // a tile of more than 1/4 of a thread's share is cut into its spans
+constexpr int64_t THREAD_PARTS = 4;  // what is more than 1/4 of a thread's share is cut into spans, then into heads
 constexpr int64_t MOST_PART_FLOATS = 4 << 20;  // that cut tiles may take
 
 constexpr float LOG2_E = 1.44269504f;  // so that weights are powers of two
@@ -21,11 +21,12 @@ struct Piece {
     int32_t segment, from, to;  // rows of the segment
 };
 
-// Rows of a segment that attend together, for one K/V head.
+// Rows of a segment that attend together, for K/V heads [kv_head, kv_head + heads).
 struct Look {
-    int32_t segment, kv_head, from, to;  // rows of the segment
-    int64_t first_span, spans, work;
-    float* parts;  // a Result for each span if spans are jobs of their own, else null
+    int32_t segment, kv_head, heads, from, to;  // rows of the segment
+    int64_t first, first_span, spans;           // first: the first position that any row sees
+    bool by_span;                               // whether spans are jobs of their own
+    float* parts;                               // if so, a Result for each
 };
 
 struct LookJob {
@@ -37,11 +38,12 @@ struct Attending {
     const shoal::Attention& a;
     float* out;
     Layout layout;
-    int64_t group, most_rows, bench_floats;
+    int64_t group, most_rows, most_heads, bench_floats;
     float *q, *benches;  // q (kv_heads, tokens, group, head_dim): normalised, rotated, scaled
     Piece* pieces;
     Look* looks;
     LookJob* jobs;
+    int64_t job_count;
 
     const shoal::Segment& segment(int64_t index) const { return a.segments.all[index]; }
     float* queries(int64_t kv_head, int64_t token) const {
@@ -52,10 +54,17 @@ struct Attending {
         return a.kv.data + number * a.kv.page_bytes + kv_head * layout.head_bytes;
     }
     float* bench(int worker) const { return benches + worker * bench_floats; }
-    int64_t rows(const Look& l) const { return (l.to - l.from) * group; }
+    int64_t rows(const Look& l) const { return (l.to - l.from) * group; }  // of each head
+    int64_t all_rows(const Look& l) const { return l.heads * rows(l); }
+    int64_t work(const Look& l, int64_t positions) const { return 2 * rows(l) * positions * layout.dim; }  // of each head
     Result part(const Look& l, int64_t span) const {
-        const int64_t floats = Result::floats(rows(l), layout.wide);
-        return Result(l.parts + (span - l.first_span) * floats, rows(l), layout.wide);
+        const int64_t floats = Result::floats(all_rows(l), layout.wide);
+        return Result(l.parts + (span - l.first_span) * floats, all_rows(l), layout.wide);
+    }
+    // Where a job begins to read.
+    const uint8_t* begin(const LookJob& job) const {
+        const Look& l = *job.look;
+        return page(segment(l.segment), most(l.first, job.span * SPAN), l.kv_head);
     }
 };
 
@@ -113,14 +122,16 @@ void store_job(const void* context, int64_t index, int worker) {
 
 // Divides the sums of rows by their totals and writes them to the result.
 void finish(const Attending& w, const Look& l, const Result& result) {
-    const int64_t dim = w.layout.dim;
+    const int64_t dim = w.layout.dim, first = w.segment(l.segment).first;
     const Seen* seen = result.seen;
     const float* from = result.out;
-    for (int64_t token = w.segment(l.segment).first + l.from, n = l.from; n < l.to; n++, token++) {
-        float* out = w.out + (token * w.a.kv.kv_heads + l.kv_head) * w.group * dim;
-        for (int64_t g = 0; g < w.group; g++, seen++, from += w.layout.wide, out += dim) {
-            const float inverse = 1.0f / seen->total;
-            for (int64_t d = 0; d < dim; d++) out[d] = from[d] * inverse;
+    for (int64_t head = l.kv_head; head < l.kv_head + l.heads; head++) {
+        for (int64_t token = first + l.from; token < first + l.to; token++) {
+            float* out = w.out + (token * w.a.kv.kv_heads + head) * w.group * dim;
+            for (int64_t g = 0; g < w.group; g++, seen++, from += w.layout.wide, out += dim) {
+                const float inverse = 1.0f / seen->total;
+                for (int64_t d = 0; d < dim; d++) out[d] = from[d] * inverse;
+            }
         }
     }
 }
@@ -131,14 +142,17 @@ void look_job(const void* context, int64_t index, int worker) {
     const Look& l = *w.jobs[index].look;
     const shoal::Segment& s = w.segment(l.segment);
     const Queries queries{w.queries(l.kv_head, s.first + l.from),
+                          l.heads,
+                          w.a.segments.tokens * w.group * w.layout.dim,
                           w.rows(l),
                           w.group,
                           s.start + l.from,
                           w.a.window,
                           w.a.segments.pages + s.pages,
                           w.a.kv.data + l.kv_head * w.layout.head_bytes,
-                          w.a.kv.page_bytes};
-    const Bench bench(w.bench(worker), w.most_rows, w.layout.wide);
+                          w.a.kv.page_bytes,
+                          index + 1 < w.job_count ? w.begin(w.jobs[index + 1]) : nullptr};
+    const Bench bench(w.bench(worker), w.most_rows, w.most_heads, w.layout.wide);
     const int64_t span = w.jobs[index].span;
     if (span >= 0) {
         attend_span<Cell>(queries, w.layout, span, bench, w.part(l, span));
@@ -147,7 +161,7 @@ void look_job(const void* context, int64_t index, int worker) {
     attend_span<Cell>(queries, w.layout, l.first_span, bench, bench.all);
     for (int64_t next = l.first_span + 1; next < l.first_span + l.spans; next++) {
         attend_span<Cell>(queries, w.layout, next, bench, bench.part);
-        fold(bench.all, bench.part, queries.rows, w.layout.wide);
+        fold(bench.all, bench.part, w.all_rows(l), w.layout.wide);
     }
     finish(w, l, bench.all);
 }
@@ -156,10 +170,10 @@ void look_job(const void* context, int64_t index, int worker) {
 void fold_job(const void* context, int64_t index, int) {
     const Attending& w = *static_cast<const Attending*>(context);
     const Look& l = w.looks[index];
-    if (!l.parts) return;
+    if (!l.by_span) return;
     const Result all = w.part(l, l.first_span);
     for (int64_t next = l.first_span + 1; next < l.first_span + l.spans; next++) {
-        fold(all, w.part(l, next), w.rows(l), w.layout.wide);
+        fold(all, w.part(l, next), w.all_rows(l), w.layout.wide);
     }
     finish(w, l, all);
 }
@@ -175,9 +189,9 @@ void each_piece(const Attending& w, Visit visit) {
     }
 }
 
-// Later rows come first, because they see more.
+// Tiles of rows, without heads. Later rows come first, because they see more.
 template <class Visit>
-void each_look(const Attending& w, Visit visit) {
+void each_tile(const Attending& w, Visit visit) {
     const int32_t tile = (int32_t)(w.group < LOOK_ROWS ? LOOK_ROWS / w.group : 1);
     for (int64_t i = 0; i < w.a.segments.count; i++) {
         const shoal::Segment& s = w.segment(i);
@@ -185,11 +199,29 @@ void each_look(const Attending& w, Visit visit) {
             from = (to - 1) / tile * tile;
             const int64_t end = s.start + to, unseen = w.a.window ? s.start + from + 1 - w.a.window : 0;
             const int64_t first = unseen > 0 ? unseen : 0, span = first / SPAN;
-            Look l{(int32_t)i, 0, from, to, span, ceil_div(end, SPAN) - span, 0, nullptr};
-            l.work = 2 * w.rows(l) * (end - first) * w.layout.dim;
-            for (; l.kv_head < w.a.kv.kv_heads; l.kv_head++) visit(l);
+            visit(Look{(int32_t)i, 0, 0, from, to, first, span, ceil_div(end, SPAN) - span, false, nullptr}, end - first);
         }
     }
+}
+
+// Looks of `large` multiply-adds at most, if that can be, with as many heads as have room for their rows.
+template <class Visit>
+void each_look(const Attending& w, int64_t large, Visit visit) {
+    int64_t part_floats = 0;
+    each_tile(w, [&](Look l, int64_t sees) {
+        const int64_t heads = w.a.kv.kv_heads, rows = w.rows(l), work = w.work(l, sees);
+        const int64_t floats = l.spans * Result::floats(heads * rows, w.layout.wide);
+        l.by_span = l.spans > 1 && heads * work > large && part_floats + floats <= MOST_PART_FLOATS;
+        if (l.by_span) part_floats += floats;
+        const int64_t job_work = l.by_span ? w.work(l, least(sees, SPAN)) : work;
+        const int64_t room = least(LOOK_ROWS / rows, large / job_work);
+        const int64_t groups = ceil_div(heads, most<int64_t>(room, 1));
+        for (int64_t i = 0; i < groups; i++) {
+            l.kv_head = (int32_t)(heads * i / groups);
+            l.heads = (int32_t)(heads * (i + 1) / groups) - l.kv_head;
+            visit(l);
+        }
+    });
 }
 
 // Lays arrays one after the other in one piece of memory. Without memory it only counts how much they take.
@@ -208,36 +240,29 @@ template <class Cell>
 shoal::Status attend(const shoal::Attention& a, float* out) {
     const int64_t group = a.kv.heads / a.kv.kv_heads, dim = a.kv.head_dim, heads = a.kv.kv_heads;
     shoal::Turn turn;
-    Attending w{a, out, Layout(dim, Cell::bytes, Cell::scaled), group, 0, 0, nullptr, nullptr, nullptr, nullptr, nullptr};
-    int64_t pieces = 0, looks = 0, jobs = 0, part_floats = 0, work = 0;
+    const int threads = turn.threads();
+    Attending w{a, out, Layout(dim, Cell::bytes, Cell::scaled), group};
+    int64_t pieces = 0, looks = 0, part_floats = 0, work = 0;
     each_piece(w, [&](const Piece&) { pieces++; });
-    each_look(w, [&](const Look& l) {
+    each_tile(w, [&](const Look& l, int64_t sees) { work += heads * w.work(l, sees); });
+    const int64_t large = threads > 1 ? work / (THREAD_PARTS * threads) : work;
+    each_look(w, large, [&](const Look& l) {
         looks++;
-        work += l.work;
-        w.most_rows = most(w.most_rows, w.rows(l));
+        w.job_count += l.by_span ? l.spans : 1;
+        part_floats += l.by_span ? l.spans * Result::floats(w.all_rows(l), w.layout.wide) : 0;
+        w.most_rows = most(w.most_rows, w.all_rows(l));
+        w.most_heads = most<int64_t>(w.most_heads, l.heads);
     });
-    const int64_t large = work / (THREAD_PARTS * turn.threads());
-    // How many `floats` the parts of a tile take; 0 if it stays whole.
-    const auto parts = [&](const Look& l, int64_t floats) {
-        if (turn.threads() == 1 || l.spans == 1 || l.work <= large) return (int64_t)0;
-        const int64_t more = l.spans * Result::floats(w.rows(l), w.layout.wide);
-        return floats + more <= MOST_PART_FLOATS ? more : 0;
-    };
-    each_look(w, [&](const Look& l) {
-        const int64_t more = parts(l, part_floats);
-        jobs += more ? l.spans : 1;
-        part_floats += more;
-    });
-    w.bench_floats = Bench::floats(w.most_rows, w.layout.wide) / 16 * 16 + 32;
+    w.bench_floats = Bench::floats(w.most_rows, w.most_heads, w.layout.wide) / 16 * 16 + 32;
     Carve carve{nullptr, 0};
     float* results = nullptr;
     for (int pass = 0; pass < 2; pass++) {
         w.q = carve.take<float>(a.segments.tokens * a.kv.heads * dim);
-        w.benches = carve.take<float>(turn.threads() * w.bench_floats);
+        w.benches = carve.take<float>(threads * w.bench_floats);
         results = carve.take<float>(part_floats);
         w.pieces = carve.take<Piece>(pieces);
         w.looks = carve.take<Look>(looks);
-        w.jobs = carve.take<LookJob>(jobs);
+        w.jobs = carve.take<LookJob>(w.job_count);
         if (pass == 0) carve = {static_cast<char*>(turn.reserve(carve.used)), 0};
         if (!carve.memory) return shoal::NO_MEMORY;
     }
@@ -245,17 +270,17 @@ shoal::Status attend(const shoal::Attention& a, float* out) {
     each_piece(w, [&](const Piece& p) { *piece++ = p; });
     Look* look = w.looks;
     LookJob* job = w.jobs;
-    int64_t floats = 0;
-    each_look(w, [&](Look l) {
-        const int64_t more = parts(l, floats);
-        if (more) l.parts = results + floats;
-        floats += more;
+    each_look(w, large, [&](Look l) {
+        if (l.by_span) {
+            l.parts = results;
+            results += l.spans * Result::floats(w.all_rows(l), w.layout.wide);
+        }
         *look = l;
-        for (int64_t i = 0; i < (more ? l.spans : 1); i++) *job++ = {look, more ? l.first_span + i : -1};
+        for (int64_t i = 0; i < (l.by_span ? l.spans : 1); i++) *job++ = {look, l.by_span ? l.first_span + i : -1};
         look++;
     });
     turn.run(pieces * heads, 4 * a.segments.tokens * (a.kv.heads + 2 * heads) * dim, store_job<Cell>, &w);
-    turn.run(jobs, work, look_job<Cell>, &w);
+    turn.run(w.job_count, work, look_job<Cell>, &w);
     if (part_floats) turn.run(looks, part_floats, fold_job, &w);
     return shoal::OK;
 }

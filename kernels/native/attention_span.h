@@ -1,9 +1,12 @@
-// Attention of a tile of queries over one span of a sequence's keys and values.
+// Attention of a tile of queries over one span of a sequence's keys and values, for some K/V heads.
 //
 // The contract of the whole: no bit of a query's result depends on what is computed beside it. So positions are cut
 // into spans that begin at multiples of SPAN. Within a span every sum runs over dimensions, positions or fixed lanes in
 // ascending order, and spans are folded in ascending order (online softmax, arXiv 1805.02867). It makes no difference
 // which rows share a register tile, nor whether a page was widened to floats before.
+//
+// Keys and values are read once, so few rows are as fast as memory. The heads of a page lie one after the other and are
+// read so, and while a block (the keys or the values of one head in a page) is in use, the next one is fetched.
 #pragma once
 #include "cells.h"
 #include "product.h"
@@ -39,15 +42,18 @@ struct Columns {
     int32_t first, last;
 };
 
-// Queries of one K/V head: `group` rows of `dim` numbers for each of consecutive positions.
+// Queries of `heads` K/V heads: for each head `group` rows of `dim` numbers for each of consecutive positions.
 struct Queries {
     const float* q;
+    int64_t heads, head_floats;  // how far apart the queries of two heads are
     int64_t rows, group, position;
     int64_t window;
     const int32_t* pages;  // of the sequence
-    const uint8_t* head;   // the K/V head in page 0
+    const uint8_t* head;   // the first K/V head in page 0
     int64_t page_bytes;
+    const uint8_t* after;  // what is read after all of this, or null
 
+    const float* of_head(int64_t index) const { return q + index * head_floats; }
     const uint8_t* page(int64_t index) const { return head + pages[index] * page_bytes; }
     // The columns of a span that a row sees.
     void look(int64_t span, Columns* columns) const {
@@ -67,7 +73,7 @@ struct Seen {
     float peak, total;
 };
 
-// Results of rows over some spans: `out` (rows, wide) is not yet divided by the totals.
+// Results of rows over some spans: `out` (rows, wide) is not yet divided by the totals. Rows of a head come together.
 struct Result {
     Seen* seen;
     float* out;
@@ -76,40 +82,34 @@ struct Result {
         : seen(reinterpret_cast<Seen*>(memory + rows * wide)), out(memory) {}
 };
 
-// A thread's working memory, for `rows` rows at most.
+// A thread's working memory, for `rows` rows and `heads` heads at most.
 struct Bench {
     float *scores, *page, *scales;
     Result part, all;
     Columns* columns;
-    static int64_t floats(int64_t rows, int64_t wide) {
-        return rows * (SCORES + 2) + PAGE * wide + 2 * SPAN + 2 * Result::floats(rows, wide);
+    static int64_t floats(int64_t rows, int64_t heads, int64_t wide) {
+        return rows * (SCORES + 2) + PAGE * wide + heads * 2 * SPAN + 2 * Result::floats(rows, wide);
     }
-    Bench(float* memory, int64_t rows, int64_t wide)
+    Bench(float* memory, int64_t rows, int64_t heads, int64_t wide)
         : scores(memory),
           page(scores + rows * SCORES),
           scales(page + PAGE * wide),
-          part(scales + 2 * SPAN, rows, wide),
+          part(scales + heads * 2 * SPAN, rows, wide),
           all(part.out + Result::floats(rows, wide), rows, wide),
           columns(reinterpret_cast<Columns*>(all.out + Result::floats(rows, wide))) {}
 };
 
-// What to fetch while a block (the keys or values of one head in a page) is in use: the bytes half a block ahead, or
-// all of the next block if this one was widened before. The machine's own prefetchers stop at every 4 KiB.
+// What is fetched while a block is in use: `bytes` from `from` on at each step, so that requests come evenly. The
+// machine's own prefetchers stop at every 4 KiB.
 struct Ahead {
-    int64_t half = 0, row_bytes = 0;
-    const uint8_t *first = nullptr, *second = nullptr;  // what rows up to `half` fetch, and what the others do
+    const uint8_t* from;
+    int64_t bytes;
 
-    static Ahead half_a_block(const uint8_t* block, const uint8_t* next, int64_t rows, int64_t row_bytes) {
-        const int64_t half = rows / 2;
-        return {half, row_bytes, block + half * row_bytes, next ? next - half * row_bytes : nullptr};
-    }
-    static Ahead a_block(const uint8_t* next, int64_t row_bytes) { return {0, row_bytes, nullptr, next}; }
-
-    INLINE void fetch(int64_t row) const {
-        const uint8_t* from = row < half ? first : second;
+    INLINE void fetch(int64_t step) const {
         if (!from) return;
-        for (int64_t i = 0; i < row_bytes; i += 64) __builtin_prefetch(from + row * row_bytes + i, 0, 2);
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + step * bytes + i, 0, 2);
     }
+    Ahead after(int64_t steps) const { return {from ? from + steps * bytes : nullptr, bytes}; }
 };
 
 // scores (R, SCORES) of R queries and V vectors of keys of a page.
@@ -135,11 +135,11 @@ template <class Cell, int R>
 void score(const float* q, int64_t dim, const uint8_t* keys, int64_t from, int64_t to, Ahead ahead, float* scores) {
     for (; from + QUERY_VECS * LANES <= to; from += QUERY_VECS * LANES) {
         score_columns<Cell, R, QUERY_VECS>(q, dim, keys + from * Cell::bytes, ahead, scores + from);
-        ahead = {};
+        ahead = ahead.after(dim);
     }
     for (; from < to; from += LANES) {
         score_columns<Cell, R, 1>(q, dim, keys + from * Cell::bytes, ahead, scores + from);
-        ahead = {};
+        ahead = ahead.after(dim);
     }
 }
 
@@ -170,11 +170,11 @@ void mix(const float* weights, int64_t from, int64_t to, const uint8_t* values, 
     int64_t d = 0;
     for (; d + QUERY_VECS * LANES <= wide; d += QUERY_VECS * LANES) {
         mix_columns<Cell, R, QUERY_VECS>(weights, from, to, values + d * Cell::bytes, ahead, wide, out + d);
-        ahead = {};
+        ahead = ahead.after(PAGE);
     }
     for (; d < wide; d += LANES) {
         mix_columns<Cell, R, 1>(weights, from, to, values + d * Cell::bytes, ahead, wide, out + d);
-        ahead = {};
+        ahead = ahead.after(PAGE);
     }
 }
 
@@ -199,21 +199,21 @@ struct Part {
     bool none() const { return from >= to; }
 };
 
-// The scores of all rows in one page.
+// The scores of all rows of a head in one page.
 template <class Cell>
-void score_page(const Queries& q, const Columns* seen, int64_t start, int64_t dim, const uint8_t* keys,
+void score_page(const float* q, int64_t all_rows, const Columns* seen, int64_t start, int64_t dim, const uint8_t* keys,
                 const Ahead& ahead, float* scores) {
-    for (int64_t r = 0; r < q.rows; r += QUERIES) {
-        const int64_t rows = least(q.rows - r, (int64_t)QUERIES);
+    for (int64_t r = 0; r < all_rows; r += QUERIES) {
+        const int64_t rows = least(all_rows - r, (int64_t)QUERIES);
         const Part part(seen[r].first, seen[r + rows - 1].last, start);
         if (part.none()) continue;
-        Kernels<Cell>::scores[rows - 1](q.q + r * dim, dim, keys, whole_vectors_down(part.from),
+        Kernels<Cell>::scores[rows - 1](q + r * dim, dim, keys, whole_vectors_down(part.from),
                                         whole_vectors_up(part.to), r == 0 ? ahead : Ahead{},
                                         scores + r * SCORES + start);
     }
 }
 
-// Adds the weighted values of one page for all rows: together for positions that every row of a register tile sees, row
+// Adds the weighted values of one page for all rows of a head: together for positions that every row of a register tile sees, row
 // by row for the others.
 template <class Cell>
 void mix_page(int64_t all_rows, const Columns* seen, int64_t start, int64_t wide, const uint8_t* values,
@@ -314,51 +314,62 @@ void fold(const Result& before, const Result& later, int64_t rows, int64_t wide)
     }
 }
 
-// The results of all rows over one span.
+// The results of all rows of all heads over one span.
 template <class Cell>
 void attend_span(const Queries& q, const Layout& l, int64_t span, const Bench& bench, const Result& result) {
     Columns* columns = bench.columns;
     q.look(span, columns);
-    const int64_t first = columns[0].first, last = columns[q.rows - 1].last;
+    const int64_t first = columns[0].first, last = columns[q.rows - 1].last, rows = q.rows;
     const int64_t first_page = first / PAGE * PAGE, page0 = span * (SPAN / PAGE);
-    const auto keys_of = [&](int64_t start) { return q.page(page0 + start / PAGE); };
-    const uint8_t* after = (span + 1) * SPAN < q.position + q.rows / q.group ? keys_of(SPAN) : nullptr;
-    const bool direct = q.rows <= DIRECT_ROWS || Cell::bytes == sizeof(float);
+    const auto block = [&](int64_t start, int64_t head, int64_t at) {
+        return q.page(page0 + start / PAGE) + head * l.head_bytes + at;
+    };
+    // What is read after the block `at` of a head: that of the next head, or of the next page, or `then`.
+    const auto next = [&](int64_t start, int64_t head, int64_t at, const uint8_t* then) {
+        if (head + 1 < q.heads) return block(start, head + 1, at);
+        return start + PAGE < last ? block(start + PAGE, 0, at) : then;
+    };
+    const bool direct = rows <= DIRECT_ROWS || Cell::bytes == sizeof(float);
+    const int64_t key_bytes = PAGE * Cell::bytes, value_bytes = l.wide * Cell::bytes;
     for (int64_t start = first_page; start < last; start += PAGE) {
-        const uint8_t* keys = keys_of(start);
-        if (Cell::scaled) {
-            memcpy(bench.scales + start, keys + l.scales, PAGE * sizeof(float));
-            memcpy(bench.scales + SPAN + start, keys + l.scales + PAGE * sizeof(float), PAGE * sizeof(float));
-        }
-        const int64_t row_bytes = PAGE * Cell::bytes;
-        const uint8_t* next = start + PAGE < last ? keys_of(start + PAGE) : keys_of(first_page) + l.values;
-        const Ahead ahead = direct ? Ahead::half_a_block(keys, next, l.dim, row_bytes) : Ahead::a_block(next, row_bytes);
-        if (direct) {
-            score_page<Cell>(q, columns, start, l.dim, keys, ahead, bench.scores);
-        } else {
-            widen<Cell>(keys, PAGE * l.dim, bench.page);
-            score_page<CellF32>(q, columns, start, l.dim, (const uint8_t*)bench.page, ahead, bench.scores);
+        for (int64_t h = 0; h < q.heads; h++) {
+            const uint8_t* keys = block(start, h, 0);
+            float *scores = bench.scores + h * rows * SCORES, *scales = bench.scales + h * 2 * SPAN + start;
+            if (Cell::scaled) {
+                memcpy(scales, keys + l.scales, PAGE * sizeof(float));
+                memcpy(scales + SPAN, keys + l.scales + PAGE * sizeof(float), PAGE * sizeof(float));
+            }
+            const Ahead ahead{next(start, h, 0, block(first_page, 0, l.values)), key_bytes * QUERY_VECS * LANES / PAGE};
+            if (direct) {
+                score_page<Cell>(q.of_head(h), rows, columns, start, l.dim, keys, ahead, scores);
+            } else {
+                widen<Cell>(keys, PAGE * l.dim, bench.page);
+                score_page<CellF32>(q.of_head(h), rows, columns, start, l.dim, (const uint8_t*)bench.page, ahead, scores);
+            }
         }
     }
-    for (int64_t r = 0; r < q.rows; r++) {
-        const Columns c = columns[r];
-        result.seen[r] = c.first < c.last ? soften<Cell::scaled>(bench.scores + r * SCORES, c.first, c.last,
-                                                                 bench.scales, bench.scales + SPAN)
+    for (int64_t r = 0; r < q.heads * rows; r++) {
+        const Columns c = columns[r % rows];
+        const float* scales = bench.scales + r / rows * 2 * SPAN;
+        result.seen[r] = c.first < c.last ? soften<Cell::scaled>(bench.scores + r * SCORES, c.first, c.last, scales, scales + SPAN)
                                           : Seen{0, 0};
     }
-    memset(result.out, 0, (size_t)(q.rows * l.wide) * sizeof(float));
+    memset(result.out, 0, (size_t)(q.heads * rows * l.wide) * sizeof(float));
+    const bool goes_on = (span + 1) * SPAN < q.position + rows / q.group;
+    const uint8_t* after = goes_on ? block(SPAN, 0, 0) : q.after;
     for (int64_t start = first_page; start < last; start += PAGE) {
-        const int64_t row_bytes = l.wide * Cell::bytes;
-        const uint8_t* values = keys_of(start) + l.values;
-        const uint8_t* next = start + PAGE < last ? keys_of(start + PAGE) + l.values : after;
-        const Ahead ahead = direct ? Ahead::half_a_block(values, next, PAGE, row_bytes) : Ahead::a_block(next, row_bytes);
-        if (direct) {
-            mix_page<Cell>(q.rows, columns, start, l.wide, values, ahead, bench.scores, result.out);
-        } else {
-            const Part part(first, last, start);
-            widen<Cell>(values + part.from * l.wide * Cell::bytes, (part.to - part.from) * l.wide,
-                        bench.page + part.from * l.wide);
-            mix_page<CellF32>(q.rows, columns, start, l.wide, (const uint8_t*)bench.page, ahead, bench.scores, result.out);
+        for (int64_t h = 0; h < q.heads; h++) {
+            const uint8_t* values = block(start, h, l.values);
+            const float* weights = bench.scores + h * rows * SCORES;
+            float* out = result.out + h * rows * l.wide;
+            const Ahead ahead{next(start, h, l.values, after), value_bytes * QUERY_VECS * LANES / l.wide};
+            if (direct) {
+                mix_page<Cell>(rows, columns, start, l.wide, values, ahead, weights, out);
+            } else {
+                const Part part(first, last, start);
+                widen<Cell>(values + part.from * value_bytes, (part.to - part.from) * l.wide, bench.page + part.from * l.wide);
+                mix_page<CellF32>(rows, columns, start, l.wide, (const uint8_t*)bench.page, ahead, weights, out);
+            }
         }
     }
 }
