@@ -148,7 +148,10 @@ class Scheduler:
         decodes = sum(sequence.running for sequence in decoding)
         prompts = [s for s in sorted(self.running, key=self.admission.turn) if s not in decoding]
         reads = self.speeds.most_reads(decodes, self.cache.free_pages)
-        room = _Room(self.speeds.prompt_tokens(decodes, len(prompts)), reads)
+        for sequence in prompts:  # the last of a crowd is read as fast as the first
+            sequence.crowd = max(sequence.crowd, len(prompts))
+        crowd = max((sequence.crowd for sequence in prompts), default=0)
+        room = _Room(self.speeds.prompt_tokens(decodes, crowd), reads)
         parts = [part for sequence in prompts if (part := self._part(sequence, room))]
         # Whoever waits for a first token comes before those that get a token with every step.
         spare = min(self.guesses, room.tokens) if prompts else self.guesses

@@ -29,16 +29,16 @@ ROWS = (
     Row("speed-llama", "llama-1.1b", scenarios.speed, Sizes(new=32)),
     Row("speed-qwen2", "qwen2-0.5b", scenarios.speed, Sizes(new=32)),
     Row("speed-moe", "olmoe-half", scenarios.speed, Sizes(new=32)),
-    Row("long", DEFAULT_MODEL, scenarios.held, Sizes(prompt=7680, new=24)),
+    Row("long", DEFAULT_MODEL, scenarios.long_context, Sizes(prompt=7680, new=24)),
     Row(
         "long-plain",
         DEFAULT_MODEL,
-        scenarios.held,
+        scenarios.long_context,
         Sizes(prompt=7680, new=24, peer="llama.cpp without flash attention"),
     ),
-    Row("streams", DEFAULT_MODEL, scenarios.held, Sizes(prompt=128, new=24, streams=16)),
-    Row("streams-llama", "llama-1.1b", scenarios.held, Sizes(prompt=128, new=16, streams=16)),
-    Row("streams-moe", "olmoe-half", scenarios.held, Sizes(prompt=128, new=16, streams=16)),
+    Row("streams", DEFAULT_MODEL, scenarios.speed, Sizes(prompt=128, new=24, streams=16)),
+    Row("streams-llama", "llama-1.1b", scenarios.speed, Sizes(prompt=128, new=16, streams=16)),
+    Row("streams-moe", "olmoe-half", scenarios.speed, Sizes(prompt=128, new=16, streams=16)),
     Row("batch", DEFAULT_MODEL, batch_scenarios.offline, Sizes(prompt=97, new=32, streams=32, requests=500)),
     Row(
         "batch-moe", "olmoe-half", batch_scenarios.offline, Sizes(prompt=97, new=32, streams=32, requests=500)

@@ -28,6 +28,7 @@ from shoal.client import AsyncClient, Client
 from shoal.comm.messages import Token
 
 PEER = "llama.cpp"
+_AHEAD = 64  # tokens that the first of several answers may say while the other prompts are read
 GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
 
 
@@ -55,33 +56,29 @@ Scenario = Callable[[Run, Sizes], list[Figure]]
 
 
 def speed(run: Run, sizes: Sizes) -> list[Figure]:
-    """Prefill and decode, from the beginning in each round."""
-    prefill = Figure(f"prefill of {sizes.prompt}", "tokens/s")
-    decode = Figure("decode", "tokens/s", weights_gb_per_s=True)
-    with run.engines(sizes.engines, context=sizes.prompt + sizes.new + 1) as engines:
+    """Prefill and decode, of one sequence or of many at once, from the beginning in each round."""
+    many = sizes.streams > 1
+    prefill = Figure(f"prefill of {f'{sizes.streams} × ' if many else ''}{sizes.prompt}", "tokens/s")
+    decode = Figure(
+        f"decode, {sizes.streams} streams" if many else "decode", "tokens/s", weights_gb_per_s=not many
+    )
+    return _from_the_beginning(run, sizes, prefill, decode)
+
+
+def long_context(run: Run, sizes: Sizes) -> list[Figure]:
+    """The same after a prompt of many tokens, where attention counts."""
+    decode = Figure(f"decode, {sizes.prompt} tokens of context", "tokens/s")
+    return _from_the_beginning(run, sizes, Figure(f"prefill of {sizes.prompt}", "tokens/s"), decode)
+
+
+def _from_the_beginning(run: Run, sizes: Sizes, prefill: Figure, decode: Figure) -> list[Figure]:
+    context = sizes.prompt + sizes.new + _AHEAD
+    with run.engines(sizes.engines, context=context, streams=sizes.streams) as engines:
         for number, engine in run.turns(engines):
-            prefill.note(
-                engine.name, _rate(engine.call("begin", streams=1, tokens=sizes.prompt, seed=number))
-            )
+            begun = engine.call("begin", streams=sizes.streams, tokens=sizes.prompt, seed=number)
+            prefill.note(engine.name, _rate(begun))
             decode.note(engine.name, _rate(engine.call("advance", tokens=sizes.new)))
             engine.call("end")
-    return [prefill, decode]
-
-
-def held(run: Run, sizes: Sizes) -> list[Figure]:
-    """Decode of sequences whose prompts are computed once: each round continues where the last one ended."""
-    what = f"{sizes.streams} streams" if sizes.streams > 1 else f"{sizes.prompt} tokens of context"
-    each = f"{sizes.streams} × {sizes.prompt}" if sizes.streams > 1 else f"{sizes.prompt}"
-    prefill = Figure(f"prefill of {each}", "tokens/s")
-    decode = Figure(f"decode, {what}", "tokens/s")
-    context = sizes.prompt + sizes.new * run.rounds + 64
-    with run.engines(sizes.engines, context=context, streams=sizes.streams) as engines:
-        for engine in engines:
-            prefill.note(
-                engine.name, _rate(engine.call("begin", streams=sizes.streams, tokens=sizes.prompt, seed=0))
-            )
-        for _, engine in run.turns(engines):
-            decode.note(engine.name, _rate(engine.call("advance", tokens=sizes.new)))
     return [prefill, decode]
 
 

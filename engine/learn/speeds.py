@@ -46,7 +46,7 @@ class Speeds:
             self.cost.note(rows, seconds)
             self._pacer.rested()
         elif decodes:
-            self._pacer.note(rows - decodes, seconds / self.cost.seconds(decodes), self._waiting)
+            self._pacer.note(rows - decodes, seconds, self._waiting, self.cost.seconds(decodes))
         else:
             self._prompt_token_s = followed(self._prompt_token_s, seconds / rows)
 
@@ -60,7 +60,7 @@ class Speeds:
         if not decodes:
             return self._chunk_tokens
         self._waiting = prompts
-        return self._pacer.budget(prompts) if self.cost.measured else 0
+        return self._pacer.budget(prompts, self.cost.seconds(decodes)) if self.cost.measured else 0
 
     def most_reads(self, decodes: int, free_pages: int) -> int:
         """Pages that may be read from disk beside so many decodes."""

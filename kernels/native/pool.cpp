@@ -21,7 +21,10 @@
 namespace shoal {
 namespace {
 
+// Between two kernels of a step lie some tens of microseconds of Python, and twice that where large weights have swept it
+// out of the caches. To be woken takes as long again.
 constexpr auto SPIN = std::chrono::microseconds(60);
+constexpr auto LINGER = std::chrono::microseconds(300);  // with SPIN; whoever else wants the processor gets it
 constexpr int64_t WORTH_WAKING = 1 << 16;  // multiply-adds; some 5 µs on one thread
 constexpr size_t LINE = 64;
 constexpr int MOST_THREADS = 1024;
@@ -131,10 +134,15 @@ private:
     // Waits until a run other than `seen` is on, spinning first; false if the pool stops.
     bool await(uint64_t seen) {
         const auto news = [&] { return stopping_.load() || Ticket{shares_[0].ticket.load()}.run() != seen; };
-        const auto until = std::chrono::steady_clock::now() + SPIN;
+        const auto began = std::chrono::steady_clock::now();
         while (!news()) {
             for (int i = 0; i < 16 && !news(); i++) pause_cpu();
-            if (std::chrono::steady_clock::now() < until) continue;
+            const auto waited = std::chrono::steady_clock::now() - began;
+            if (waited < SPIN) continue;
+            if (waited < LINGER) {
+                sched_yield();
+                continue;
+            }
             std::unique_lock<std::mutex> lock(sleep_);
             sleepers_.fetch_add(1);
             wake_.wait(lock, news);

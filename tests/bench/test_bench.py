@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from engines import worker
 from engines.engine_process import EngineFailed, EngineKind
 from engines.engine_shoal import Shoal
 from fakes import tiny
-from harness import machine
+from harness import machine, scenarios
 from harness.figures import Figure, spread
 from harness.rows import DEFAULT_MODEL, ROWS, chosen
 from harness.run import Run
@@ -92,6 +93,23 @@ def test_engines_take_turns_at_going_first(monkeypatch: pytest.MonkeyPatch) -> N
     turns = [(number, engine) for number, engine in run.turns(names)]
     assert turns == [(0, "ours"), (0, "theirs"), (1, "theirs"), (1, "ours"), (2, "ours"), (2, "theirs")]
     assert run.dram_gb_per_s == [30.0] * 3
+
+
+def test_prompts_of_many_streams_are_measured_in_each_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Engine:
+        name = "shoal"
+        begun = 0
+
+        def call(self, what: str, **arguments: int) -> dict[str, float]:
+            self.begun += what == "begin"
+            return {"tokens": 100.0 * self.begun, "seconds": 1.0}
+
+    monkeypatch.setattr(machine, "dram_read_gb_per_s", lambda threads: 30.0)
+    monkeypatch.setattr(Run, "engines", lambda *_, **how: nullcontext([Engine()]))
+    run = Run(Path("model"), threads=1, rounds=3, peer_python="python")
+    prefill, decode = scenarios.speed(run, scenarios.Sizes(prompt=128, new=24, streams=16))
+    assert (prefill.name, decode.name) == ("prefill of 16 × 128", "decode, 16 streams")
+    assert prefill.values == decode.values == {"shoal": [100.0, 200.0, 300.0]}
 
 
 def test_ratios_are_by_round_and_above_one_where_shoal_is_better() -> None:

@@ -6,7 +6,7 @@ import pytest
 from fakes.fake_engine import PAGE, FakeEngine, check_pages, continuation, scheduler, sequence
 
 from shoal.engine.errors import NeverFits, QueueFull
-from shoal.engine.learn.pacing import MOST_TOGETHER, SLOWDOWN
+from shoal.engine.learn.pacing import FEW_TOGETHER, PATIENCE_S, SLOWDOWN
 from shoal.engine.scheduler import Scheduler
 from shoal.engine.sequence import Ended, SequenceEvent
 
@@ -48,12 +48,14 @@ def test_prompts_slow_decodes_only_so_far(token_s: float) -> None:
     assert rows.count(1) <= 1 + len(rows) // 16
 
 
-def test_a_crowd_does_not_wait_for_the_first_answers() -> None:
+@pytest.mark.parametrize(("step_s", "over"), [(1.0, 1.35), (0.01, 1.2)])
+def test_a_crowd_does_not_wait_for_the_first_answers(step_s: float, over: float) -> None:
     """Of sixteen prompts four fit into the first step. The others have their first tokens in little more time than
-    reading takes, and answers that run meanwhile are slowed by no more than four prompts may slow them."""
+    reading takes, and answers that run meanwhile are slowed by no more than four prompts may slow them, or get a token
+    soon all the same."""
 
     def cost_s(rows: int) -> float:
-        return 1.0 + (rows - 1) * 0.2
+        return step_s * (1.0 + (rows - 1) * 0.2)
 
     subject = scheduler(pages=2000, chunk=64, sequences=16, queue=16)
     asked = [sequence(words(16, seed), 1000) for seed in range(16)]
@@ -61,12 +63,13 @@ def test_a_crowd_does_not_wait_for_the_first_answers() -> None:
     for each in asked:
         subject.submit(each)
     engine.step()
-    slowest = 0.0
+    slowest = longest_s = 0.0
     while any(each.remaining > 1 for each in asked):
         batch = engine.step()
         slowest = max(slowest, cost_s(batch.rows) / cost_s(batch.decodes))
-    assert engine.now_s < 1.35 * 0.2 * 16 * 16
-    assert slowest < 1.25 * (1 + MOST_TOGETHER * (SLOWDOWN - 1))
+        longest_s = max(longest_s, cost_s(batch.rows))
+    assert engine.now_s < over * step_s * 0.2 * 16 * 16
+    assert slowest < 1.25 * (1 + FEW_TOGETHER * (SLOWDOWN - 1)) or longest_s < 1.25 * PATIENCE_S
 
 
 def test_steps_too_short_for_the_clock_are_no_trouble() -> None:
