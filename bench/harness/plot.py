@@ -10,7 +10,9 @@ from statistics import median
 
 from harness.figures import Figure
 
-from shoal.cli.throughput.axes import Axes
+from shoal.cli.throughput import shapes
+from shoal.cli.throughput.axes import HEIGHT, WIDTH, Axes
+from shoal.cli.throughput.shapes import Dot, Drawn, Stroke
 
 
 def svg(figures: Sequence[Figure], across: str, up: str) -> str:
@@ -21,14 +23,14 @@ def svg(figures: Sequence[Figure], across: str, up: str) -> str:
         return ""
     most = max(max(values) for point in points for values in point.values.values())
     axes = Axes(across, up, points[-1].at, most)
-    return axes.svg(_drawn(axes, points))
+    return shapes.svg(WIDTH, HEIGHT, [*axes.shapes(), *_drawn(axes, points)]).decode()
 
 
-def _drawn(axes: Axes, points: Sequence[Figure]) -> Iterator[str]:
+def _drawn(axes: Axes, points: Sequence[Figure]) -> Iterator[Drawn]:
     x, y = axes.x, axes.y
-    line = " ".join(f"{x(point.at)},{y(median(point.values[point.peer() or '']))}" for point in points)
-    yield f'<polyline points="{line}" fill="none" stroke="#888" stroke-dasharray="4 3"/>'
+    floor = [(x(point.at), y(median(point.values[point.peer() or ""]))) for point in points]
+    yield Stroke(floor, "#888888", dashed=True)
     for point in points:
         ours = point.values["shoal"]
-        yield f'<path d="M{x(point.at)} {y(min(ours))}V{y(max(ours))}" stroke="#06c"/>'
-        yield f'<circle cx="{x(point.at)}" cy="{y(median(ours))}" r="3.5" fill="#06c"/>'
+        yield Stroke([(x(point.at), y(end(ours))) for end in (min, max)], "#0066cc")
+        yield Dot((x(point.at), y(median(ours))), 3.5, "#0066cc")

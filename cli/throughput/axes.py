@@ -1,11 +1,14 @@
-"""The axes of a plot, as SVG: both begin at zero. Whoever draws says what is between them. Numbers in, text out."""
+"""The axes of a plot: both begin at zero. Whoever draws says what is between them. Numbers in, shapes out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+
+from .shapes import Drawn, Stroke, Words
 
 LEFT = 64
-_WIDTH, _HEIGHT, _RIGHT, _BELOW = 720, 420, 24, 52
+WIDTH, HEIGHT = 720, 420
+_RIGHT, _BELOW = 24, 52
 _STEPS = 5  # of each axis
 
 
@@ -19,31 +22,20 @@ class Axes:
         self.right, self.bottom = self.x(self.most_across), self.y(0)
 
     def x(self, value: float) -> float:
-        return round(LEFT + value / self.most_across * (_WIDTH - LEFT - _RIGHT), 1)
+        return round(LEFT + value / self.most_across * (WIDTH - LEFT - _RIGHT), 1)
 
     def y(self, value: float) -> float:
-        return round(_HEIGHT - _BELOW - value / self.most_up * (_HEIGHT - _BELOW - self.top), 1)
+        return round(HEIGHT - _BELOW - value / self.most_up * (HEIGHT - _BELOW - self.top), 1)
 
-    def svg(self, drawn: Iterable[str]) -> str:
-        return "\n".join([*self._frame(), *drawn, "</svg>"]) + "\n"
-
-    def _frame(self) -> Iterator[str]:
-        yield (
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{_HEIGHT}" '
-            f'viewBox="0 0 {_WIDTH} {_HEIGHT}" font-family="sans-serif" font-size="12">'
-        )
-        yield f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>'
+    def shapes(self) -> Iterator[Drawn]:
         for step in range(_STEPS + 1):
             across, up = self.most_across * step / _STEPS, self.most_up * step / _STEPS
-            yield f'<path d="M{LEFT} {self.y(up)}H{self.right}" stroke="#dddddd"/>'
-            yield f'<text x="{LEFT - 8}" y="{self.y(up) + 4}" text-anchor="end">{up:.3g}</text>'
-            yield f'<text x="{self.x(across)}" y="{self.bottom + 18}" text-anchor="middle">{across:.3g}</text>'
+            yield Stroke(((LEFT, self.y(up)), (self.right, self.y(up))), "#dddddd")
+            yield Words((LEFT - 8, self.y(up) + 4), f"{up:.3g}", "end")
+            yield Words((self.x(across), self.bottom + 18), f"{across:.3g}", "middle")
         across_name, up_name = self._names
-        yield (
-            f'<text x="{(LEFT + self.right) / 2}" y="{_HEIGHT - 12}" text-anchor="middle">{across_name}</text>'
-        )
-        middle = (self.top + self.bottom) / 2
-        yield f'<text transform="translate(16 {middle}) rotate(-90)" text-anchor="middle">{up_name}</text>'
+        yield Words(((LEFT + self.right) / 2, HEIGHT - 12), across_name, "middle")
+        yield Words((16, (self.top + self.bottom) / 2), up_name, "middle", upwards=True)
 
 
 def _round_up(value: float) -> float:

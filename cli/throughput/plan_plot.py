@@ -1,14 +1,14 @@
-"""The picture of `shoal plan --plot`: tokens a second by memory, as SVG. Text in, text out."""
+"""The picture of `shoal plan --plot`: tokens a second by memory, as shapes. Numbers in, shapes out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
-from xml.sax.saxutils import escape
 
 from shoal.partition.amounts import format_bytes
 
 from .axes import LEFT, Axes
+from .shapes import Area, Dot, Drawn, Point, Stroke, Words
 
 if TYPE_CHECKING:
     from shoal.daemon.throughput.foresight import Curve
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _TOP = 52
 _NAMES = {"keep": "as stored", "q8": "8 bits", "q4": "4 bits"}
 _COLOURS = ("#1667b7", "#2e8b57", "#c8641b")
+_GREY, _RED = "#555555", "#aa2222"
 
 
 def plot(
@@ -24,13 +25,13 @@ def plot(
     memory_bytes: float,
     chosen: tuple[float, float] | None,
     target: float | None,
-) -> str:
+) -> list[Drawn]:
     """`memory_bytes`: of the machine; `chosen`: memory and speed of the plan that was chosen."""
     points = [point for curve in curves for point in curve.points]
     most_bytes = max([memory_bytes if chosen else 0.0, *(it.memory_bytes for it in points)])
     most_speed = max([target or 0.0, *(it.high for it in points)])
     axes = Axes("memory, GB", "tokens/s", most_bytes / 1e9, most_speed, _TOP)
-    return axes.svg(_drawn(axes, title, curves, memory_bytes, chosen, target))
+    return [*axes.shapes(), *_drawn(axes, title, curves, memory_bytes, chosen, target)]
 
 
 def _drawn(
@@ -40,30 +41,29 @@ def _drawn(
     memory_bytes: float,
     chosen: tuple[float, float] | None,
     target: float | None,
-) -> Iterator[str]:
-    def x(nbytes: float) -> float:
-        return axes.x(nbytes / 1e9)
+) -> Iterator[Drawn]:
+    def at(nbytes: float, speed: float) -> Point:
+        return axes.x(nbytes / 1e9), axes.y(speed)
 
-    y, bottom, right = axes.y, axes.bottom, axes.right
-    yield f'<text x="{LEFT}" y="20" font-size="14">{escape(title)}</text>'
+    yield Words((LEFT, 20), title, size=14)
     for number, (curve, colour) in enumerate(zip(curves, _COLOURS, strict=False)):
         if not number:
-            there = [f"{x(it.memory_bytes)},{y(it.high)}" for it in curve.points]
-            back = [f"{x(it.memory_bytes)},{y(it.low)}" for it in reversed(curve.points)]
-            yield f'<polygon points="{" ".join(there + back)}" fill="{colour}" fill-opacity="0.15"/>'
-        line = " ".join(f"{x(it.memory_bytes)},{y(it.tokens_per_s)}" for it in curve.points)
-        yield f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>'
+            there = [at(it.memory_bytes, it.high) for it in curve.points]
+            back = [at(it.memory_bytes, it.low) for it in reversed(curve.points)]
+            yield Area(there + back, colour, 0.15)
+        yield Stroke([at(it.memory_bytes, it.tokens_per_s) for it in curve.points], colour, 2)
         begin = LEFT + 150 * number
-        yield f'<path d="M{begin} 38h24" stroke="{colour}" stroke-width="2"/>'
-        yield f'<text x="{begin + 30}" y="42">{_NAMES.get(curve.quant, curve.quant)}</text>'
+        yield Stroke(((begin, 38), (begin + 24, 38)), colour, 2)
+        yield Words((begin + 30, 42), _NAMES.get(curve.quant, curve.quant))
     if memory_bytes <= axes.most_across * 1e9:
-        at, side = x(memory_bytes), "end" if memory_bytes > axes.most_across * 0.6e9 else "start"
-        yield f'<path d="M{at} {_TOP}V{bottom}" stroke="#555555" stroke-dasharray="4 3"/>'
-        shift = -6 if side == "end" else 6
-        said = f"this machine, {format_bytes(memory_bytes)}"
-        yield f'<text x="{at + shift}" y="{_TOP + 12}" text-anchor="{side}" fill="#555555">{said}</text>'
+        x = axes.x(memory_bytes / 1e9)
+        yield Stroke(((x, _TOP), (x, axes.bottom)), _GREY, dashed=True)
+        shift, side = (-6, "end") if memory_bytes > axes.most_across * 0.6e9 else (6, "start")
+        yield Words((x + shift, _TOP + 12), f"this machine, {format_bytes(memory_bytes)}", side, _GREY)
     if target is not None:
-        yield f'<path d="M{LEFT} {y(target)}H{right}" stroke="#aa2222" stroke-dasharray="4 3"/>'
-        yield f'<text x="{right}" y="{y(target) - 5}" text-anchor="end" fill="#aa2222">wanted</text>'
+        y = axes.y(target)
+        yield Stroke(((LEFT, y), (axes.right, y)), _RED, dashed=True)
+        yield Words((axes.right, y - 5), "wanted", "end", _RED)
     if chosen is not None:
-        yield f'<circle cx="{x(chosen[0])}" cy="{y(chosen[1])}" r="5" fill="{_COLOURS[0]}" stroke="white"/>'
+        yield Dot(at(*chosen), 6, "#ffffff")
+        yield Dot(at(*chosen), 5, _COLOURS[0])

@@ -23,6 +23,7 @@ from shoal.daemon.model_name import Reference
 from shoal.partition.amounts import format_bytes, format_duration
 
 from .own_machines import own_machines
+from .shapes import writer_for
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -96,8 +97,8 @@ def _count(option: str, default: int, what: str, most: int | None = None) -> Dec
 @click.option(
     "--plot",
     type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE.svg",
-    help="Draw tokens/s by memory, all else as it is.",
+    metavar="FILE.png",
+    help="Draw tokens/s by memory, all else as it is, as PNG or SVG.",
 )
 @json_option
 @plan_options
@@ -120,10 +121,11 @@ def plan(
     weights. Nothing is loaded. Without --profile this machine is measured, once; machines that are attached to its
     daemon count, too (--ranks 1 leaves them out). Ends with 3 if no plan fits.
     """
-    if plot is not None and plot.suffix.lower() != ".svg":
-        raise click.BadParameter(
-            f"{plot}: it is drawn as SVG, so its name must end in .svg.", param_hint="--plot"
-        )
+    if plot is not None:
+        try:
+            writer_for(plot)
+        except ValueError as error:
+            raise click.BadParameter(str(error), param_hint="--plot") from None
     wanted = Reference.parse(model)
     bits = quant or (wanted.quant if wanted.quant != "keep" else None)
     config = (
@@ -167,7 +169,7 @@ def plan(
     if plot is not None:
         memory = plan.memory or profile.head.memory_bytes
         name = path.absolute().parent.name if path.name == "config.json" else path.name
-        _draw(plot, f"{name}, {prompt_tokens} + {new_tokens} tokens × {batch}", found, memory, target)
+        _draw(plot, f"{name}, {prompt_tokens} + {new_tokens} tokens, batch of {batch}", found, memory, target)
     if as_json:
         print_json(found)
         return ends
@@ -187,12 +189,13 @@ def plan(
 
 
 def _draw(to: Path, title: str, found: Foresight, memory: float, target: float | None) -> None:
+    from .axes import HEIGHT, WIDTH
     from .plan_plot import plot
 
     row = next((it for it in found.plans if it.name == found.chosen and len(it.peak_bytes) == 1), None)
     chosen = (memory, row.tokens_per_s) if row is not None else None
     curves = found.curves if isinstance(found.curves, list) else []
-    to.write_text(plot(title, curves, memory, chosen, target), encoding="utf-8")
+    to.write_bytes(writer_for(to)(WIDTH, HEIGHT, plot(title, curves, memory, chosen, target)))
     note(f"drawn to {to}")
 
 
