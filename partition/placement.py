@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from .memory_layout import kv_page_bytes, staged_slot_bytes
+from .memory_layout import LOADING_BYTES, kv_page_bytes, staged_slot_bytes
 from .plan import (
     BlockPlan,
     Misfit,
@@ -39,7 +39,6 @@ LAYERS_KEPT = 0.9  # of those that would be there with the shortest context
 STAGED_EXPERTS = 4  # at most, that come together
 STAGED_BYTES = 64 << 20  # of those, if more than one
 FEW_ROWS, MANY_ROWS = 64, 512  # with which an expert is tried: reading it decides, or arithmetic
-LOADING_BYTES = 32 << 20  # memory in which a block lies on its way to the device, besides the block
 PINNED_BYTES = 6 << 20  # of memory that is page-locked, through which a device's copies go
 
 

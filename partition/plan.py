@@ -44,6 +44,11 @@ class BlockPlan:
         """Whether it comes to the device that computes it, in every step."""
         return self.tier != "gpu" and self.device != "cpu"
 
+    @property
+    def slotted(self) -> bool:
+        """Whether it is an expert on disk that is read when it is asked for, into one of the slots."""
+        return self.tier == "disk" and self.block.kind == "expert" and not self.passes
+
 
 @dataclass(frozen=True)
 class KvPlan:
@@ -174,13 +179,13 @@ class Plan:
     @property
     def cyclic_bytes(self) -> int:
         """Bytes of the blocks that pass through the window in every step."""
-        others = ("embed", "expert")  # rows of the embedding are gathered, and experts have slots
-        return sum(it.nbytes for it in self.blocks if it.tier == "disk" and it.block.kind not in others)
+        on_disk = (it for it in self.blocks if it.tier == "disk" and it.block.kind != "embed")
+        return sum(it.nbytes for it in on_disk if not it.slotted)  # rows of the embedding are gathered
 
     @property
     def expert_bytes(self) -> int:
         """Bytes of the slots for experts, which are all as large as the largest expert on disk."""
-        sizes = (it.nbytes for it in self.blocks if it.tier == "disk" and it.block.kind == "expert")
+        sizes = (it.nbytes for it in self.blocks if it.slotted)
         return self.expert_slots * max(sizes, default=0)
 
     def rows_together(self, rows: int) -> int:
