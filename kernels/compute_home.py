@@ -17,7 +17,6 @@ from shoal.kernels.attention_operands import KvPages, Scoring, Segments
 from shoal.kernels.matrix import FeedForward, Linears, Matrix, Routes
 from shoal.kernels.routing import Routing
 
-
 HERE: AbstractContextManager[object] = nullcontext()  # what does not have to come first
 
 

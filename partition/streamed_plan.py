@@ -33,15 +33,16 @@ def plan_streamed(
     memory_bytes: int,
     window_times: float = 1.0,
     pinnings: Pinnings | None = None,
+    longer: bool = True,
 ) -> Plan | Misfit:
-    """A plan that streams what does not fit into `memory_bytes`.
+    """A plan that streams what does not fit into `memory_bytes`. `longer`: steps may be longer than is wanted.
 
     extents: bytes of every block in a pack, in the order of a step, the head in slices; 0 for an embedding that is tied
     to the head. vectors_bytes: those of norms and biases, which stay in memory. window_times: of the share of memory
     that the window usually gets. pinnings: of these extents, if they are known already.
     """
     pinnings = pinnings or Pinnings(wanted.spec, extents)
-    plan = partial(_plan, wanted, pinnings, extents, vectors_bytes, window_times / WINDOW_SHARE)
+    plan = partial(_plan, wanted, pinnings, extents, vectors_bytes, window_times / WINDOW_SHARE, longer)
     return plan(memory_bytes) or _least(plan, memory_bytes)
 
 
@@ -74,10 +75,11 @@ def _plan(
     extents: Mapping[BlockId, int],
     vectors_bytes: int,
     window_share: float,
+    longer: bool,
     memory_bytes: int,
 ) -> Plan | None:
     """None if not even the least fits."""
-    fixed = _fixed(wanted, memory_bytes)
+    fixed = _fixed(wanted, memory_bytes, longer=longer)
     always = vectors_bytes + READING_BYTES
     room = memory_bytes - always - fixed.kv_bytes - fixed.room_bytes
     pinning = pinnings.best(room, int(memory_bytes * window_share))
@@ -109,7 +111,7 @@ class _Fixed(NamedTuple):
     room_bytes: int
 
 
-def _fixed(wanted: Wanted, memory_bytes: int) -> _Fixed:
+def _fixed(wanted: Wanted, memory_bytes: int, *, longer: bool) -> _Fixed:
     """As much of a prompt in one step as its share of memory allows; then as many of its rows in a block together."""
     page_bytes = kv_page_bytes(wanted.spec, wanted.kv_type)
     kv_bytes = least_kv_pages(wanted) * page_bytes
@@ -121,7 +123,9 @@ def _fixed(wanted: Wanted, memory_bytes: int) -> _Fixed:
         return scratch_bytes(wanted._replace(chunk_tokens=chunk), part)
 
     least_part, first_part, most_part = PART_TOKENS
-    shortest, longest = wanted.chunk_tokens, max(wanted.chunk_tokens, pages * PAGE_TOKENS)
+    shortest = longest = wanted.chunk_tokens
+    if longer:
+        longest = max(longest, pages * PAGE_TOKENS)
     share = memory_bytes // SCRATCH_SHARE
     room = between(scratch(shortest, least_part), share, scratch(longest, most_part))
     part = first_part if scratch(shortest, first_part) <= room else least_part

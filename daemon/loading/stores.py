@@ -52,7 +52,7 @@ def open_store(
         away = {item.block for item in plan.blocks if item.tier == "gpu"}
         return ResidentStore.load(plan, PackReader(pack, away), loading, home_of), 0.0
     began_s = time.monotonic()
-    store = WindowStore.open(plan, pack, loading)
+    store = WindowStore.open(plan, pack, loading, home_of)
     seconds = time.monotonic() - began_s
     measured = plan.pinned_bytes >= MEASURED_BYTES
     return store, plan.pinned_bytes / seconds if measured else disk_bytes_per_s

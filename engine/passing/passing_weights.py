@@ -3,7 +3,8 @@ it uses them.
 
 Each kind of block has two places there, in turns, as large as the largest of the kind. So while a layer is computed the
 next one comes, and it comes as soon as nothing is begun any more with what its places had. It goes on from the last
-layer of a step to the first of the next. Which copy waits for what knows the home; for a disk waits the copy, not who asks for it.
+layer of a step to the first of the next. Which copy waits for what knows the home; the copy, too, waits for a disk, not
+who asks for it.
 """
 
 from __future__ import annotations

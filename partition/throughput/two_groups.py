@@ -1,9 +1,9 @@
 """How long a step takes whose weights pass through a device while the CPU attends, for one group of rows or for several
 that take turns: the schedule of `engine.passing`, with seconds instead of arrays.
 
-Six things go on beside each other: a disk reads weights into a window, from where or from memory they come to the device;
-this computes; hidden states come, others leave, and the host attends and waits. Each does one thing after the other.
-Pure.
+Six things go on beside each other: a disk reads weights into a window; from there, or from memory, they come to the
+device; this computes; hidden states come, others leave, and the host attends and waits. Each does one thing after the
+other. Pure.
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ def step_ends(
 
 
 class _Ring:
-    """When blocks that come from disk are in the window: each is read in pieces, as soon as what lay in their places has
-    been copied."""
+    """When blocks that come from disk are in the window: each is read in pieces, as soon as what lay there has been
+    copied."""
 
     def __init__(self, disk: Disk, cycle: Sequence[int]) -> None:
         self._pieces = waits_for(disk.window_bytes, tuple(cycle), disk.piece_bytes) if cycle else []
