@@ -80,12 +80,14 @@ def plan_with_device(
         return first_fit(tried) if tried else made
     job = usual_job(min(plan.context_tokens for plan in plans))
 
-    def seconds(plan: Plan) -> float:
-        if host is None:  # then the disk is what is known to be slow
-            return plan.streamed_bytes
-        return 1 / batch_rate(model, plan, host) if many else cost(model, plan, host, job).total_s(job)
+    def worth(plan: Plan) -> tuple[bool, float]:
+        """The less the better. Where nothing was tried, the disk is what is known to be slow; and where there are many,
+        the processor."""
+        if host is None:
+            return many and not plan.passes, plan.streamed_bytes
+        return False, 1 / batch_rate(model, plan, host) if many else cost(model, plan, host, job).total_s(job)
 
-    return min(plans, key=seconds)
+    return min(plans, key=worth)
 
 
 def ways_through_device(

@@ -1,4 +1,4 @@
-"""Weights that pass from a disk through a window to a device, and models of which a device has the dense parts while the
+"""Weights that pass from a disk through a window to a device, and models of which a device has dense parts while the
 rest streams: logits are those of the CPU to the bit, nothing is read before it has come, and what fails is said."""
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ class Case:
         body = [block for block in self.resident.spec.blocks() if block.kind != "head"]
         heads = sorted(block for block in self.pack.blocks if block.kind == "head")
         blocks = [placed(BlockPlan(it, self.pack.blocks[it].nbytes, "disk")) for it in (*body, *heads)]
-        cyclic = [it.nbytes for it in blocks if it.tier == "disk" and it.block.kind != "embed" and not it.slotted]
+        cyclic = [
+            it.nbytes for it in blocks if it.tier == "disk" and it.block.kind != "embed" and not it.slotted
+        ]
         return replace(
             self.resident.plan,
             blocks=tuple(blocks),
@@ -121,7 +123,9 @@ def attention(block: BlockId) -> bool:
 
 
 def some_kept(block: BlockId) -> bool:
-    return (block.kind == "ffn" and block.layer == 0) or (block.kind == "expert" and block.expert in (0, 2, 3))
+    return (block.kind == "ffn" and block.layer == 0) or (
+        block.kind == "expert" and block.expert in (0, 2, 3)
+    )
 
 
 PASSING = {
