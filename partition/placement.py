@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from .hardware_guesses import KV_SHARE
 from .memory_layout import LOADING_BYTES, PAGE_TOKENS, kv_page_bytes, staged_slot_bytes
+from .pinning import Pinnings
 from .plan import (
     BlockPlan,
     Misfit,
@@ -31,7 +32,7 @@ from .plan import (
     step_numbers,
 )
 from .spec import BlockId, ModelSpec
-from .streamed_plan import plan_streamed
+from .streamed_plan import least_memory, streamed_within
 from .throughput.profile import Accelerator
 
 OPERANDS_BYTES = 1 << 20  # of a step besides hidden states: pages, positions, ids, routes
@@ -190,30 +191,38 @@ def _beside_disk(
     there = _plan(wanted, model, room, _ENDLESS_BYTES, 0)
     if not isinstance(there, Plan):
         return there
-    (mine, whole), pages = there.device_layers, there.kv.pages
-    if mine < whole and wanted.kv_tokens is None:
-        here_bytes = kv_page_bytes(wanted.spec, wanted.kv_type) * (whole - mine) // whole
-        pages = max(least_kv_pages(wanted), min(pages, memory_bytes // KV_SHARE // here_bytes))
-    there = replace(there, kv=kv_plan(wanted, pages))
     rest = {it.block: it.nbytes for it in there.blocks if it.tier == "ram"}
-    made = plan_streamed(
-        wanted._replace(kv_tokens=pages * PAGE_TOKENS),
-        rest,
-        model.vectors,
-        memory_bytes=memory_bytes + there.device_kv_bytes,  # which it takes to be here
-        longer=False,
-    )
-    here = made.plan if isinstance(made, Misfit) else made
-    tiers = {it.block: it for it in here.blocks}
-    plan = replace(
-        here,
-        blocks=tuple(tiers.get(it.block, it) for it in there.blocks),
-        device_scratch_bytes=there.device_scratch_bytes,
-    )
-    lacks = max(0, loading_bytes(plan.blocks) - plan.peak_bytes)  # what goes there comes before all others
-    plan = replace(plan, scratch_bytes=plan.scratch_bytes + lacks)
-    fits = isinstance(made, Plan) and plan.peak_bytes <= memory_bytes
-    return plan if fits else Misfit(plan.peak_bytes, plan)
+    pinnings = Pinnings(wanted.spec, rest)
+
+    def made(memory_bytes: int) -> Plan | None:
+        pages, (mine, whole) = there.kv.pages, there.device_layers
+        if mine < whole and wanted.kv_tokens is None:
+            here_bytes = kv_page_bytes(wanted.spec, wanted.kv_type) * (whole - mine) // whole
+            pages = max(least_kv_pages(wanted), min(pages, memory_bytes // KV_SHARE // here_bytes))
+        placed = replace(there, kv=kv_plan(wanted, pages))
+        here = streamed_within(
+            wanted._replace(kv_tokens=pages * PAGE_TOKENS),
+            rest,
+            model.vectors,
+            memory_bytes=memory_bytes + placed.device_kv_bytes,  # which it takes to be here
+            pinnings=pinnings,
+        )
+        if here is None:
+            return None
+        tiers = {it.block: it for it in here.blocks}
+        blocks = tuple(tiers.get(it.block, it) for it in there.blocks)
+        plan = replace(here, blocks=blocks, device_scratch_bytes=there.device_scratch_bytes)
+        plan = room_for_loading(plan)
+        return plan if plan.peak_bytes <= memory_bytes else None
+
+    return made(memory_bytes) or least_memory(made, memory_bytes)
+
+
+def room_for_loading(plan: Plan) -> Plan:
+    """The same plan, with at least as much of this machine's memory as blocks take on their way to the device: from a
+    pack they come there before there is anything else."""
+    lacks = max(0, loading_bytes(plan.blocks) - plan.peak_bytes)
+    return replace(plan, scratch_bytes=plan.scratch_bytes + lacks)
 
 
 def longest(tried: Sequence[Plan | Misfit | NoRoomThere]) -> Plan | Misfit | NoRoomThere:

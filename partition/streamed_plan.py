@@ -33,17 +33,28 @@ def plan_streamed(
     memory_bytes: int,
     window_times: float = 1.0,
     pinnings: Pinnings | None = None,
-    longer: bool = True,
 ) -> Plan | Misfit:
-    """A plan that streams what does not fit into `memory_bytes`. `longer`: steps may be longer than is wanted.
+    """A plan that streams what does not fit into `memory_bytes`.
 
     extents: bytes of every block in a pack, in the order of a step, the head in slices; 0 for an embedding that is tied
     to the head. vectors_bytes: those of norms and biases, which stay in memory. window_times: of the share of memory
     that the window usually gets. pinnings: of these extents, if they are known already.
     """
     pinnings = pinnings or Pinnings(wanted.spec, extents)
-    plan = partial(_plan, wanted, pinnings, extents, vectors_bytes, window_times / WINDOW_SHARE, longer)
-    return plan(memory_bytes) or _least(plan, memory_bytes)
+    plan = partial(_plan, wanted, pinnings, extents, vectors_bytes, window_times / WINDOW_SHARE, True)
+    return plan(memory_bytes) or least_memory(plan, memory_bytes)
+
+
+def streamed_within(
+    wanted: Wanted,
+    extents: Mapping[BlockId, int],
+    vectors_bytes: int,
+    *,
+    memory_bytes: int,
+    pinnings: Pinnings,
+) -> Plan | None:
+    """The same with steps no longer than is wanted, or None if not even the least fits."""
+    return _plan(wanted, pinnings, extents, vectors_bytes, 1 / WINDOW_SHARE, False, memory_bytes)
 
 
 def experts_together(slots: int) -> int:
@@ -57,7 +68,7 @@ def kv_has_room(wanted: Wanted, memory_bytes: int) -> bool:
     return context_pages * kv_page_bytes(wanted.spec, wanted.kv_type) <= memory_bytes // KV_SHARE
 
 
-def _least(plan: Callable[[int], Plan | None], memory_bytes: int) -> Misfit:
+def least_memory(plan: Callable[[int], Plan | None], memory_bytes: int) -> Misfit:
     """The least memory for which `plan` makes a plan. It makes none for `memory_bytes`."""
     enough = max(memory_bytes, _SEARCH_BYTES)
     while plan(enough) is None:

@@ -18,8 +18,8 @@ from ...placement import (
     NoRoomThere,
     device_scratch_bytes,
     host_scratch,
-    loading_bytes,
     longest,
+    room_for_loading,
     with_head_there,
 )
 from ...plan import (
@@ -35,7 +35,7 @@ from ...plan import (
     scratch_bytes,
 )
 from ...spec import BlockId
-from ...streamed_plan import READING_BYTES
+from ...streamed_plan import READING_BYTES, least_memory
 
 READ_AHEAD_BYTES = 32 << 20  # of a window to a device, if there is room: twice what readers have under way
 
@@ -118,33 +118,38 @@ def plan_passing_from_disk(
 def _from_disk(
     wanted: Wanted, model: ModelBytes, room: DeviceRoom, memory_bytes: int, kv_share: int
 ) -> Plan | Misfit | NoRoomThere:
-    plan = _through(wanted, model.blocks, room, model.vectors)
-    if isinstance(plan, NoRoomThere):
-        return plan
-    pages = plan.kv.pages
-    if wanted.kv_tokens is None:
-        page_bytes = kv_page_bytes(wanted.spec, wanted.kv_type)
-        pages = max(pages, min(pages * wanted.sequences, memory_bytes // kv_share // page_bytes))
-    passing = [it for it in plan.blocks if it.passes]
+    through = _through(wanted, model.blocks, room, model.vectors)
+    if isinstance(through, NoRoomThere):
+        return through
+    passing = [it for it in through.blocks if it.passes]
     sizes = sorted((it.nbytes for it in passing), reverse=True)
     ahead = max(sum(sizes[:2]), READ_AHEAD_BYTES)  # so that enough reads are under way
-    window = max(sizes[0], min(ahead, memory_bytes // WINDOW_SHARE))
-    scratch = max(scratch_bytes(wanted), loading_bytes(plan.blocks)) + READING_BYTES + model.vectors
-    fixed = scratch + arena_slack(memory_bytes) + kv_plan(wanted, pages).nbytes
-    pinned = spread(passing, memory_bytes - fixed - window)
-    blocks = tuple(
-        it if it.tier == "gpu" or it.block in pinned else replace(it, tier="disk") for it in plan.blocks
-    )
-    streamed = sum(it.nbytes for it in blocks if it.passes and it.tier == "disk")
-    plan = replace(
-        plan,
-        blocks=blocks,
-        kv=kv_plan(wanted, pages),
-        scratch_bytes=scratch + arena_slack(memory_bytes),
-        window_bytes=min(window, streamed),
-        streamed_bytes=streamed,
-    )
-    return plan if plan.peak_bytes <= memory_bytes else Misfit(plan.peak_bytes, plan)
+    beside = scratch_bytes(wanted) + READING_BYTES + model.vectors
+
+    def made(memory_bytes: int) -> Plan | None:
+        pages, page_bytes = through.kv.pages, kv_page_bytes(wanted.spec, wanted.kv_type)
+        if wanted.kv_tokens is None:
+            pages = max(pages, min(pages * wanted.sequences, memory_bytes // kv_share // page_bytes))
+        window = max(sizes[0], min(ahead, memory_bytes // WINDOW_SHARE))
+        scratch = beside + arena_slack(memory_bytes)
+        pinned = spread(passing, memory_bytes - scratch - pages * page_bytes - window)
+        blocks = tuple(
+            it if it.tier == "gpu" or it.block in pinned else replace(it, tier="disk")
+            for it in through.blocks
+        )
+        streamed = sum(it.nbytes for it in blocks if it.passes and it.tier == "disk")
+        plan = replace(
+            through,
+            blocks=blocks,
+            kv=kv_plan(wanted, pages),
+            scratch_bytes=scratch,
+            window_bytes=min(window, streamed),
+            streamed_bytes=streamed,
+        )
+        plan = room_for_loading(plan)
+        return plan if plan.peak_bytes <= memory_bytes else None
+
+    return made(memory_bytes) or least_memory(made, memory_bytes)
 
 
 def spread(blocks: Sequence[BlockPlan], room_bytes: int) -> frozenset[BlockId]:
