@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
+from types import MappingProxyType
 
 from shoal.kernels import ComputeHome, gather_rows, home_of
 from shoal.kernels.arrays import Floats, Ids
@@ -78,9 +79,10 @@ class WindowStore:
     """A `BlockStore`. One thread acquires, and it or that of a device's copies holds one block of the window at a time.
     Any thread may call `stage` and `close`."""
 
-    def __init__(self, plan: Plan, pack: Pack) -> None:
-        """Takes memory and begins to read the blocks that pass through the window. Raises StoreError when the
-        pack lacks a block or the plan has no place for one."""
+    def __init__(self, plan: Plan, pack: Pack, known: Mapping[BlockId, float] = MappingProxyType({})) -> None:
+        """Takes memory and begins to read the blocks that pass through the window, and experts that were used often
+        before (`known`: in which share of steps). Raises StoreError when the pack lacks a block or the plan has no
+        place for one."""
         pinned = [item.block for item in plan.blocks if item.tier == "ram"]
         streamed = [item.block for item in plan.blocks if item.tier == "disk" and item.block.kind != "embed"]
         slotted = {item.block for item in plan.blocks if item.slotted}
@@ -95,7 +97,7 @@ class WindowStore:
         gathers = any(item.block == EMBED and item.tier == "disk" for item in plan.blocks)
         self._embedding = Embedding(pack) if gathers else None
         slot_bytes = max((extent.nbytes for extent in experts), default=0)
-        self._experts = ExpertCache(plan.expert_slots, slot_bytes, experts)
+        self._experts = ExpertCache(plan.expert_slots, slot_bytes, experts, known=known)
         self._slots = Region(self._experts, arena.take(plan.expert_slots * slot_bytes), slots=True)
         self._window = Window(plan.window_bytes, cycle)
         self._ring = Region(self._window, arena.take(plan.window_bytes))
@@ -116,6 +118,7 @@ class WindowStore:
         pack: Pack,
         progress: BytesDone = unheard,
         home_of: Callable[[str], ComputeHome] = home_of,
+        known: Mapping[BlockId, float] = MappingProxyType({}),
     ) -> WindowStore:
         """A store that has read the blocks that stay: in memory, or in that of their device's home (`home_of`), which
         come first; `progress` hears of each. Raises OffloadError, and KernelError where a device does not take them."""
@@ -123,7 +126,7 @@ class WindowStore:
         away = {item.block: home_of(item.device) for item in plan.blocks if item.tier == "gpu"}
         hear = Hearing(sizes, progress)
         there = keep(placed(PackReader(pack, away).read_blocks(list(away)), away), hear) if away else {}
-        store = cls(plan, pack)
+        store = cls(plan, pack, known)
         try:
             store._kept = {**there, **keep(store._pinned.arriving(store._readers), hear)}
             if store._embedding is not None:
