@@ -1,7 +1,7 @@
 """A thread that begins copies which take the host time, one after the other, so that who asked for one goes on at once.
 
-Weights that come to a device are put into page-locked memory packet by packet. Meanwhile the thread that computes has
-attention to compute. Knows order and errors; not what is copied.
+Weights that come to a device are put into page-locked memory packet by packet, and may have to come from a disk first.
+Meanwhile the thread that computes has attention to compute. Knows order and errors; not what is copied.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from .device import DeviceEvent
 
 MOST_WAITING = 1 << 14  # copies that were not begun; whoever asks for one more waits
-BEGIN_LIMIT_S = 120.0
+BEGIN_LIMIT_S = 180.0  # longer than a disk is waited for, whose error says more
 
 
 class Begun(DeviceEvent):

@@ -18,7 +18,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial as bound
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from shoal.kernels.arrays import Array
+from shoal.kernels.compute_home import HERE
 from shoal.kernels.huge_pages import mapped
 from shoal.partition.amounts import format_bytes
 from shoal.partition.placement import PINNED_BYTES
@@ -175,10 +176,20 @@ class CudaDevice:
     def copy_in(self, source: Array, target: DeviceArray, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
         return self._copy(self._coming, torch.from_numpy(source), target.inside, after)
 
-    def stage_in(self, source: Array, target: DeviceArray, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
+    def stage_in(
+        self,
+        source: Array,
+        target: DeviceArray,
+        after: Sequence[DeviceEvent] = (),
+        lent: AbstractContextManager[object] = HERE,
+    ) -> DeviceEvent:
         ends = torch.from_numpy(source), target.inside
-        begin = bound(self._copy, self._staging, *ends, tuple(after), PACKET_BYTES)
-        return self._copies_begin.begin(begin) if self.pinned_bytes else begin()
+
+        def begin() -> DeviceEvent:
+            with lent:  # until it lies in page-locked memory, or in the driver's
+                return self._copy(self._staging, *ends, tuple(after), PACKET_BYTES)
+
+        return self._copies_begin.begin(begin) if self.pinned_bytes or lent is not HERE else begin()
 
     def copy_out(self, source: DeviceArray, target: Array, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
         return self._copy(self._going, source.inside, torch.from_numpy(target), after)

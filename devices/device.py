@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from math import prod
 from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn, Protocol
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 import numpy as np
 
 from shoal.kernels.arrays import Array
+from shoal.kernels.compute_home import HERE
 from shoal.partition.amounts import format_bytes
 
 from .errors import DeviceFull
@@ -219,9 +221,16 @@ class OpenDevice(Protocol):
         may change the source or look at the target."""
         ...
 
-    def stage_in(self, source: Array, target: DeviceArray, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
+    def stage_in(
+        self,
+        source: Array,
+        target: DeviceArray,
+        after: Sequence[DeviceEvent] = (),
+        lent: AbstractContextManager[object] = HERE,
+    ) -> DeviceEvent:
         """As `copy_in`, in the queue for weights that come and go, and in packets of `PACKET_BYTES`: other copies in
-        pass between two of them."""
+        pass between two of them. `lent` is entered before the source is looked at, which may take as long as reading it
+        from a disk does, and left when it has been. What that raises is raised by whoever needs the copy."""
         ...
 
     def copy_out(self, source: DeviceArray, target: Array, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from math import ceil, prod
 from typing import Any, Literal, NamedTuple
@@ -23,6 +24,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from shoal.kernels.arrays import Array, Bytes
+from shoal.kernels.compute_home import HERE
 from shoal.partition.amounts import format_bytes
 from shoal.partition.placement import PINNED_BYTES
 
@@ -52,12 +54,13 @@ class Scheduled(NamedTuple):
 
 @dataclass(eq=False)
 class _Begun(DeviceEvent):
-    """Something in a queue. `land` carries a copy out, and is None when that has been done."""
+    """Something in a queue. `land` carries a copy out, and is None when that has been done; `failed`: in vain."""
 
     queue: Queue
     end_s: float
     after: Sequence[DeviceEvent] = ()  # of a copy that has not landed
     land: Callable[[], None] | None = None
+    failed: Exception | None = None
 
 
 @dataclass(eq=False)
@@ -154,8 +157,14 @@ class SimDevice:
     def copy_in(self, source: Array, target: DeviceArray, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
         return self._copy("in", source, target.inside, after)
 
-    def stage_in(self, source: Array, target: DeviceArray, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
-        return self._copy("stage", source, target.inside, after)
+    def stage_in(
+        self,
+        source: Array,
+        target: DeviceArray,
+        after: Sequence[DeviceEvent] = (),
+        lent: AbstractContextManager[object] = HERE,
+    ) -> DeviceEvent:
+        return self._copy("stage", source, target.inside, after, lent)
 
     def copy_out(self, source: DeviceArray, target: Array, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
         return self._copy("out", source.inside, target, after)
@@ -178,11 +187,19 @@ class SimDevice:
             assert isinstance(event, _Begun)
             self.now_s = max(self.now_s, event.end_s)
 
-    def _copy(self, queue: Queue, source: Array, target: Array, after: Sequence[DeviceEvent]) -> DeviceEvent:
+    def _copy(
+        self,
+        queue: Queue,
+        source: Array,
+        target: Array,
+        after: Sequence[DeviceEvent],
+        lent: AbstractContextManager[object] = HERE,
+    ) -> DeviceEvent:
         assert (source.shape, source.dtype) == (target.shape, target.dtype), "a copy changes nothing"
 
         def land() -> None:
-            target[...] = source
+            with lent:
+                target[...] = source
 
         with self._lock:
             self._look()
@@ -230,11 +247,16 @@ class SimDevice:
         flying = self._queues[event.queue].flying
         while event.land is not None:
             first = flying.popleft()
-            for earlier in first.after:
-                self._reach(earlier)
             assert first.land is not None
-            first.land()
+            try:
+                for earlier in first.after:
+                    self._reach(earlier)
+                first.land()
+            except Exception as error:  # whoever needs this copy gets it, and no other
+                first.failed = error.with_traceback(None)
             first.land, first.after = None, ()
+        if event.failed is not None:
+            raise type(event.failed)(*event.failed.args)
 
     def _look(self) -> None:
         if self.lost:

@@ -371,6 +371,6 @@ def attention_homes(plan: Plan, home_of: Callable[[str], ComputeHome]) -> list[C
 
 
 def _foreseen(plan: Plan) -> dict[int, BlockId]:
-    """For each layer of a mixture the router of the next one, if routers stay in memory and experts do not."""
+    """For each layer of a mixture the router of the next one, if routers stay where they are and experts do not."""
     routers = [item for item in plan.blocks if item.block.kind == "router"] if plan.expert_slots else []
-    return {before.block.layer: item.block for before, item in pairwise(routers) if item.tier == "ram"}
+    return {before.block.layer: item.block for before, item in pairwise(routers) if item.tier != "disk"}

@@ -55,13 +55,14 @@ class ExpertPlaces:
         self.leaving: dict[int, bool] = {}  # whether any of a layer are elsewhere than their router
         for layer in self._layers:
             self._arrange(layer)
+        self._slotted = any(item.slotted for item in experts)
         self._use = ExpertUse() if self.counted else None
         self._forms: dict[BlockId, Hashable] = {}
 
     @property
     def counted(self) -> bool:
-        """Whether it counts which are used: some are on a device, and others are not."""
-        return len(set(self._homes.values())) > 1
+        """Whether it counts which are used: some are on a device, and others are not; or they come from disk."""
+        return self._slotted or len(set(self._homes.values())) > 1
 
     @property
     def counts(self) -> UseCounts:

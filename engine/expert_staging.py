@@ -13,6 +13,7 @@ from itertools import count
 from shoal.kernels import ComputeHome
 from shoal.kernels.arrays import Bytes, Floats
 from shoal.models.weights import Weights
+from shoal.offload.block_store import Coming
 from shoal.partition.memory_layout import staged_starts
 from shoal.partition.plan import Plan
 from shoal.partition.spec import BlockId
@@ -63,12 +64,12 @@ class ExpertStaging:
 
     def _brought(self, weights: Weights, buffer: Bytes, start: int) -> Weights:
         assert self._home is not None
-        return brought(self._home, weights, buffer, start, self._slot_bytes)
+        return brought(self._home, Coming(weights), buffer, start, self._slot_bytes)
 
 
 def brought(
     home: ComputeHome,
-    weights: Weights,
+    coming: Coming,
     room: Bytes,
     start: int,
     room_bytes: int,
@@ -76,7 +77,8 @@ def brought(
 ) -> Weights:
     """The same weights in `room_bytes` from byte `start` of some memory of a device, with vectors that are there
     already: begins to bring the matrices, one behind the other."""
+    weights, lent = coming
     *starts, end = staged_starts([matrix.nbytes for matrix in weights.matrix.values()])
     assert end <= room_bytes, "a block is larger than planned"
     places = (start + its for its in starts)
-    return weights.elsewhere(lambda matrix: home.stage(matrix, room, next(places)), vectors)
+    return weights.elsewhere(lambda matrix: home.stage(matrix, room, next(places), lent), vectors)

@@ -9,12 +9,15 @@ Letters in shapes: T rows, n numbers in a row.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 from shoal.kernels.arrays import Bytes, Floats, Hidden, Ids
 from shoal.kernels.attention_operands import KvPages, Scoring, Segments
 from shoal.kernels.matrix import FeedForward, Linears, Matrix, Routes
 from shoal.kernels.routing import Routing
+
+HERE: AbstractContextManager[object] = nullcontext()  # what does not have to come first
 
 
 class Locked(Protocol):
@@ -50,9 +53,13 @@ class HomeMemory(Protocol):
         """Memory for weights that come and go, uint8 (nbytes,)."""
         ...
 
-    def stage(self, w: Matrix, staging: Bytes, start: int) -> Matrix:
-        """The same weights of an expert, at byte `start` of `staging`. Begins to bring them there as soon as no expert
-        that was there is computed with any more. Until a step that uses them has ended, nobody may change w."""
+    def stage(
+        self, w: Matrix, staging: Bytes, start: int, lent: AbstractContextManager[object] = HERE
+    ) -> Matrix:
+        """The same weights, at byte `start` of `staging`. Begins to bring them there as soon as nothing that was there
+        is computed with any more. Until a step that uses them has ended, nobody may change w; where it is `lent`, it is
+        there, and may not be changed, from when that was entered until it is left, once, by any thread. What entering
+        raises is raised by whoever computes with the weights."""
         ...
 
     def lock(self, all: Sequence[Bytes]) -> Locked | None:

@@ -6,6 +6,7 @@ moreover, no bit of a row depends on the rest of the batch or on the number of t
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from math import prod
 from typing import Protocol
 
@@ -14,7 +15,7 @@ import numpy as np
 from shoal.kernels import routing
 from shoal.kernels.arrays import FLOAT32, Bytes, Floats, Ids
 from shoal.kernels.attention_operands import KvPages, Scoring, Segments
-from shoal.kernels.compute_home import ComputeHome
+from shoal.kernels.compute_home import HERE, ComputeHome
 from shoal.kernels.errors import OperandError
 from shoal.kernels.huge_pages import Arena
 from shoal.kernels.matrix import FeedForward, Linears, Matrix, Routes
@@ -49,7 +50,9 @@ class CpuHome(ComputeHome, Protocol):
     def staging(self, nbytes: int) -> Bytes:
         return np.empty(0, np.uint8)  # weights are here
 
-    def stage(self, w: Matrix, staging: Bytes, start: int) -> Matrix:
+    def stage(
+        self, w: Matrix, staging: Bytes, start: int, lent: AbstractContextManager[object] = HERE
+    ) -> Matrix:
         return w
 
     def lock(self, all: Sequence[Bytes]) -> None:

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 
 from shoal.kernels import ComputeHome, gather_rows, home_of
 from shoal.kernels.arrays import Floats, Ids
+from shoal.kernels.compute_home import HERE
 from shoal.models.weights import Weights
 from shoal.partition.plan import Plan
 from shoal.partition.spec import BlockId
@@ -35,6 +36,14 @@ class ReadStage(NamedTuple):
     best_bytes_per_s: float = 0.0
 
 
+class Coming(NamedTuple):
+    """A block's weights, for copies that are begun now and made later. The bytes are there from when `lent` was entered
+    until it is left, once for each matrix, by any thread; entering raises OffloadError."""
+
+    weights: Weights
+    lent: AbstractContextManager[object] = HERE
+
+
 class BlockStore(Protocol):
     """Where the executor gets weights from."""
 
@@ -54,6 +63,11 @@ class BlockStore(Protocol):
 
     def acquire_all(self, blocks: Sequence[BlockId]) -> AbstractContextManager[list[Weights]]:
         """The weights of several blocks, in this order, for the length of a `with`."""
+        ...
+
+    def coming(self, block: BlockId) -> Coming:
+        """A block's weights, which may not be here yet. Blocks that come from disk are copied in the order of a step,
+        each before the next."""
         ...
 
     def rows(self, block: BlockId, ids: Ids) -> Floats:
@@ -108,7 +122,7 @@ class ResidentStore:
         sizes = {item.block: item.nbytes for item in plan.blocks}
         away = {item.block: home_of(item.device) for item in plan.blocks if item.tier == "gpu"}
         arriving = reader.read_blocks(list(sizes))
-        return cls(keep(placed(arriving, away) if away else arriving, sizes, progress))
+        return cls(keep(placed(arriving, away) if away else arriving, Hearing(sizes, progress)))
 
     def with_vocabulary_of(self, other: ResidentStore) -> ResidentStore:
         """These blocks, with the other store's embedding and head: the same memory."""
@@ -120,6 +134,9 @@ class ResidentStore:
 
     def acquire_all(self, blocks: Sequence[BlockId]) -> AbstractContextManager[list[Weights]]:
         return nullcontext([self._blocks[block].enter_result for block in blocks])
+
+    def coming(self, block: BlockId) -> Coming:
+        return Coming(self._blocks[block].enter_result)
 
     def exchange(self, one: BlockId, other: BlockId, home: ComputeHome) -> None:
         """A block in a home's memory and one of this machine's, of one form, change places. Raises HomeLost."""
@@ -151,13 +168,23 @@ def placed(arriving: Arriving, away: Mapping[BlockId, ComputeHome]) -> Arriving:
             yield block, weights.within(away[block]) if block in away else weights
 
 
-def keep(arriving: Arriving, sizes: Mapping[BlockId, int], progress: BytesDone) -> dict[BlockId, Resident]:
-    """Collects blocks that stay in memory as they arrive. `sizes` gives the bytes of each."""
+class Hearing:
+    """Tells `progress` of each block of so many bytes that has come."""
+
+    def __init__(self, sizes: Mapping[BlockId, int], progress: BytesDone) -> None:
+        self._sizes, self._progress = sizes, progress
+        self._done, self._total = 0, sum(sizes.values())
+
+    def came(self, block: BlockId) -> None:
+        self._done += self._sizes[block]
+        self._progress(self._done, self._total)
+
+
+def keep(arriving: Arriving, heard: Hearing) -> dict[BlockId, Resident]:
+    """Collects blocks that stay in memory as they arrive."""
     blocks: dict[BlockId, Resident] = {}
-    done, total = 0, sum(sizes.values())
     with closing(arriving):
         for block, weights in arriving:
             blocks[block] = Resident(weights)
-            done += sizes[block]
-            progress(done, total)
+            heard.came(block)
     return blocks

@@ -22,6 +22,7 @@ SCALE_BYTES = 4  # of an f32
 STAGED_STARTS = (
     256  # weights that come and go begin at multiples of so many bytes, which are quick to read from
 )
+LOADING_BYTES = 32 << 20  # memory in which blocks lie on their way to a device, besides the largest of them
 MOST_MATRICES = 5  # of a block: a router with a shared expert
 
 KERNEL_BYTES = 4 << 20  # scratch of the kernels for any model, and …

@@ -35,13 +35,16 @@ class Pinnings:
             if block.kind not in ("embed", "expert"):
                 kinds.setdefault(block.kind, []).append((block, nbytes))
         self._kinds = sorted(map(_Kind, kinds.values()), key=lambda kind: -kind.largest_bytes)
-        self._lead = next(place for place, kind in enumerate(self._kinds) if kind.of_layers)
+        self._lead = next((place for place, kind in enumerate(self._kinds) if kind.of_layers), 0)
         self._dense_bytes = sum(nbytes for kind in self._kinds for _, nbytes in kind.blocks)
         experts = [nbytes for block, nbytes in extents.items() if block.kind == "expert"]
         self._experts, self._expert_bytes = len(experts), max(experts, default=0)
         self._active = moe.active if (moe := spec.moe) else 0
         self._active_here = moe.active * len(moe.own) / moe.experts if moe else 0.0  # of a token, on average
-        self._moe_layers = sum(layer.moe for layer in spec.layers)
+        layers = sum(layer.moe for layer in spec.layers)
+        self._moe_layers = (
+            layers * self._experts / (layers * len(moe.own)) if moe else 0.0
+        )  # with all experts here
 
         @cache
         def pinned_bytes(kind: _Kind, count: int, leads: int) -> int:
@@ -50,7 +53,7 @@ class Pinnings:
             return sum(nbytes for _, nbytes in self._pinned(kind, count, leads))
 
         self._candidates: list[_Candidate] = []
-        for counts in _counts(self._kinds):
+        for counts in _counts(self._kinds) if self._kinds else [()]:
             each = zip(self._kinds, counts, strict=True)
             pinned = sum(pinned_bytes(kind, count, counts[self._lead]) for kind, count in each)
             self._candidates.append(_Candidate(counts, self._dense_bytes - pinned, *self._windows(counts)))

@@ -6,18 +6,18 @@ once, and logits come back. Of a mixture a token reads few experts, so the rest 
 the last layer on, experts. The CPU computes the others, for which hidden states go out and come back; or, for many
 tokens, they come, through what whole layers leave of the device's memory.
 
-Or all layers pass through the device in every step, while the CPU attends to K and V in this machine's memory: for
-thousands of tokens at once, for which a device has no room. Pure.
+What this machine's memory has no room for comes from its disk to the CPU, which computes it. Pure.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from .memory_layout import kv_page_bytes, staged_slot_bytes
+from .hardware_guesses import KV_SHARE
+from .memory_layout import LOADING_BYTES, PAGE_TOKENS, kv_page_bytes, staged_slot_bytes
+from .pinning import Pinnings
 from .plan import (
     BlockPlan,
     Misfit,
@@ -32,6 +32,7 @@ from .plan import (
     step_numbers,
 )
 from .spec import BlockId, ModelSpec
+from .streamed_plan import least_memory, streamed_within
 from .throughput.profile import Accelerator
 
 OPERANDS_BYTES = 1 << 20  # of a step besides hidden states: pages, positions, ids, routes
@@ -39,7 +40,7 @@ LAYERS_KEPT = 0.9  # of those that would be there with the shortest context
 STAGED_EXPERTS = 4  # at most, that come together
 STAGED_BYTES = 64 << 20  # of those, if more than one
 FEW_ROWS, MANY_ROWS = 64, 512  # with which an expert is tried: reading it decides, or arithmetic
-LOADING_BYTES = 32 << 20  # memory in which a block lies on its way to the device, besides the block
+_ENDLESS_BYTES = 1 << 62
 PINNED_BYTES = 6 << 20  # of memory that is page-locked, through which a device's copies go
 
 
@@ -98,13 +99,7 @@ def plan_on_device(
     layers, so the longest is taken that leaves most of the layers there that the shortest would. `staged_tokens`: of a
     step, from which on experts of the CPU should come to the device; 0 = they never should.
     """
-    tried = [_plan(wanted, model, room, memory_bytes, staged_tokens) for wanted in contexts]
-    plans = [made for made in tried if isinstance(made, Plan)]
-    if plans:
-        most = max(map(_layers_there, plans))
-        return next(plan for plan in plans if _layers_there(plan) >= LAYERS_KEPT * most)
-    found = [made for made in tried if isinstance(made, Misfit)]
-    return first_fit(found) if found else min(made for made in tried if isinstance(made, NoRoomThere))
+    return longest([_plan(wanted, model, room, memory_bytes, staged_tokens) for wanted in contexts])
 
 
 def device_scratch_bytes(wanted: Wanted, room: DeviceRoom) -> int:
@@ -157,13 +152,13 @@ def _plan(
     blocks = dict(model.blocks)
     if takes_head:
         there |= heads.keys()
-        blocks = _with_head_there(model, spec)
+        blocks = with_head_there(model, spec)
     plans = [
         BlockPlan(block, nbytes, "gpu", room.name) if block in there else BlockPlan(block, nbytes)
         for block, nbytes in blocks.items()
     ]
     least = replace(
-        plan_of(wanted, plans, pages, _host_scratch(wanted, plans)),
+        plan_of(wanted, plans, pages, host_scratch(wanted, plans)),
         device_scratch_bytes=scratch + model.vectors,
         staged_tokens=staged_tokens if staged else 0,
         staged_experts=staged,
@@ -181,67 +176,62 @@ def _plan(
     return replace(least, kv=kv_plan(wanted, min(pages * wanted.sequences, pages + more)))
 
 
-def plan_passing(
-    contexts: Sequence[Wanted],
-    model: ModelBytes,
-    room: DeviceRoom,
-    *,
-    memory_bytes: int,
-    vectors_bytes: int,
+def plan_beside_disk(
+    contexts: Sequence[Wanted], model: ModelBytes, room: DeviceRoom, *, memory_bytes: int
 ) -> Plan | Misfit | NoRoomThere:
-    """All layers in `memory_bytes` of this machine's memory, K and V, too; their weights pass through the device in
-    every step. Of experts as many stay there as there is room for, of every layer the same ones. contexts: as for
-    `plan_on_device`; the longest that fits is taken. `vectors_bytes`: of all norms and biases, which stay."""
-    tried = [_passing(wanted, model, room, memory_bytes, vectors_bytes) for wanted in contexts]
-    found = [made for made in tried if not isinstance(made, NoRoomThere)]
+    """As `plan_on_device`; what of the rest has no room in `memory_bytes` comes from disk to the CPU: layers through a
+    window, experts into slots. model: as it is in a pack, the head in slices, an embedding that is tied to it without
+    bytes."""
+    return longest([_beside_disk(wanted, model, room, memory_bytes) for wanted in contexts])
+
+
+def _beside_disk(
+    wanted: Wanted, model: ModelBytes, room: DeviceRoom, memory_bytes: int
+) -> Plan | Misfit | NoRoomThere:
+    there = _plan(wanted, model, room, _ENDLESS_BYTES, 0)
+    if not isinstance(there, Plan):
+        return there
+    rest = {it.block: it.nbytes for it in there.blocks if it.tier == "ram"}
+    pinnings = Pinnings(wanted.spec, rest)
+
+    def made(memory_bytes: int) -> Plan | None:
+        pages, (mine, whole) = there.kv.pages, there.device_layers
+        if mine < whole and wanted.kv_tokens is None:
+            here_bytes = kv_page_bytes(wanted.spec, wanted.kv_type) * (whole - mine) // whole
+            pages = max(least_kv_pages(wanted), min(pages, memory_bytes // KV_SHARE // here_bytes))
+        placed = replace(there, kv=kv_plan(wanted, pages))
+        here = streamed_within(
+            wanted._replace(kv_tokens=pages * PAGE_TOKENS),
+            rest,
+            model.vectors,
+            memory_bytes=memory_bytes + placed.device_kv_bytes,  # which it takes to be here
+            pinnings=pinnings,
+        )
+        if here is None:
+            return None
+        tiers = {it.block: it for it in here.blocks}
+        blocks = tuple(tiers.get(it.block, it) for it in there.blocks)
+        plan = replace(here, blocks=blocks, device_scratch_bytes=there.device_scratch_bytes)
+        plan = room_for_loading(plan)
+        return plan if plan.peak_bytes <= memory_bytes else None
+
+    return made(memory_bytes) or least_memory(made, memory_bytes)
+
+
+def room_for_loading(plan: Plan) -> Plan:
+    """The same plan, with at least as much of this machine's memory as blocks take on their way to the device: from a
+    pack they come there before there is anything else."""
+    lacks = max(0, loading_bytes(plan.blocks) - plan.peak_bytes)
+    return replace(plan, scratch_bytes=plan.scratch_bytes + lacks)
+
+
+def longest(tried: Sequence[Plan | Misfit | NoRoomThere]) -> Plan | Misfit | NoRoomThere:
+    """With the longest context that leaves most layers on the device, or that fits."""
+    if plans := [made for made in tried if isinstance(made, Plan)]:
+        most = max(map(_layers_there, plans))
+        return next(plan for plan in plans if _layers_there(plan) >= LAYERS_KEPT * most)
+    found = [made for made in tried if isinstance(made, Misfit)]
     return first_fit(found) if found else min(made for made in tried if isinstance(made, NoRoomThere))
-
-
-def _passing(
-    wanted: Wanted, model: ModelBytes, room: DeviceRoom, memory_bytes: int, vectors_bytes: int
-) -> Plan | Misfit | NoRoomThere:
-    spec = wanted.spec
-
-    def made(kept: int) -> Plan:
-        """With experts of these numbers and beyond on the device."""
-        blocks = [
-            BlockPlan(block, nbytes)
-            if block.kind == "embed"
-            else BlockPlan(
-                block,
-                nbytes,
-                "gpu" if block.kind == "head" or (block.kind == "expert" and block.expert >= kept) else "ram",
-                room.name,
-            )
-            for block, nbytes in _with_head_there(model, spec).items()
-        ]
-        beside = (
-            _asking_bytes(wanted) + vectors_bytes
-        )  # the CPU attends, so nothing is gathered there for that
-        scratch = device_scratch_bytes(wanted, room._replace(gathers=False)) + beside
-        plan = plan_of(wanted, blocks, least_kv_pages(wanted), _host_scratch(wanted, blocks))
-        return replace(plan, device_scratch_bytes=scratch)
-
-    experts = spec.moe.experts if spec.moe else 0
-    least = made(experts)
-    if least.device_bytes > room.free_bytes:
-        return NoRoomThere(least.device_bytes)
-    kept = bisect_left(range(experts), True, key=lambda kept: made(kept).device_bytes <= room.free_bytes)
-    plan = made(max(1, kept))  # else nothing would pass
-    if plan.peak_bytes > memory_bytes:
-        return Misfit(plan.peak_bytes, plan)
-    if wanted.kv_tokens is not None:
-        return plan
-    half = (memory_bytes - plan.peak_bytes + plan.kv.nbytes) // 2  # as `plan_in_ram`
-    pages = min(plan.kv.pages * wanted.sequences, half // kv_page_bytes(spec, wanted.kv_type))
-    return replace(plan, kv=kv_plan(wanted, max(plan.kv.pages, pages)))
-
-
-def _asking_bytes(wanted: Wanted) -> int:
-    """What is on its way between queries and what the CPU finds: q, k and v once more, put together, and the latter."""
-    spec = wanted.spec
-    rows = wanted.chunk_tokens + wanted.sequences + wanted.guesses
-    return 4 * rows * (2 * spec.heads + 2 * spec.kv_heads) * spec.head_dim
 
 
 def _heads(model: ModelBytes) -> dict[BlockId, int]:
@@ -254,7 +244,7 @@ def _head_bytes(model: ModelBytes, spec: ModelSpec) -> int:
     return max(sum(heads.values()), model.tied + 4 * spec.hidden if heads else 0)
 
 
-def _with_head_there(model: ModelBytes, spec: ModelSpec) -> dict[BlockId, int]:
+def with_head_there(model: ModelBytes, spec: ModelSpec) -> dict[BlockId, int]:
     """Bytes of all blocks with the head on a device: if it is tied, there are two of it then."""
     blocks, heads = dict(model.blocks), _heads(model)
     if model.tied and heads:
@@ -264,11 +254,15 @@ def _with_head_there(model: ModelBytes, spec: ModelSpec) -> dict[BlockId, int]:
     return blocks
 
 
-def _host_scratch(wanted: Wanted, blocks: Sequence[BlockPlan]) -> int:
+def host_scratch(wanted: Wanted, blocks: Sequence[BlockPlan]) -> int:
     """What this machine's memory holds besides weights that stay there, and K and V: of a step, or while loading."""
     held = sum(it.nbytes for it in blocks if it.tier == "ram")
-    passing = LOADING_BYTES + 2 * max(it.nbytes for it in blocks if it.tier == "gpu")
-    return max(scratch_bytes(wanted), passing) + arena_slack(held)
+    return max(scratch_bytes(wanted), loading_bytes(blocks)) + arena_slack(held)
+
+
+def loading_bytes(blocks: Sequence[BlockPlan]) -> int:
+    """Of this machine's memory, for blocks on their way to the device."""
+    return LOADING_BYTES + 2 * max((it.nbytes for it in blocks if it.tier == "gpu"), default=0)
 
 
 def _blocks(spec: ModelSpec, layer: int) -> tuple[tuple[BlockId, ...], tuple[BlockId, ...]]:

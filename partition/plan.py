@@ -44,6 +44,11 @@ class BlockPlan:
         """Whether it comes to the device that computes it, in every step."""
         return self.tier != "gpu" and self.device != "cpu"
 
+    @property
+    def slotted(self) -> bool:
+        """Whether it is an expert on disk that is read when it is asked for, into one of the slots."""
+        return self.tier == "disk" and self.block.kind == "expert" and not self.passes
+
 
 @dataclass(frozen=True)
 class KvPlan:
@@ -75,9 +80,7 @@ class Plan:
     window_bytes: int = 0  # the ring that streamed blocks pass through; 0 = none is streamed
     expert_slots: int = 0  # how many experts, of any layers, are in memory together if experts are on disk
     streamed_bytes: int = 0  # that one token alone reads from disk, if all experts are equally likely
-    rival_threads: int = (
-        0  # with which a token of one stream may be as quick, as far as predictions tell; 0: none
-    )
+    rival_threads: int = 0  # with which a token of one stream may be as quick, by predictions; 0: none
     ranks: int = 1
     overlap_rows: int = OVERLAP_ROWS  # in a group, steps of so many rows or more are computed in halves
     # Where rank 0 can compute without the others, they take part in steps of so many rows or more, and of so many
@@ -109,8 +112,8 @@ class Plan:
     @property
     def device_experts(self) -> tuple[int, int]:
         """(how many experts it computes, how many all layers have)."""
-        experts = [it for it in self.blocks if it.block.kind == "expert"]
-        return sum(it.tier == "gpu" for it in experts), len(experts)
+        tiers = [it.tier for it in self.blocks if it.block.kind == "expert"]
+        return tiers.count("gpu"), len(tiers)
 
     @property
     def device_whole(self) -> bool:
@@ -174,13 +177,13 @@ class Plan:
     @property
     def cyclic_bytes(self) -> int:
         """Bytes of the blocks that pass through the window in every step."""
-        others = ("embed", "expert")  # rows of the embedding are gathered, and experts have slots
-        return sum(it.nbytes for it in self.blocks if it.tier == "disk" and it.block.kind not in others)
+        on_disk = (it for it in self.blocks if it.tier == "disk" and it.block.kind != "embed")
+        return sum(it.nbytes for it in on_disk if not it.slotted)  # rows of the embedding are gathered
 
     @property
     def expert_bytes(self) -> int:
         """Bytes of the slots for experts, which are all as large as the largest expert on disk."""
-        sizes = (it.nbytes for it in self.blocks if it.tier == "disk" and it.block.kind == "expert")
+        sizes = (it.nbytes for it in self.blocks if it.slotted)
         return self.expert_slots * max(sizes, default=0)
 
     def rows_together(self, rows: int) -> int:
@@ -222,16 +225,21 @@ class Plan:
             return f"{by}, {self.placed}, {kv}"
         if not self.streams:
             return f"{by}, {format_bytes(self.weights_bytes)} of weights in ram, {kv}"
-        held, whole = format_bytes(self.pinned_bytes + self.expert_bytes), format_bytes(self.weights_bytes)
-        parts = [f"{held} of {whole} stay in memory"]
-        if self.expert_slots:
-            parts.append(f"{counted(self.expert_slots, 'expert')} among them, whichever are asked for")
-        if self.window_bytes:
-            through = f"through a window of {format_bytes(self.window_bytes)} each step"
-            parts.append(f"{format_bytes(self.cyclic_bytes)} pass {through}")
+        whole = format_bytes(self.weights_bytes)
+        said = (
+            f"{format_bytes(self.pinned_bytes + self.expert_bytes)} of {whole} stay in memory{self._others}"
+        )
         if step_s := self.step_s(read_bytes_per_s):
-            parts.append(f"about {step_s:.2g} s per token at {format_bytes(read_bytes_per_s)}/s")
-        return f"{by}, {', '.join(parts)}, {kv}"
+            said += f", about {step_s:.2g} s per token at {format_bytes(read_bytes_per_s)}/s"
+        return f"{by}, {said}, {kv}"
+
+    @property
+    def _others(self) -> str:
+        """How the CPU gets at what is on disk, in words; "" if nothing is."""
+        slots, window = counted(self.expert_slots, "expert"), format_bytes(self.window_bytes)
+        said = f", {slots} among them, whichever are asked for" if self.expert_slots else ""
+        passing = f", {format_bytes(self.cyclic_bytes)} pass through a window of {window} each step"
+        return said + (passing if self.window_bytes else "")
 
     @property
     def placed(self) -> str:
@@ -241,20 +249,22 @@ class Plan:
         weights, pages = format_bytes(self.device_weights_bytes), format_bytes(self.device_kv_bytes)
         if self.passes:
             passing = format_bytes(sum(it.nbytes for it in self.blocks if it.passes))
+            disk = f", {format_bytes(self.cyclic_bytes)} of them from disk" if self.streams else ""
             there = f"{weights} of weights on {self.device}, {passing} pass through it in every step"
-            return f"{there} while the cpu attends"
+            return f"{there}{disk} while the cpu attends"
         there = f"{self.there} on {self.device} with {weights} of weights and {pages} of KV"
         if self.staged_experts:
             there += f" (others come for steps of {counted(self.staged_tokens, 'token')} or more)"
-        return f"{there}, {format_bytes(self.pinned_bytes)} of weights in ram"
+        return (
+            f"{there}, {format_bytes(self.pinned_bytes + self.expert_bytes)} of weights in ram{self._others}"
+        )
 
     @property
     def there(self) -> str:
         """What the device computes, in words."""
         (mine, whole), (experts, among) = self.device_layers, self.device_experts
-        layers, notes = f"all {whole} layers", []
-        if mine < whole:
-            layers, notes = f"{mine} of {whole} layers", ["the last"]
+        layers = f"{mine} of {whole} layers" if mine < whole else f"all {whole} layers"
+        notes = ["the last"] if mine < whole else []
         if experts < among:
             notes.append(f"{experts:,} of {among:,} experts" if experts else "without experts")
         if notes:
@@ -293,16 +303,8 @@ class Wanted(NamedTuple):
 
 def wanted_by(plan: Plan, spec: ModelSpec) -> Wanted:
     """What the plan was asked for, with as much KV as memory allows."""
-    return Wanted(
-        spec,
-        plan.context_tokens,
-        None,
-        plan.kv.dtype,
-        plan.chunk_tokens,
-        plan.sequences,
-        plan.guesses,
-        plan.threads,
-    )
+    its = plan.chunk_tokens, plan.sequences, plan.guesses, plan.threads
+    return Wanted(spec, plan.context_tokens, None, plan.kv.dtype, *its)
 
 
 def scratch_bytes(wanted: Wanted, part_tokens: int | None = None) -> int:

@@ -41,8 +41,20 @@ def plan_streamed(
     that the window usually gets. pinnings: of these extents, if they are known already.
     """
     pinnings = pinnings or Pinnings(wanted.spec, extents)
-    plan = partial(_plan, wanted, pinnings, extents, vectors_bytes, window_times / WINDOW_SHARE)
-    return plan(memory_bytes) or _least(plan, memory_bytes)
+    plan = partial(_plan, wanted, pinnings, extents, vectors_bytes, window_times / WINDOW_SHARE, True)
+    return plan(memory_bytes) or least_memory(plan, memory_bytes)
+
+
+def streamed_within(
+    wanted: Wanted,
+    extents: Mapping[BlockId, int],
+    vectors_bytes: int,
+    *,
+    memory_bytes: int,
+    pinnings: Pinnings,
+) -> Plan | None:
+    """The same with steps no longer than is wanted, or None if not even the least fits."""
+    return _plan(wanted, pinnings, extents, vectors_bytes, 1 / WINDOW_SHARE, False, memory_bytes)
 
 
 def experts_together(slots: int) -> int:
@@ -56,7 +68,7 @@ def kv_has_room(wanted: Wanted, memory_bytes: int) -> bool:
     return context_pages * kv_page_bytes(wanted.spec, wanted.kv_type) <= memory_bytes // KV_SHARE
 
 
-def _least(plan: Callable[[int], Plan | None], memory_bytes: int) -> Misfit:
+def least_memory(plan: Callable[[int], Plan | None], memory_bytes: int) -> Misfit:
     """The least memory for which `plan` makes a plan. It makes none for `memory_bytes`."""
     enough = max(memory_bytes, _SEARCH_BYTES)
     while plan(enough) is None:
@@ -74,10 +86,11 @@ def _plan(
     extents: Mapping[BlockId, int],
     vectors_bytes: int,
     window_share: float,
+    longer: bool,
     memory_bytes: int,
 ) -> Plan | None:
     """None if not even the least fits."""
-    fixed = _fixed(wanted, memory_bytes)
+    fixed = _fixed(wanted, memory_bytes, longer=longer)
     always = vectors_bytes + READING_BYTES
     room = memory_bytes - always - fixed.kv_bytes - fixed.room_bytes
     pinning = pinnings.best(room, int(memory_bytes * window_share))
@@ -109,7 +122,7 @@ class _Fixed(NamedTuple):
     room_bytes: int
 
 
-def _fixed(wanted: Wanted, memory_bytes: int) -> _Fixed:
+def _fixed(wanted: Wanted, memory_bytes: int, *, longer: bool) -> _Fixed:
     """As much of a prompt in one step as its share of memory allows; then as many of its rows in a block together."""
     page_bytes = kv_page_bytes(wanted.spec, wanted.kv_type)
     kv_bytes = least_kv_pages(wanted) * page_bytes
@@ -121,7 +134,9 @@ def _fixed(wanted: Wanted, memory_bytes: int) -> _Fixed:
         return scratch_bytes(wanted._replace(chunk_tokens=chunk), part)
 
     least_part, first_part, most_part = PART_TOKENS
-    shortest, longest = wanted.chunk_tokens, max(wanted.chunk_tokens, pages * PAGE_TOKENS)
+    shortest = longest = wanted.chunk_tokens
+    if longer:
+        longest = max(longest, pages * PAGE_TOKENS)
     share = memory_bytes // SCRATCH_SHARE
     room = between(scratch(shortest, least_part), share, scratch(longest, most_part))
     part = first_part if scratch(shortest, first_part) <= room else least_part

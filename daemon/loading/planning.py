@@ -53,7 +53,7 @@ def make_plan(
     device = device or unmeasured(config.thread_count)
     machine, many = device.on(config.threads), math.isinf(config.slowdown)
     if room is not None and room.laws is None:
-        return _on_device(model, contexts, room, memory_bytes, machine, many=many)
+        return _on_device(model, contexts, room, memory_bytes, machine, many=many, streaming=streaming)
     if room is not None:
         made = with_device_or_alone(
             model, contexts, room, memory_bytes, machine, streaming=streaming, many=many
@@ -73,8 +73,9 @@ def _on_device(
     machine: Device,
     *,
     many: bool,
+    streaming: bool,
 ) -> Plan | Misfit:
-    made = plan_with_device(model, contexts, room, memory_bytes, machine, many=many)
+    made = plan_with_device(model, contexts, room, memory_bytes, machine, many=many, streaming=streaming)
     if isinstance(made, NoRoomThere):
         raise DaemonError(
             "resources",

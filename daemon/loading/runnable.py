@@ -59,7 +59,7 @@ class Runnable:
     read_bytes_per_s: float = 0.0
     kv_trouble: str = ""  # why its KV is not kept on disk though it was to be
     device_trouble: str = ""  # why the device that was named does not compute it, or not as fast as it could
-    kept_uses: KeptUses | None = None  # of its experts, if some are on a device and others are not
+    kept_uses: KeptUses | None = None  # of its experts, if they are in different places
 
     @property
     def foreseen(self) -> bool:
@@ -134,7 +134,7 @@ class Runnable:
                 peak_bytes += besides.plan.peak_bytes if besides is not None else 0
             else:
                 plan = require_plan(found, name)
-                if machine.home is not None and splits_experts(plan):
+                if machine.home is not None and (splits_experts(plan) or plan.expert_slots):
                     kept_uses = KeptUses(machine.home.experts, checkpoint, config.quant)
                     counts = kept_uses.read()
                     plan = with_used_experts(plan, counts)
@@ -152,7 +152,14 @@ class Runnable:
             def opened(plan: Plan, part: AnyCheckpoint) -> tuple[BlockStore, float]:
                 disk = device.disk_bytes_per_s or DISK_BYTES_PER_S
                 return open_store(
-                    plan, part, config.quant, packs, progress, bounded=tight, disk_bytes_per_s=disk
+                    plan,
+                    part,
+                    config.quant,
+                    packs,
+                    progress,
+                    bounded=tight,
+                    disk_bytes_per_s=disk,
+                    known=counts.shares,
                 )
 
             store, speed = opened(plan, part)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.packs import Packs
@@ -15,6 +17,7 @@ from shoal.offload.pack.manifest import Quant
 from shoal.offload.window.pinned import PackReader
 from shoal.offload.window.window_store import WindowStore
 from shoal.partition.plan import Plan
+from shoal.partition.spec import BlockId
 
 MEASURED_BYTES = 64 << 20  # loading fewer bytes says nothing about the disk's speed
 
@@ -28,10 +31,11 @@ def open_store(
     *,
     bounded: bool,
     disk_bytes_per_s: float,
+    known: Mapping[BlockId, float] = MappingProxyType({}),
 ) -> tuple[BlockStore, float]:
     """The store of a plan, with the blocks that stay already read, and the disk's speed meanwhile in bytes per second,
     0 if nothing will be streamed; `disk_bytes_per_s` where too little was read to tell. `bounded`: memory is limited,
-    so reading must leave nothing behind in it.
+    so reading must leave nothing behind in it. `known`: in which share of steps experts were used before.
 
     Raises OffloadError or CheckpointError, and DaemonError when it needs a pack and there is no place for one.
     """
@@ -52,7 +56,7 @@ def open_store(
         away = {item.block for item in plan.blocks if item.tier == "gpu"}
         return ResidentStore.load(plan, PackReader(pack, away), loading, home_of), 0.0
     began_s = time.monotonic()
-    store = WindowStore.open(plan, pack, loading)
+    store = WindowStore.open(plan, pack, loading, home_of, known)
     seconds = time.monotonic() - began_s
     measured = plan.pinned_bytes >= MEASURED_BYTES
     return store, plan.pinned_bytes / seconds if measured else disk_bytes_per_s

@@ -32,6 +32,11 @@ class UseCounts(NamedTuple):
     uses: Mapping[BlockId, int]
     parts: Mapping[int, int]
 
+    @property
+    def shares(self) -> dict[BlockId, float]:
+        """In which share of the parts of its layer each was used."""
+        return {block: count / self.parts[block.layer] for block, count in self.uses.items() if count}
+
 
 NONE_YET = UseCounts({}, {})
 

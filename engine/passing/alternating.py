@@ -41,12 +41,12 @@ class Alternating:
     ) -> None:
         self.home = home_of(plan.device)
         self._model = model
-        self._store = store
         self._kv = kv
         self._cpu = home_of("cpu")
         self._passing = PassingWeights(plan, store, self.home)
         layers = range(len(model.spec.layers))
         self._layers = [(BlockId("attn", layer), *model.spec.ffn_blocks(layer)) for layer in layers]
+        self._here = {its[0]: store.coming(its[0]).weights for its in self._layers}  # vectors, which stay
 
     @property
     def trouble(self) -> str:
@@ -81,22 +81,21 @@ class Alternating:
         """Takes hidden (T, C) through all layers, up to the last attention. Gives way where the CPU is to attend."""
         for blocks in self._layers:
             attention, *feeding = blocks
-            with self._store.acquire(attention) as here:
-                there = self._passing.lend(attention)
-                asked = self._model.asked(self.home, there, hidden, lambda x: x)
-                self.home.prefetch(*asked)
-                yield
-                q, k, v = (carried(x, self.home, self._cpu) for x in asked)
-                kv = self._kv.layers[attention.layer]
-                mixed = self._model.look_back(
-                    self._cpu, attention.layer, here, q, k, v, part.segments, rotations, kv
-                )
+            there, here = self._passing.lend(attention), self._here[attention]
+            asked = self._model.asked(self.home, there, hidden, lambda x: x)
+            self.home.prefetch(*asked)
+            yield
+            q, k, v = (carried(x, self.home, self._cpu) for x in asked)
+            kv = self._kv.layers[attention.layer]
+            mixed = self._model.look_back(
+                self._cpu, attention.layer, here, q, k, v, part.segments, rotations, kv
+            )
             mixed = carried(mixed, self._cpu, self.home)
             self._add(hidden, there, self._model.attended(self.home, there, mixed))
             self._passing.lent(attention)
             if blocks is not self._layers[-1]:
                 self._feed(blocks, hidden)
-                self._passing.lent(*filter(self._passing.passes, feeding))
+                self._passing.lent(*feeding)
 
     def _feed(self, blocks: Sequence[BlockId], hidden: Hidden) -> None:
         """Adds the feed-forward part of a layer, or its mixture, to hidden (T, C)."""
@@ -108,17 +107,10 @@ class Alternating:
         partial = home.zeros_like(hidden)
         x, routing, shared = self._model.route(home, there, hidden)
         used = [BlockId("expert", block.layer, expert) for expert in routing.used]
-        self._model.mix(home, {it.expert: self._weights(it) for it in used}, x, routing, partial)
+        self._model.mix(home, {it.expert: self._passing.lend(it) for it in used}, x, routing, partial)
         if shared is not None:
             home.add(partial, shared)
         self._add(hidden, there, partial)
-
-    def _weights(self, block: BlockId) -> Weights:
-        """On the device, where some stay."""
-        if self._passing.passes(block):
-            return self._passing.lend(block)
-        with self._store.acquire(block) as weights:
-            return weights
 
     def _add(self, hidden: Hidden, weights: Weights, partial: Hidden) -> None:
         self.home.add(hidden, self._model.leave(self.home, weights, partial))

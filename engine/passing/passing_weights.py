@@ -1,9 +1,10 @@
-"""Weights that lie on the host and pass through a device's memory in every step, in the order in which it uses them.
+"""Weights that lie on the host or on its disk and pass through a device's memory in every step, in the order in which
+it uses them.
 
 Each kind of block has two places there, in turns, as large as the largest of the kind. So while a layer is computed the
 next one comes, and it comes as soon as nothing is begun any more with what its places had. It goes on from the last
-layer of a step to the first of the next. Which copy waits for what knows the home. They are page-locked where they lie,
-as far as the system lets.
+layer of a step to the first of the next. Which copy waits for what knows the home; the copy, too, waits for a disk, not
+who asks for it. They are page-locked where they lie, as far as the system lets.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ class PassingWeights:
         self._rooms = {place: [home.staging(nbytes) for _ in range(2)] for place, nbytes in rooms.items()}
         self._vectors: dict[BlockId, dict[str, Floats]] = {}  # they are small, and stay
         for block in self._cycle:
-            with store.acquire(block) as here:
-                its = here.vector.items()
-                self._vectors[block] = {role: home.keep_vector(vector) for role, vector in its}
-        self._locked = home.lock(_memory(store, self._cycle))
+            its = store.coming(block).weights.vector.items()
+            self._vectors[block] = {role: home.keep_vector(vector) for role, vector in its}
+        staying = [it.block for it in plan.blocks if it.passes and it.tier == "ram"]
+        self._locked = home.lock(_memory(store, staying))
         self._there: dict[BlockId, Weights] = {}  # have come, or are on their way
         self._free = {place: deque(both) for place, both in self._rooms.items()}
         self._held: dict[BlockId, Bytes] = {}
@@ -69,16 +70,18 @@ class PassingWeights:
                 self._give_up(block)
         self._fetch()
 
-    def passes(self, block: BlockId) -> bool:
-        return block in self._vectors
-
     def lend(self, block: BlockId) -> Weights:
-        """A block on its way to the device. Computations with it wait for it."""
-        return self._there[block]
+        """A block on its way to the device, for which computations with it wait; or one that stays there."""
+        if block in self._vectors:
+            return self._there[block]
+        with self._store.acquire(block) as weights:
+            return weights
 
     def lent(self, *blocks: BlockId) -> None:
         """Somebody has begun all that these were lent for."""
         for block in blocks:
+            if block not in self._vectors:
+                continue
             self._left[block] -= 1
             if not self._left[block]:
                 del self._left[block]
@@ -97,8 +100,8 @@ class PassingWeights:
             if block in self._held or not (free := self._free[block.place]):
                 return
             room = self._held[block] = free.popleft()
-            with self._store.acquire(block) as here:
-                self._there[block] = brought(self._home, here, room, 0, room.nbytes, self._vectors[block])
+            coming = self._store.coming(block)
+            self._there[block] = brought(self._home, coming, room, 0, room.nbytes, self._vectors[block])
             self._next = (self._next + 1) % len(self._cycle)
 
     def _start_anew(self) -> None:

@@ -2,15 +2,17 @@
 
 Routing is not cyclic: some experts are chosen far more often than others. An expert's score is how often it was used;
 older uses count less. The expert with the lowest score goes. Of equal scores it is the one used last, because its layer
-comes again last. So a prompt that passes all experts once leaves those in place that are used often. The experts of the
-next layer can be guessed; they are read when there is nothing else to read, as long as most guesses come true. This
+comes again last. So a prompt that passes all experts once leaves those in place that are used often. What is known of
+earlier runs is where scores begin, and the most used experts are read before anybody asks. The experts of the next
+layer can be guessed; they are read when there is nothing else to read, as long as most guesses come true. This
 module knows slots, all of one size, and scores. It reads nothing and holds no lock.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from heapq import heappop, heappush
+from types import MappingProxyType
 
 from shoal.partition.spec import BlockId
 
@@ -18,15 +20,26 @@ from .window import Extent, Passage, Read
 
 HALF_LIFE_STEPS = 64.0  # a use that many steps ago counts half
 LARGEST_WEIGHT = 1e100
+STEADY_USES = 1 / (
+    1 - 2 ** (-1 / HALF_LIFE_STEPS)
+)  # the score of an expert that every step has used for long
 TRUST = 0.5  # the share of guesses that must come true for guesses to be read ahead
 TRUST_MEMORY = 0.05  # the weight of the newest guesses in that share
 AHEAD = 32  # experts of a layer are leased or read ahead; for more, often used ones would have to go
 
 
 class ExpertCache:
-    """Experts in `slots` places of `slot_bytes`. At most `slots` may be leased at a time."""
+    """Experts in `slots` places of `slot_bytes`. At most `slots` may be leased at a time. `known`: in which share of
+    earlier steps each was used."""
 
-    def __init__(self, slots: int, slot_bytes: int, experts: Sequence[Extent], ahead: int = AHEAD) -> None:
+    def __init__(
+        self,
+        slots: int,
+        slot_bytes: int,
+        experts: Sequence[Extent],
+        ahead: int = AHEAD,
+        known: Mapping[BlockId, float] = MappingProxyType({}),
+    ) -> None:
         self._extents = {extent.block: extent for extent in experts}
         self._slot_bytes = slot_bytes
         self._free = list(range(slots - 1, -1, -1))
@@ -39,7 +52,11 @@ class ExpertCache:
         self._done = 0  # how many of the expected ones have been used
         self._wanted = -1  # the place of the one that is waited for
         self._reading: Passage | None = None  # the one of which only a part has been asked for
-        self._scores: dict[BlockId, float] = {}
+        self._scores = {block: STEADY_USES * known[block] for block in self._extents if known.get(block)}
+        often = sorted(self._scores, key=lambda block: -self._scores[block])
+        self._known = often[:slots][
+            ::-1
+        ]  # to be read while there is nothing else to read; the next one is last
         self._used: dict[BlockId, int] = {}  # when an expert was used last
         # Candidates to go. Stale entries are passed over.
         self._heap: list[tuple[float, int, BlockId]] = []
@@ -84,7 +101,7 @@ class ExpertCache:
     def next_read(self, most_bytes: int) -> Read | None:
         """What to read now; None when nothing is missing or no slot is free."""
         if self._reading is None:
-            chosen = self._next_missing() or self._next_likely()
+            chosen = self._next_missing() or self._next_likely() or self._next_known()
             if chosen is None:
                 return None
             block, slot = chosen
@@ -149,6 +166,13 @@ class ExpertCache:
         if not self._free:
             self._let_one_go()
         return (block, self._free.pop()) if self._free else None
+
+    def _next_known(self) -> tuple[BlockId, int] | None:
+        """The next expert to read that was used often before, as long as a slot is free that nobody has needed."""
+        while self._known and self._free:
+            if (block := self._known.pop()) not in self._held:
+                return block, self._free.pop()
+        return None
 
     def _let_one_go(self) -> None:
         """Evicts the one with the lowest score of those that are neither expected nor likely, if there is one."""

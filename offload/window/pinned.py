@@ -7,11 +7,11 @@ of any head can be had as one block.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from itertools import groupby
 
 from shoal.offload.block_store import Arriving
 from shoal.offload.errors import StoreError
 from shoal.offload.pack.pack import Pack
+from shoal.partition.memory_layout import LOADING_BYTES
 from shoal.partition.spec import BlockId
 
 from .fetcher import Fetcher
@@ -59,7 +59,7 @@ class Pinned:
 
 class PackReader:
     """A `BlockReader` of a pack. Its reader threads end when the blocks have been read. Blocks that go `away` from this
-    memory at once are read a layer at a time, behind the others."""
+    memory at once are read a few at a time, behind the others."""
 
     def __init__(self, pack: Pack, away: Collection[BlockId] = ()) -> None:
         self._pack = pack
@@ -68,12 +68,22 @@ class PackReader:
     def read_blocks(self, blocks: Sequence[BlockId]) -> Arriving:
         """See `BlockReader`. Raises OffloadError."""
         yield from self._together([block for block in blocks if block not in self._away])
-        going = (block for block in blocks if block in self._away)
-        for _, layer in groupby(going, key=lambda block: (block.layer, block.kind == "head" and block)):
-            yield from self._together(list(layer))
+        some: list[BlockId] = []
+        for block in (block for block in blocks if block in self._away):
+            alone = block.kind == "head" or (some and some[-1].kind == "head")
+            if alone or self._nbytes([*some, block]) > LOADING_BYTES:
+                yield from self._together(some)
+                some = []
+            some.append(block)
+        yield from self._together(some)
+
+    def _nbytes(self, blocks: Sequence[BlockId]) -> int:
+        return sum(item.nbytes for block in blocks if (item := self._pack.blocks.get(block)) is not None)
 
     def _together(self, blocks: Sequence[BlockId]) -> Arriving:
         """All of them lie in one piece of memory."""
+        if not blocks:
+            return
         pinned = Pinned(self._pack, blocks)
         readers = Readers(self._pack, [pinned.region])
         try:

@@ -124,6 +124,11 @@ class Window:
                 return None
         return last.ask(most_bytes)
 
+    def place(self, block: BlockId) -> Passage:
+        """Where the block will be, whenever it passes."""
+        index = self._index[block]
+        return Passage(block, self._cycle[index].offset, self._positions[index], self._cycle[index].nbytes)
+
     def want(self, block: BlockId) -> Passage:
         """The passage of the block that is used next. Blocks that should have come before it are skipped. If it is not
         on its way, the window begins with it."""
@@ -153,7 +158,6 @@ class Window:
 
     def _begin(self, index: int) -> Passage:
         self._next = (index + 1) % len(self._cycle)
-        extent = self._cycle[index]
-        passage = Passage(extent.block, extent.offset, self._positions[index], extent.nbytes)
+        passage = self.place(self._cycle[index].block)
         self._passing.append(passage)
         return passage

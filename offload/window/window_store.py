@@ -10,21 +10,22 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
+from types import MappingProxyType
 
-from shoal.kernels import gather_rows
+from shoal.kernels import ComputeHome, gather_rows, home_of
 from shoal.kernels.arrays import Floats, Ids
 from shoal.kernels.huge_pages import Arena
 from shoal.models.weights import Weights
-from shoal.offload.block_store import ReadStage, Resident, keep
+from shoal.offload.block_store import Coming, Hearing, ReadStage, Resident, keep, placed
 from shoal.offload.bytes_done import BytesDone, unheard
-from shoal.offload.errors import StoreError
+from shoal.offload.errors import OffloadError, StoreError
 from shoal.offload.pack.pack import Pack
 from shoal.partition.plan import Plan
 from shoal.partition.spec import BlockId
 
 from .embedding import Embedding
 from .expert_cache import ExpertCache
-from .pinned import EMBED, Pinned, located
+from .pinned import EMBED, PackReader, Pinned, located
 from .readers import Readers, Region
 from .window import Passage, Window
 
@@ -47,29 +48,60 @@ class _Lease:
         self._readers.give_back(self._region, self._passage)
 
 
-class WindowStore:
-    """A `BlockStore`. One thread acquires, and it holds one block of the window at a time. Any thread may call `stage`
-    and `close`."""
+class _Together:
+    """A lease that so many copies need, one after the other, in any thread: the first of them waits for the block, and
+    it is given back after the last. Where it cannot be read, all of them fail."""
 
-    def __init__(self, plan: Plan, pack: Pack) -> None:
-        """Takes memory and begins to read the blocks that pass through the window. Raises StoreError when the
-        pack lacks a block or the plan has no place for one."""
+    def __init__(self, lease: AbstractContextManager[Weights], copies: int) -> None:
+        self._lease, self._left = lease, copies
+        self._held = False
+        self._error: OffloadError | None = None
+
+    def __enter__(self) -> None:
+        self._left -= 1
+        if self._error is not None:
+            raise type(self._error)(*self._error.args)
+        if not self._held:
+            try:
+                self._lease.__enter__()
+            except OffloadError as error:
+                self._error = error.with_traceback(None)
+                raise type(error)(*error.args) from None
+            self._held = True
+
+    def __exit__(self, *_: object) -> None:
+        if not self._left:
+            self._held = False
+            self._lease.__exit__(None, None, None)
+
+
+class WindowStore:
+    """A `BlockStore`. One thread acquires, and it or that of a device's copies holds one block of the window at a time.
+    Any thread may call `stage` and `close`."""
+
+    def __init__(self, plan: Plan, pack: Pack, known: Mapping[BlockId, float] = MappingProxyType({})) -> None:
+        """Takes memory and begins to read the blocks that pass through the window, and experts that were used often
+        before (`known`: in which share of steps). Raises StoreError when the pack lacks a block or the plan has no
+        place for one."""
         pinned = [item.block for item in plan.blocks if item.tier == "ram"]
-        streamed = [item.block for item in plan.blocks if item.tier == "disk"]
-        cycle = located(pack, (block for block in streamed if block.kind not in ("embed", "expert")))
-        experts = located(pack, (block for block in streamed if block.kind == "expert"))
+        streamed = [item.block for item in plan.blocks if item.tier == "disk" and item.block.kind != "embed"]
+        slotted = {item.block for item in plan.blocks if item.slotted}
+        cycle = located(pack, (block for block in streamed if block not in slotted))
+        experts = located(pack, (block for block in streamed if block in slotted))
         if any(extent.nbytes > plan.window_bytes for extent in cycle):
             raise StoreError(f"a window of {plan.window_bytes} bytes cannot hold the largest block streamed")
         if experts and not plan.expert_slots:
             raise StoreError(f"{len(experts)} experts are on disk, but the plan has no slots for them")
         arena = Arena()
         self._pinned = Pinned(pack, pinned)
-        self._embedding = Embedding(pack) if EMBED in streamed else None
+        gathers = any(item.block == EMBED and item.tier == "disk" for item in plan.blocks)
+        self._embedding = Embedding(pack) if gathers else None
         slot_bytes = max((extent.nbytes for extent in experts), default=0)
-        self._experts = ExpertCache(plan.expert_slots, slot_bytes, experts)
+        self._experts = ExpertCache(plan.expert_slots, slot_bytes, experts, known=known)
         self._slots = Region(self._experts, arena.take(plan.expert_slots * slot_bytes), slots=True)
         self._window = Window(plan.window_bytes, cycle)
         self._ring = Region(self._window, arena.take(plan.window_bytes))
+        self._slotted = slotted
         self._streams = bool(cycle or experts)
         self._kept: Mapping[BlockId, Resident] = {}
         blocks = [item.block for item in plan.blocks if item.block.kind not in ("embed", "expert")]
@@ -80,12 +112,23 @@ class WindowStore:
         self._readers = Readers(pack, [*gathered, self._pinned.region, self._slots, self._ring])
 
     @classmethod
-    def open(cls, plan: Plan, pack: Pack, progress: BytesDone = unheard) -> WindowStore:
-        """A store that has read the blocks that stay in memory; `progress` hears of each. Raises OffloadError."""
-        store = cls(plan, pack)
+    def open(
+        cls,
+        plan: Plan,
+        pack: Pack,
+        progress: BytesDone = unheard,
+        home_of: Callable[[str], ComputeHome] = home_of,
+        known: Mapping[BlockId, float] = MappingProxyType({}),
+    ) -> WindowStore:
+        """A store that has read the blocks that stay: in memory, or in that of their device's home (`home_of`), which
+        come first; `progress` hears of each. Raises OffloadError, and KernelError where a device does not take them."""
+        sizes = {item.block: item.nbytes for item in plan.blocks if item.tier != "disk"}
+        away = {item.block: home_of(item.device) for item in plan.blocks if item.tier == "gpu"}
+        hear = Hearing(sizes, progress)
+        there = keep(placed(PackReader(pack, away).read_blocks(list(away)), away), hear) if away else {}
+        store = cls(plan, pack, known)
         try:
-            sizes = {item.block: item.nbytes for item in plan.blocks if item.tier == "ram"}
-            store._kept = keep(store._pinned.arriving(store._readers), sizes, progress)
+            store._kept = {**there, **keep(store._pinned.arriving(store._readers), hear)}
             if store._embedding is not None:
                 store._embedding.check(store._readers)
         except BaseException:
@@ -106,9 +149,17 @@ class WindowStore:
         self._done = self._place.get(block, self._done)
         if (kept := self._kept.get(block)) is not None:
             return kept
-        if block.kind == "expert":
+        if block in self._slotted:
             return _Lease(self._readers, self._slots, partial(self._experts.want, block))
         return _Lease(self._readers, self._ring, partial(self._window.want, block))
+
+    def coming(self, block: BlockId) -> Coming:
+        if (kept := self._kept.get(block)) is not None:
+            return Coming(kept.enter_result)
+        assert block not in self._slotted, "an expert has no place of its own"
+        lease = self.acquire(block)
+        weights = self._ring.weights(self._readers.pack, self._window.place(block))
+        return Coming(weights, _Together(lease, len(weights.matrix)))
 
     @contextmanager
     def acquire_all(self, blocks: Sequence[BlockId]) -> Generator[list[Weights], None, None]:

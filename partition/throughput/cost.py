@@ -13,17 +13,16 @@ from typing import NamedTuple
 
 from ..plan import Plan
 from ..spec import BlockId
-from .laws import DISTINCT_SHARE, NOTHING, Rows, products, together, windowed_bytes_per_s
+from .laws import DISTINCT_SHARE, NOTHING, Rows, products
 from .prediction import Binding, Job, Prediction, uncertainty
 from .profile import Device
-from .schedule import Experts, Lap, Use, expert_waits, lap
+from .schedule import Experts, Use, contended
 from .step_pieces import Pieces
 from .weights_of import Weighed
 from .with_device import device_step
 
 PROCESS_BYTES = 80 << 20  # the interpreter with its libraries, before there is a model
 _SAMPLES = 4  # chunks of a long prompt that are worked out; the others lie between
-_ROUNDS = 2  # how contention is found, which depends on what it changes
 
 
 class Took(NamedTuple):
@@ -162,7 +161,7 @@ def _step(
     which nothing is known, as if the CPU computed all."""
     if any(it.name == plan.device for it in device.accelerators):
         there = device_step(model, plan, device, segments, wanted, share)
-        return _Step(there.seconds, 0.0, there.parts)
+        return _Step(there.seconds, there.stall_s, there.parts)
     rows = sum(segment.alike * segment.rows for segment in segments)
     pieces = Pieces(model, plan, device, segments, share)
     tier = {it.block: it.nbytes if it.tier == "disk" else 0 for it in plan.blocks}
@@ -195,7 +194,7 @@ def _step(
     more = sum(segment.alike for segment in segments) - 1
     streams_s = more * (overheads.stream_s + (last + 1) * overheads.stream_layer_s)
     between_s = overheads.step_s + streams_s + overheads.logit_s * wanted * model.spec.vocab
-    found = _contended(device, plan, uses, mixtures, between_s)
+    found = contended(device, plan.window_bytes, uses, mixtures, between_s)
     seconds = max(found.step_s, found.disk_s)
     parts: dict[Binding, float] = {
         "memory": computing.memory_s,
@@ -206,32 +205,6 @@ def _step(
     stall_s = max(0.0, seconds - computing.seconds - calls_s - between_s)
     times = device.corrections.times(parts)
     return _Step(times * seconds, times * stall_s, parts)
-
-
-def _contended(
-    device: Device, plan: Plan, uses: Sequence[Use], mixtures: Mapping[int, Experts], between_s: float
-) -> Lap:
-    """The step as the window and the cache of experts make it, while disk and processor take speed from each other as
-    long as both work."""
-    compute_s = sum(use.compute_s for use in uses)
-    found = Lap(compute_s + between_s, 0.0, 0.0)
-    if not (mixtures or any(use.nbytes for use in uses)):
-        return found
-    slower = 1.0, 1.0
-    for _ in range(_ROUNDS):
-        computed, read = slower
-        contended, experts_disk_s = [], 0.0
-        for place, use in enumerate(uses):
-            waited_s = 0.0
-            if (its := mixtures.get(place)) is not None:
-                speed = windowed_bytes_per_s(device, its.nbytes) / read
-                waited_s, disk_s = expert_waits(its.slower(computed), speed)
-                experts_disk_s += disk_s
-            contended.append(use._replace(compute_s=use.compute_s * computed + waited_s))
-        passing = lap(contended, plan.window_bytes, windowed_bytes_per_s(device) / read, between_s)
-        found = passing._replace(disk_s=passing.disk_s + experts_disk_s)
-        slower = together(device, compute_s * computed / found.step_s, found.disk_s / found.step_s)
-    return found
 
 
 def _start_s(model: Weighed, plan: Plan, device: Device) -> tuple[float, float]:

@@ -8,15 +8,18 @@ the first of the next. Pure.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from .laws import together, windowed_bytes_per_s
+from .profile import Device
 from .ring import waits_for
 
 _LAPS = 3  # the first fill the ring
 _PIECE_BYTES = 4 << 20
 GUESSED_RIGHT = 0.85  # of guesses which experts the next layer will choose (0.85 to 0.9: docs/LOG.md)
 _GUESSING = 8  # rounds: what is guessed depends on the time that it leaves
+_ROUNDS = 2  # how contention is found, which depends on what it changes
 _PIECES = 1000  # of a lap, about, at most: larger pieces tell as much
 
 
@@ -122,3 +125,33 @@ def expert_waits(its: Experts, bytes_per_s: float) -> Waits:
         disk_s = (its.missing + (1 - its.right) * guessed) * one_s
         guessed = min(its.missing, (its.before_s + its.compute_s + stall_s - left_s) / one_s)
     return Waits(stall_s, disk_s)
+
+
+def contended(
+    device: Device,
+    window_bytes: int,
+    uses: Sequence[Use],
+    mixtures: Mapping[int, Experts],
+    between_s: float,
+) -> Lap:
+    """The step as the window and the cache of experts make it, while disk and processor take speed from each other as
+    long as both work. `mixtures`: experts on disk, by the place of the use that waits for them."""
+    compute_s = sum(use.compute_s for use in uses)
+    found = Lap(compute_s + between_s, 0.0, 0.0)
+    if not (mixtures or any(use.nbytes for use in uses)):
+        return found
+    slower = 1.0, 1.0
+    for _ in range(_ROUNDS):
+        computed, read = slower
+        contended, experts_disk_s = [], 0.0
+        for place, use in enumerate(uses):
+            waited_s = 0.0
+            if (its := mixtures.get(place)) is not None:
+                speed = windowed_bytes_per_s(device, its.nbytes) / read
+                waited_s, disk_s = expert_waits(its.slower(computed), speed)
+                experts_disk_s += disk_s
+            contended.append(use._replace(compute_s=use.compute_s * computed + waited_s))
+        passing = lap(contended, window_bytes, windowed_bytes_per_s(device) / read, between_s)
+        found = passing._replace(disk_s=passing.disk_s + experts_disk_s)
+        slower = together(device, compute_s * computed / found.step_s, found.disk_s / found.step_s)
+    return found

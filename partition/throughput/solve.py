@@ -20,7 +20,7 @@ from ..sum_cost import Wire
 from .alone import USUAL, WINDOWS, best, ways
 from .cost import beside_bytes, cost
 from .group_plans import Groups
-from .placing.device_ways import expert_of, ways_through_device, ways_with_device
+from .placing.device_ways import expert_of, ways_from_disk, ways_through_device, ways_with_device
 from .prediction import Job, Prediction
 from .profile import Device, Profile
 from .weights_of import Weighed
@@ -159,15 +159,17 @@ def _alone(
 
 def _with_devices(model: Weighed, asking: Sequence[Wanted], device: Device, job: Job) -> Iterator[Candidate]:
     """Each device of this machine computes with it: what fits there, or all layers, whose weights pass through it. That
-    takes long steps."""
+    takes long steps. Only what has no room otherwise comes from disk."""
     more = beside_bytes(model, asking[0].kv_type)
     memory_bytes = max(0, int(device.memory_bytes) - more)
     long = [it._replace(chunk_tokens=max(it.chunk_tokens, PASSING_TOKENS)) for it in asking]
     for its in device.accelerators:
         room = room_of(its, expert_of(model))
-        for name, order, made in ways_with_device(model, asking, room, memory_bytes, device):
-            yield _candidate(name, order, model, made, device, job, more)
-        for name, order, made in ways_through_device(model, long, room, memory_bytes):
+        found = [*ways_with_device(model, asking, room, memory_bytes, device)]
+        found += ways_through_device(model, long, room, memory_bytes)
+        if device.disk_bytes_per_s and not any(isinstance(way.made, Plan) for way in found):
+            found += ways_from_disk(model, asking, room, memory_bytes)
+        for name, order, made in found:
             yield _candidate(name, order, model, made, device, job, more)
 
 

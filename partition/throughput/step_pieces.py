@@ -27,10 +27,10 @@ class Pieces:
         self._known: dict[object, Share] = {}
         self._sizes: dict[object, float] = {}
         moe = model.spec.moe
-        held = [it for it in plan.blocks if it.block.kind == "expert" and it.tier == "disk"] if moe else []
+        held = [it for it in plan.blocks if it.slotted] if moe else []
         self._missing = max(0.0, 1 - plan.expert_slots / len(held)) if held else 0.0
         self._expert_bytes = max((it.nbytes for it in held), default=0)
-        self._guesses = all(it.tier == "ram" for it in plan.blocks if it.block.kind == "router")
+        self._guesses = all(it.tier != "disk" for it in plan.blocks if it.block.kind == "router")
 
     def attention(self, kind: LayerKind) -> Share:
         key = kind.attention, kind.window

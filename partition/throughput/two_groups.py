@@ -1,8 +1,9 @@
 """How long a step takes whose weights pass through a device while the CPU attends, for one group of rows or for several
 that take turns: the schedule of `engine.passing`, with seconds instead of arrays.
 
-Five things go on beside each other: the device computes, weights come to it, hidden states come, others leave, and the
-host attends and waits. Each does one thing after the other. Pure.
+Six things go on beside each other: a disk reads weights into a window; from there, or from memory, they come to the
+device; this computes; hidden states come, others leave, and the host attends and waits. Each does one thing after the
+other. Pure.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Literal, NamedTuple
+
+from .ring import waits_for
 
 PassingPiece = Literal["attn", "ffn", "router", "experts"]
 
@@ -48,11 +51,28 @@ class LayerTurn(NamedTuple):
     feeding: Feeding | None = None
 
 
-class Layer(NamedTuple):
-    """`comes_s`: what pieces of its weights take to come. `turns`: of each group."""
+class Coming(NamedTuple):
+    """A block on its way to the device: seconds of its copy, and how many bytes of it pass through the window first (0:
+    it is in memory)."""
 
-    comes_s: Mapping[PassingPiece, float]
+    copy_s: float
+    disk_bytes: int = 0
+
+
+class Layer(NamedTuple):
+    """`comes`: what comes of each piece of its weights, in this order; pieces that stay are not there. `turns`: of each
+    group."""
+
+    comes: Mapping[PassingPiece, Sequence[Coming]]
     turns: tuple[LayerTurn, ...]
+
+
+class Disk(NamedTuple):
+    """Reads into a window of so many bytes."""
+
+    bytes_per_s: float = 1.0
+    window_bytes: int = 0
+    piece_bytes: int = 4 << 20  # a block is read in pieces, each when its place is free
 
 
 class Tail(NamedTuple):
@@ -74,26 +94,58 @@ class Alternation(NamedTuple):
     device_s: float
     weights_s: float
     host_s: float
+    disk_s: float = 0.0
 
 
-def alternate(layers: Sequence[Layer], tail: Tail, enters_s: float = 0.0) -> Alternation:
+NO_DISK = Disk()
+
+
+def alternate(
+    layers: Sequence[Layer], tail: Tail, enters_s: float = 0.0, disk: Disk = NO_DISK
+) -> Alternation:
     """A step in the long run. `enters_s`: until its rows have come to the device."""
-    clock = _Clock(layers)
+    clock = _Clock(layers, disk)
     ends = [clock.step(tail, enters_s) for _ in range(_LAPS)]
     device_s, weights_s, host_s = (clock.busy[it] / _LAPS for it in ("device", "weights", "host"))
-    return Alternation(ends[-1] - ends[-2], device_s, weights_s, host_s)
+    read_bytes = sum(it.disk_bytes for layer in layers for its in layer.comes.values() for it in its)
+    return Alternation(ends[-1] - ends[-2], device_s, weights_s, host_s, read_bytes / disk.bytes_per_s)
 
 
-def step_ends(layers: Sequence[Layer], tail: Tail, enters_s: float, steps: int) -> list[float]:
+def step_ends(
+    layers: Sequence[Layer], tail: Tail, enters_s: float, steps: int, disk: Disk = NO_DISK
+) -> list[float]:
     """When each of so many steps ends, before the first of which nothing has come."""
-    clock = _Clock(layers)
+    clock = _Clock(layers, disk)
     return [clock.step(tail, enters_s) for _ in range(steps)]
+
+
+class _Ring:
+    """When blocks that come from disk are in the window: each is read in pieces, as soon as what lay there has been
+    copied."""
+
+    def __init__(self, disk: Disk, cycle: Sequence[int]) -> None:
+        self._pieces = waits_for(disk.window_bytes, tuple(cycle), disk.piece_bytes) if cycle else []
+        self._bytes_per_s = disk.bytes_per_s
+        self._now_s = 0.0
+        self._left: list[float] = []  # when each was copied, from the first on
+
+    def arrival(self) -> float:
+        """Of the next one."""
+        passage = len(self._left)
+        for nbytes, back in self._pieces[passage % len(self._pieces)]:
+            free_s = self._left[passage - back] if passage >= back else 0.0
+            self._now_s = max(self._now_s, free_s) + nbytes / self._bytes_per_s
+        return self._now_s
+
+    def left(self, at_s: float) -> None:
+        """It has been copied."""
+        self._left.append(at_s)
 
 
 class _Clock:
     """When each is free again, in seconds."""
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
+    def __init__(self, layers: Sequence[Layer], disk: Disk) -> None:
         self.host_s = self.device_s = self.weights_s = self.in_s = self.out_s = 0.0
         self.busy = dict.fromkeys(("device", "weights", "host"), 0.0)
         self._layers = layers
@@ -102,8 +154,10 @@ class _Clock:
         ] = []  # of each layer: the how manieth of its kind each piece is
         counts: Counter[PassingPiece] = Counter()
         for layer in layers:
-            self._numbers.append({piece: counts[piece] for piece in layer.comes_s})
-            counts.update(layer.comes_s.keys())
+            self._numbers.append({piece: counts[piece] for piece in layer.comes})
+            counts.update(layer.comes.keys())
+        all = (it.disk_bytes for layer in layers for its in layer.comes.values() for it in its)
+        self._ring = _Ring(disk, [nbytes for nbytes in all if nbytes])
         self._counts = counts
         self._came: dict[PassingPiece, list[float]] = {piece: [] for piece in counts}
         self._used: dict[PassingPiece, list[float]] = {piece: [] for piece in counts}
@@ -121,7 +175,7 @@ class _Clock:
         if tail.fed is not None:
             self._feed(len(self._layers) - 1, tail.fed, last=True)
         else:  # nobody needs what has come for that
-            for piece in self._layers[-1].comes_s.keys() - {"attn"}:
+            for piece in self._layers[-1].comes.keys() - {"attn"}:
                 self._used[piece].append(self.device_s)
         self._compute(tail.head_s)
         self._wait(self._leave(tail.leaves_s))
@@ -139,8 +193,7 @@ class _Clock:
             self._wait(left_s)
             self._host(turn.attends_s)
             self._compute(turn.attended_s, self._enter(turn.back_s))
-            if last:
-                self._used["attn"].append(self.device_s)
+            self._note_used(place, "attn", last=last)
             self._compute(turn.added_s)
             if turn.feeding is not None:
                 self._feed(place, turn.feeding, last=last)
@@ -150,22 +203,26 @@ class _Clock:
         self._compute(its.normed_s)
         piece: PassingPiece = "ffn"
         routed_s = 0.0
-        if "router" in self._layers[place].comes_s:
+        if "router" in self._layers[place].comes:
             self._compute(its.scored_s, self._arrival(place, "router"))
             left_s = self._leave(its.leaves_s)
             self._compute(its.shared_s)
-            if last:
-                self._used["router"].append(self.device_s)
+            self._note_used(place, "router", last=last)
             self._wait(left_s)
             routed_s = self._enter(its.routes_s)
             piece = "experts"
         self._compute(its.mixed_s, max(routed_s, self._arrival(place, piece)))
-        if last:
-            self._used[piece].append(self.device_s)
+        self._note_used(place, piece, last=last)
         self._compute(its.added_s)
 
+    def _note_used(self, place: int, piece: PassingPiece, *, last: bool) -> None:
+        if last and piece in self._layers[place].comes:
+            self._used[piece].append(self.device_s)
+
     def _arrival(self, place: int, piece: PassingPiece) -> float:
-        """When this step's piece of a layer has come."""
+        """When this step's piece of a layer has come; one that stays has always been there."""
+        if piece not in self._layers[place].comes:
+            return 0.0
         number = self._laps * self._counts[piece] + self._numbers[place][piece]
         while len(self._came[piece]) <= number:
             next(self._coming)
@@ -176,11 +233,15 @@ class _Clock:
         its place is free then."""
         while True:
             for layer in self._layers:
-                for piece, seconds in layer.comes_s.items():
+                for piece, its in layer.comes.items():
                     number = len(self._came[piece])
                     free_s = self._used[piece][number - PLACES] if number >= PLACES else 0.0
-                    self.weights_s = max(self.weights_s, free_s) + seconds
-                    self.busy["weights"] += seconds
+                    for seconds, disk_bytes in its:
+                        here_s = self._ring.arrival() if disk_bytes else 0.0
+                        self.weights_s = max(self.weights_s, free_s, here_s) + seconds
+                        self.busy["weights"] += seconds
+                        if disk_bytes:
+                            self._ring.left(self.weights_s)
                     self._came[piece].append(self.weights_s)
                     yield
 

@@ -12,16 +12,27 @@ from functools import cached_property
 from ..placement import FEW_ROWS, MANY_ROWS, DeviceRoom, ExpertTimes
 from ..plan import BlockPlan, Plan
 from ..spec import BlockId
-from .laws import Rows, as_it_ran, attention, distinct_experts, product, products
+from .laws import (
+    Rows,
+    as_it_ran,
+    attention,
+    distinct_experts,
+    product,
+    products,
+    together,
+    windowed_bytes_per_s,
+)
 from .placing.device_cost import DeviceStep, staying_step
 from .prediction import Binding
 from .profile import Accelerator, Device
-from .two_groups import Feeding, Layer, LayerTurn, PassingPiece, Tail, alternate
+from .two_groups import Alternation, Coming, Disk, Feeding, Layer, LayerTurn, PassingPiece, Tail, alternate
 from .weights_of import LayerKind, Product, Weighed
 
 _NUMBER_BYTES = 4  # of hidden states, scores, logits
 _ROUTE_BYTES = 8 + _NUMBER_BYTES  # of each expert that a row chose: its number and a factor
 _GROUPS = 2  # of rows, that take turns
+_ROUNDS = 2  # how contention is found, which depends on what it changes
+_PIECES = 1000  # of a step's reads, about, at most: larger pieces tell as much
 
 
 def accelerator(room: DeviceRoom, expert: Sequence[Product]) -> Accelerator | None:
@@ -97,6 +108,25 @@ class _Passing:
         return self._host.corrections.overhead * self._host.overheads.layer_s
 
     def step(self) -> DeviceStep:
+        slower = 1.0, 1.0
+        for _ in range(_ROUNDS if self._read_bytes else 1):
+            found, calls_s, own_s = self._alternation(*slower)
+            slower = together(self._host, own_s / found.step_s, found.disk_s / found.step_s)
+        parts = self._parts
+        parts["link"], parts["compute"] = found.weights_s, found.device_s
+        parts["memory"], parts["overhead"] = max(0.0, found.host_s - calls_s), calls_s
+        parts["disk"] = found.disk_s if self._read_bytes else 0.0
+        others_s = max(found.weights_s, found.device_s, found.host_s)
+        stall_s = max(0.0, found.step_s - others_s) if self._read_bytes else 0.0
+        return DeviceStep(found.step_s, parts, stall_s)
+
+    @cached_property
+    def _read_bytes(self) -> int:
+        return self._plan.cyclic_bytes
+
+    def _alternation(self, computed: float, read: float) -> tuple[Alternation, float, float]:
+        """(the step, seconds of calls, seconds in which the processor attends), where both work and take so many times
+        as long for that."""
         spec, own = self._model.spec, self._host.overheads
         groups = _GROUPS if self._rows > 1 else 1
         rows = self._rows / groups
@@ -107,7 +137,8 @@ class _Passing:
             kind = self._model.kind_of(layer)
             key = kind, layer == last
             if key not in turns:
-                turns[key] = self._turn(kind, rows, groups, fed=layer < last)
+                turn = self._turn(kind, rows, groups, fed=layer < last)
+                turns[key] = turn._replace(attends_s=computed * turn.attends_s)
             layers.append(Layer(self._comes(layer, kind), (turns[key],) * groups))
         fed = self._feeding(self._model.kind_of(last), self._wanted) if self._wanted else None
         heads_s = logits_s = 0.0
@@ -117,26 +148,29 @@ class _Passing:
         between_s = max(own.step_s, self._link.step_s) + own.logit_s * self._wanted * spec.vocab
         between_s *= self._host.corrections.overhead
         tail = Tail(0.0, 0.0, fed, heads_s, logits_s, between_s)
-        found = alternate(layers, tail, self._carried_s(self._rows * spec.hidden))
+        speed = windowed_bytes_per_s(self._host) / read
+        piece_bytes = max(Disk().piece_bytes, self._read_bytes // _PIECES)
+        disk = Disk(speed, self._plan.window_bytes, piece_bytes)
+        found = alternate(layers, tail, self._carried_s(self._rows * spec.hidden), disk)
         calls_s = between_s + (last + 1) * groups * self._calls_s
-        parts = self._parts
-        parts["link"], parts["compute"] = found.weights_s, found.device_s
-        parts["memory"], parts["overhead"] = max(0.0, found.host_s - calls_s), calls_s
-        return DeviceStep(found.step_s, parts)
+        return found, calls_s, found.host_s - between_s
 
-    def _comes(self, layer: int, kind: LayerKind) -> dict[PassingPiece, float]:
-        """Seconds in which what passes of a layer comes."""
+    def _comes(self, layer: int, kind: LayerKind) -> dict[PassingPiece, list[Coming]]:
+        """What passes of a layer, from memory or from disk."""
         feeding, *experts = self._model.spec.ffn_blocks(layer)
         pieces: dict[PassingPiece, Sequence[BlockId]] = {"attn": [BlockId("attn", layer)]}
         if kind.expert:
             pieces |= {"router": [feeding], "experts": experts}
         else:
             pieces["ffn"] = [feeding]
-        return {
-            piece: sum(self._blocks[it].nbytes for it in its if self._blocks[it].passes)
-            / self._link.host_bytes_per_s
+        found = {
+            piece: [self._coming(self._blocks[it]) for it in its if self._blocks[it].passes]
             for piece, its in pieces.items()
         }
+        return {piece: _merged(its) for piece, its in found.items() if its}
+
+    def _coming(self, its: BlockPlan) -> Coming:
+        return Coming(its.nbytes / self._link.host_bytes_per_s, its.nbytes if its.tier == "disk" else 0)
 
     def _turn(self, kind: LayerKind, rows: float, groups: int, *, fed: bool) -> LayerTurn:
         spec, there = self._model.spec, self._there
@@ -190,3 +224,14 @@ class _Passing:
 
     def _copied_s(self, nbytes: float) -> float:
         return self._link.copy_s + nbytes / self._link.host_bytes_per_s
+
+
+def _merged(all: Sequence[Coming]) -> list[Coming]:
+    """What comes from memory one behind the other is as one."""
+    merged: list[Coming] = []
+    for its in all:
+        if merged and not its.disk_bytes and not merged[-1].disk_bytes:
+            merged[-1] = Coming(merged[-1].copy_s + its.copy_s)
+        else:
+            merged.append(its)
+    return merged

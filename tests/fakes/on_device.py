@@ -19,7 +19,7 @@ from shoal.kernels.arrays import Floats
 from shoal.kernels.homes import cpu
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.models.step import Step
-from shoal.offload.block_store import ResidentStore
+from shoal.offload.block_store import BlockStore, ResidentStore
 from shoal.offload.kv.pool import KvPool
 from shoal.partition.plan import Plan
 from shoal.partition.spec import BlockId
@@ -72,14 +72,21 @@ class TakingTime:
         return getattr(cpu(), name)
 
 
-def executor_of(running: Running, plan: Plan, home: ComputeHome, here: Any = None) -> Executor:
-    """The same model, read again as `plan` has it, with K and V of its own. `here`: the CPU."""
+def executor_of(
+    running: Running,
+    plan: Plan,
+    home: ComputeHome,
+    here: Any = None,
+    kept_in: Callable[[ResidentStore], BlockStore] = lambda store: store,
+) -> Executor:
+    """The same model, read again as `plan` has it, with K and V of its own. `here`: the CPU; `kept_in`: a store around
+    that in which all blocks are."""
     homes = {"cpu": here or cpu(), **{item.device: home for item in plan.blocks if item.device != "cpu"}}
     old = running.executor
     with open_checkpoint(running.path) as checkpoint:
         store = ResidentStore.load(plan, checkpoint, home_of=homes.__getitem__)
     kv = KvPool(running.spec, plan.kv, attention_homes(plan, homes.__getitem__))
-    return Executor(old.model, plan, store, kv, Alone(), homes.__getitem__)
+    return Executor(old.model, plan, kept_in(store), kv, Alone(), homes.__getitem__)
 
 
 def logits(executor: Executor, rounds: int = 3) -> Floats:

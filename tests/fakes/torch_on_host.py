@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from shoal.devices.opening import device_home
 from shoal.devices.sim_device import SimDevice
 from shoal.devices.torch_kernels import TorchKernels
 from shoal.kernels.arrays import Array
+from shoal.kernels.compute_home import HERE
 
 
 class TorchOnHost(SimDevice):
@@ -28,8 +30,14 @@ class TorchOnHost(SimDevice):
     def copy_in(self, source: Array, target: DeviceArray, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
         return self._copy("in", source, target.inside.numpy(), after)
 
-    def stage_in(self, source: Array, target: DeviceArray, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
-        return self._copy("stage", source, target.inside.numpy(), after)
+    def stage_in(
+        self,
+        source: Array,
+        target: DeviceArray,
+        after: Sequence[DeviceEvent] = (),
+        lent: AbstractContextManager[object] = HERE,
+    ) -> DeviceEvent:
+        return self._copy("stage", source, target.inside.numpy(), after, lent)
 
     def copy_out(self, source: DeviceArray, target: Array, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
         return self._copy("out", source.inside.numpy(), target, after)

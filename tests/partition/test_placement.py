@@ -16,10 +16,10 @@ from shoal.partition.placement import (
     NoRoomThere,
     device_scratch_bytes,
     plan_on_device,
-    plan_passing,
 )
 from shoal.partition.plan import BlockPlan, Misfit, Plan, Wanted
 from shoal.partition.spec import BlockId, LayerSpec, ModelSpec, MoeSpec, RopeSpec
+from shoal.partition.throughput.placing.passing_plans import plan_passing
 
 SPEC = ModelSpec(
     family="llama", layers=(LayerSpec(),) * 6, hidden=256, vocab=1000, context=4096, heads=8, kv_heads=2, head_dim=32,

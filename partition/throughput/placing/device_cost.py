@@ -4,8 +4,9 @@ they are.
 Each block takes what it takes in its home, one after the other; hidden states pass the link where the home changes. Of
 a mixture whose experts are in both places both compute beside each other, and the processor's part begins and ends with
 a copy. For many tokens experts come instead: what takes longer counts, copying them or computing with them, and of the
-other what the first ones take. As the device's calls are tried one by one, what overlaps in between counts twice: a
-device is rather thought too slow than too fast. Pure.
+other what the first ones take. What the processor computes may come from disk, through a window, or into slots for
+experts: `schedule` says how that overlaps. As the device's calls are tried one by one, what overlaps in between counts
+twice: a device is rather thought too slow than too fast. Pure.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ...spec import BlockId
 from ..laws import NOTHING, Rows, Share, as_it_ran, distinct_experts, products
 from ..prediction import Binding
 from ..profile import Accelerator, Device
+from ..schedule import Experts, Use, contended
 from ..step_pieces import Pieces
 from ..weights_of import LayerKind, Weighed
 
@@ -26,10 +28,12 @@ NUMBER_BYTES = 4  # of hidden states, scores and logits
 
 
 class DeviceStep(NamedTuple):
-    """Seconds, and of what they are put together, as if nothing ran beside anything else."""
+    """Seconds, and of what they are put together, as if nothing ran beside anything else. `stall_s`: of them all wait
+    for the disk."""
 
     seconds: float
     parts: dict[Binding, float]
+    stall_s: float = 0.0
 
 
 def staying_step(
@@ -47,7 +51,7 @@ def staying_step(
 
 
 class _DeviceStep:
-    """Adds up. `_waits_s`: what others computed beside each other."""
+    """Adds up, block by block."""
 
     def __init__(
         self,
@@ -69,6 +73,10 @@ class _DeviceStep:
         self._there = Counter(it.block.layer for it in experts if it.tier == "gpu")
         self._rows = sum(segment.alike * segment.rows for segment in segments)
         self._computing, self._seconds, self._link_s, self._calls_s = NOTHING, 0.0, 0.0, 0.0
+        self._on_disk = {it.block: it.nbytes for it in plan.blocks if it.tier == "disk" and not it.slotted}
+        self._uses: list[Use] = []
+        self._used_s = 0.0  # in which those before were computed
+        self._mixtures: dict[int, Experts] = {}
 
     def taken(self, wanted: int) -> DeviceStep:
         model, machine = self._model, self._homes[False]
@@ -77,6 +85,7 @@ class _DeviceStep:
             kind, block = model.kind_of(layer), BlockId("attn", layer)
             away = self._moved(away, self._away[block], rows)
             self._add(away, self._pieces[away].attention(kind), self._homes[away].overheads.layer_s / 2)
+            self._use(block)
             if layer == last:  # of the last layer only what logits are wanted of is needed
                 rows = wanted
             block = model.spec.ffn_blocks(layer)[0]
@@ -86,10 +95,12 @@ class _DeviceStep:
             self._add(away, self._pieces[away].feeding(kind, rows), own_s)
             if kind.expert and rows:
                 self._mix(layer, kind, rows, away)
+            self._use(block)
         heads = [it.block for it in self._plan.blocks if it.block.kind == "head"]
         for block in heads if wanted else ():
             away = self._moved(away, self._away[block], wanted)
             self._add(away, products(self._homes[away], model.products[block], wanted), 0.0)
+            self._use(block)
         if away and wanted:
             self._copied(wanted * model.spec.vocab)
         begun_s = max(machine.overheads.step_s, self._link.step_s)
@@ -101,7 +112,18 @@ class _DeviceStep:
             "link": self._link_s,
             "overhead": self._calls_s,
         }
-        return DeviceStep(self._seconds, parts)
+        if not self._plan.streams:
+            return DeviceStep(self._seconds, parts)
+        between_s = self._seconds - self._used_s
+        found = contended(machine, self._plan.window_bytes, self._uses, self._mixtures, between_s)
+        parts["disk"] = found.disk_s
+        seconds = max(found.step_s, found.disk_s)
+        return DeviceStep(seconds, parts, max(0.0, seconds - self._seconds))
+
+    def _use(self, block: BlockId) -> None:
+        """A block has been computed."""
+        self._uses.append(Use(self._seconds - self._used_s, self._on_disk.get(block, 0)))
+        self._used_s = self._seconds
 
     def _mix(self, layer: int, kind: LayerKind, rows: int, away: bool) -> None:
         """The experts of a layer whose router is `away` from the processor, or is not."""
@@ -114,6 +136,10 @@ class _DeviceStep:
         }
         share = self._there[layer] / self._experts[layer]
         theirs, ours = each[True].times(used * share), each[False].times(used * (1 - share))
+        attending = self._pieces[self._away[BlockId("attn", layer)]].attention(kind)
+        if (its := self._pieces[False].on_disk(kind, rows, ours, attending)) is not None and share < 1:
+            here = its._replace(used=its.used * (1 - share), missing=its.missing * (1 - share))
+            self._mixtures[len(self._uses)] = here
         if share == 1 or not away:
             self._computing += theirs + ours
             self._seconds += (theirs + ours).seconds

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from ...placement import DeviceRoom, ModelBytes, NoRoomThere, plan_on_device, plan_passing
-from ...plan import Misfit, Plan, Wanted
+from ...hardware_guesses import KV_SHARE
+from ...placement import DeviceRoom, ModelBytes, NoRoomThere, plan_beside_disk, plan_on_device
+from ...plan import Misfit, Plan, Wanted, first_fit
 from ..alone import AS_QUICK, Way, best, best_plan, usual_job
 from ..cost import batch_tokens_per_s, cost
-from ..profile import Device
+from ..profile import Accelerator, Device
 from ..staging_worth import at_least_fast, staged_from
 from ..weights_of import Product, Weighed
 from ..with_device import accelerator
+from .passing_plans import plan_passing, plan_passing_from_disk
+
+_KV_SHARES = (KV_SHARE, 2)  # of memory, for K and V where weights come from disk
 
 
 def expert_of(model: Weighed) -> Sequence[Product]:
@@ -23,7 +27,13 @@ def expert_of(model: Weighed) -> Sequence[Product]:
 def with_laws(model: Weighed, machine: Device, room: DeviceRoom) -> Device | None:
     """A machine with a device as it was found to be; None if that was not tried."""
     there = accelerator(room, expert_of(model))
-    return replace(at_least_fast(machine), accelerators=(there,)) if there is not None else None
+    return _equipped(machine, there) if there is not None else None
+
+
+def _equipped(machine: Device, there: Accelerator) -> Device:
+    """A machine that nobody measured is taken for a fast one, or a device might make it slower."""
+    disk = machine.disk_bytes_per_s
+    return replace(at_least_fast(machine), disk_bytes_per_s=disk, reads=machine.reads, accelerators=(there,))
 
 
 def batch_rate(model: Weighed, plan: Plan, machine: Device) -> float:
@@ -39,10 +49,11 @@ def plan_with_device(
     machine: Device,
     *,
     many: bool = False,
+    streaming: bool = False,
 ) -> Plan | Misfit | NoRoomThere:
     """As much of the model as fits there, within `memory_bytes` of this machine's memory; experts come from so many
     tokens on as is worth it. `many`: nobody waits for a single answer. Then weights may pass through the device in
-    every step, if that is predicted to be quicker."""
+    every step, if that is predicted to be quicker. `streaming`: what has no room in memory may come from disk."""
     longest = contexts[0]
     most = longest.chunk_tokens + longest.sequences + longest.guesses
     made = plan_on_device(
@@ -52,15 +63,31 @@ def plan_with_device(
         memory_bytes=memory_bytes,
         staged_tokens=staged_from(model, machine, room.expert, most) if room.expert else 0,
     )
-    if not many or (host := with_laws(model, machine, room)) is None:
+    host = with_laws(model, machine, room)
+    if many and host is not None:
+        for way in ways_through_device(model, contexts, room, memory_bytes):
+            if isinstance(way.made, Plan):
+                if not isinstance(made, Plan):
+                    return way.made
+                here, through = (batch_rate(model, plan, host) for plan in (made, way.made))
+                return way.made if through > AS_QUICK * here else made
+    if isinstance(made, Plan) or not streaming:
         return made
-    for way in ways_through_device(model, contexts, room, memory_bytes):
-        if isinstance(way.made, Plan):
-            if not isinstance(made, Plan):
-                return way.made
-            here, through = (batch_rate(model, plan, host) for plan in (made, way.made))
-            return way.made if through > AS_QUICK * here else made
-    return made
+    found = [way.made for way in ways_from_disk(model, contexts, room, memory_bytes)]
+    plans = [plan for plan in found if isinstance(plan, Plan)]
+    if not plans:
+        tried = [it for it in (made, *found) if isinstance(it, Misfit)]
+        return first_fit(tried) if tried else made
+    job = usual_job(min(plan.context_tokens for plan in plans))
+
+    def worth(plan: Plan) -> tuple[bool, float]:
+        """The less the better. Where nothing was tried, the disk is what is known to be slow; and where there are many,
+        the processor."""
+        if host is None:
+            return many and not plan.passes, plan.streamed_bytes
+        return False, 1 / batch_rate(model, plan, host) if many else cost(model, plan, host, job).total_s(job)
+
+    return min(plans, key=worth)
 
 
 def ways_through_device(
@@ -72,6 +99,27 @@ def ways_through_device(
     )
     if not isinstance(made, NoRoomThere):
         yield Way(f"through {room.name}", 6, made)
+
+
+def ways_from_disk(
+    model: Weighed, contexts: Sequence[Wanted], room: DeviceRoom, memory_bytes: int
+) -> Iterator[Way]:
+    """Ways of a model for which device and memory together have too little room."""
+    sizes = ModelBytes(model.extents, 0, model.vectors_bytes)
+    made = plan_beside_disk(contexts, sizes, room, memory_bytes=memory_bytes)
+    if not isinstance(made, NoRoomThere):
+        plan = made.plan if isinstance(made, Misfit) else made
+        yield Way(f"{name_of(plan)}, others from disk", 7, made)
+    pages: set[int] = set()
+    for share in _KV_SHARES:
+        passing = plan_passing_from_disk(contexts, sizes, room, memory_bytes=memory_bytes, kv_share=share)
+        if isinstance(passing, NoRoomThere):
+            return
+        plan = passing.plan if isinstance(passing, Misfit) else passing
+        if plan.kv.pages not in pages:
+            pages.add(plan.kv.pages)
+            more = f", KV for {plan.kv.tokens:,} tokens" if len(pages) > 1 else ""
+            yield Way(f"through {room.name} from disk{more}", 7 + len(pages), passing)
 
 
 def _sizes(model: Weighed) -> ModelBytes:
@@ -126,6 +174,9 @@ def with_device_or_alone(
     found = [*ways_with_device(model, contexts, room, memory_bytes, machine)]
     found += ways_through_device(model, contexts, room, memory_bytes) if many else ()
     there = [way for way in found if isinstance(way.made, Plan)]
+    if streaming and not there:
+        found = [*ways_from_disk(model, contexts, room, memory_bytes)]
+        there = [way for way in found if isinstance(way.made, Plan)]
     if isinstance(alone, Misfit) or not there:
         if there:
             plan = there[0].made
@@ -136,8 +187,7 @@ def with_device_or_alone(
         if isinstance(alone, Plan):
             alone = replace(alone, why=f"the processor alone: {room.name} has no room for a layer")
         return alone
-    disk = machine.disk_bytes_per_s
-    here = replace(at_least_fast(machine), disk_bytes_per_s=disk, accelerators=(room.laws,))
+    here = _equipped(machine, room.laws)
     ways = [Way("the processor alone", 0, alone), *there]
     job = usual_job(min(way.made.context_tokens for way in ways if isinstance(way.made, Plan)))
 

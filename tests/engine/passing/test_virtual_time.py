@@ -3,11 +3,13 @@ whatever takes longest; and that is the longest of copying, computing and attend
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from fakes import tiny
+from fakes.clocked_disk import ClockedDisk, ClockedStore, sim_behind_disk
 from fakes.on_device import executor_of, sim, with_blocks_passing
 from fakes.running import Running
 
@@ -16,7 +18,11 @@ from shoal.devices.sim_device import Scheduled, SimDevice
 from shoal.engine.executor import Executor
 from shoal.kernels.homes import cpu
 from shoal.models.step import Step
+from shoal.partition.plan import BlockPlan, Plan
+from shoal.partition.spec import BlockId
 from shoal.partition.throughput.two_groups import (
+    Coming,
+    Disk,
     Feeding,
     Layer,
     LayerTurn,
@@ -86,20 +92,32 @@ class Durations:
         return self.of(queue, *["copy"] * count)
 
 
-def measured(running: Running, device: SimDevice, attends_s: float) -> tuple[list[Layer], Tail, float]:
+def measured(
+    running: Running, plan: Plan, device: SimDevice, attends_s: float
+) -> tuple[list[Layer], Tail, float]:
     """The parts of the first step, as the schedule has their durations."""
     spec, took = running.spec, Durations(device)
     moe, norms = spec.moe, {"full": ["norm", "norm"]}.get(spec.qk_norm, [])
     after = ["norm"] if spec.post_norm else []
-    comes: list[dict[PassingPiece, float]] = []
-    for _ in range(LAYERS):
-        pieces: dict[PassingPiece, float] = {"attn": took.copies("stage", 4)}
+    blocks = {it.block: it for it in plan.blocks}
+    matrices = {"attn": 4, "ffn": 3, "router": 5 if moe and moe.shared_gated else 1, "expert": 3}
+
+    def coming(all: Sequence[BlockId]) -> list[Coming]:
+        its = [blocks[block] for block in all if blocks[block].passes]
+        return [
+            Coming(took.copies("stage", matrices[it.block.kind]), it.nbytes if it.tier == "disk" else 0)
+            for it in its
+        ]
+
+    comes: list[dict[PassingPiece, list[Coming]]] = []
+    for layer in range(LAYERS):
+        feeding, *experts = spec.ffn_blocks(layer)
+        pieces: dict[PassingPiece, list[Coming]] = {"attn": coming([BlockId("attn", layer)])}
         if moe:
-            pieces["router"] = took.copies("stage", 5 if moe.shared_gated else 1)
-            pieces["experts"] = took.copies("stage", 3 * moe.experts)
+            pieces |= {"router": coming([feeding]), "experts": coming(experts)}
         else:
-            pieces["ffn"] = took.copies("stage", 3)
-        comes.append(pieces)
+            pieces["ffn"] = coming([feeding])
+        comes.append({piece: its for piece, its in pieces.items() if its})
 
     def fed() -> Feeding:
         if not moe:
@@ -186,7 +204,7 @@ def test_steps_take_what_the_schedule_says(
     device, home = sim(link_bytes_per_s=link)
     plan = with_blocks_passing(running.plan)
     found = ends(executor_of(running, plan, home, Attending(device, attends_s)), device)
-    layers, tail, enters_s = measured(running, device, attends_s)
+    layers, tail, enters_s = measured(running, plan, device, attends_s)
     assert found == pytest.approx(step_ends(layers, tail, enters_s, STEPS), rel=1e-5)
     passage = alternate(layers, tail, enters_s)
     assert passage.step_s == pytest.approx(found[-1] - found[-2], rel=1e-5)
@@ -194,3 +212,66 @@ def test_steps_take_what_the_schedule_says(
     if longest in busy:
         assert busy[longest] == max(busy.values())
         assert 0.999 * busy[longest] < passage.step_s < 1.15 * busy[longest]
+
+
+FROM_DISK = {  # bytes per second of the disk, of the link, of the device's arithmetic, seconds of attention
+    "disk": (20e6, 16e9, 20e12, 1e-4),
+    "weights": (1e9, 100e6, 20e12, 1e-4),
+    "device": (1e10, 16e9, 1e9, 1e-4),
+    "host": (1e10, 16e9, 20e12, 5e-3),
+    "disk and weights": (110e6, 100e6, 20e12, 1e-4),
+    "all alike": (400e6, 400e6, 2e10, 4e-4),
+}
+PIECE_BYTES = 4096
+
+
+def from_disk(plan: Plan, spare_bytes: int) -> Plan:
+    """The same plan; half of what passes comes from disk, through a window that holds the largest block, and more."""
+
+    def placed(it: BlockPlan) -> BlockPlan:
+        here = (
+            it.tier == "gpu" or it.block.kind == "embed" or it.block.layer == 1 or it.block.kind == "router"
+        )
+        return it if here else replace(it, tier="disk")
+
+    blocks = tuple(map(placed, plan.blocks))
+    largest = max(it.nbytes for it in blocks if it.tier == "disk")
+    return replace(plan, blocks=blocks, window_bytes=largest + spare_bytes)
+
+
+def kept_there(block: BlockId) -> bool:
+    return block.kind == "head" or (block.kind == "ffn" and block.layer == 2)
+
+
+@pytest.mark.parametrize("spare_bytes", [0, 1 << 16])
+@pytest.mark.parametrize("longest", FROM_DISK)
+def test_steps_whose_weights_come_from_disk_take_what_the_schedule_says(
+    running: Running, longest: str, spare_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, link, flops, attends_s = FROM_DISK[longest]
+    monkeypatch.setattr(sim_device, "SIM_FLOPS", flops)
+    monkeypatch.setattr(sim_device, "PACKET_BYTES", 1)
+    device, home = sim_behind_disk(link)
+    plan = from_disk(with_blocks_passing(running.plan, kept_there), spare_bytes)
+    disk = ClockedDisk(plan, device, read, PIECE_BYTES)
+    executor = executor_of(
+        running, plan, home, Attending(device, attends_s), lambda store: ClockedStore(store, disk)
+    )
+    found = ends(executor, device)
+    layers, tail, enters_s = measured(running, plan, device, attends_s)
+    law = Disk(read, plan.window_bytes, PIECE_BYTES)
+    assert found == pytest.approx(step_ends(layers, tail, enters_s, STEPS, law), rel=1e-5)
+    passage = alternate(layers, tail, enters_s, law)
+    assert passage.step_s == pytest.approx(found[-1] - found[-2], rel=1e-5)
+    busy = {
+        "disk": passage.disk_s,
+        "weights": passage.weights_s,
+        "device": passage.device_s,
+        "host": passage.host_s,
+    }
+    if longest in busy:
+        assert busy[longest] == max(busy.values())
+        overlapped = (
+            spare_bytes or longest != "disk"
+        )  # a window for one block is not read into while that is copied
+        assert 0.999 * busy[longest] < passage.step_s < (1.15 if overlapped else 1.3) * busy[longest]

@@ -328,3 +328,48 @@ def test_what_is_wanted_comes_however_reads_end(slots: int, experts: int, seed: 
     while under_way:
         end()
     assert len(cache._free) + len(cache._held) == slots
+
+
+def test_what_was_used_often_before_is_there_from_the_beginning_and_stays() -> None:
+    experts = [BlockId("expert", layer, i) for layer in range(2) for i in range(6)]
+    often = {
+        experts[1]: 0.9,
+        experts[8]: 0.8,
+        experts[3]: 0.5,
+        experts[10]: 0.1,
+        BlockId("expert", 5, 0): 1.0,
+    }
+    extents = [Extent(block, SIZE * i, SIZE) for i, block in enumerate(experts)]
+    simulation = Simulation(ExpertCache(3, SIZE, extents, known=often))
+    simulation.read()
+    assert set(simulation.cache._held) == {experts[1], experts[8], experts[3]}
+    assert simulation.reads == 3
+    for other in (0, 2, 4, 5):  # each comes once, and takes the place of what was used least
+        simulation.use([experts[other]], 1)
+    assert set(simulation.cache._held) == {experts[1], experts[8], experts[5]}
+    simulation.use([experts[1], experts[8]], 1)
+    assert simulation.reads == 7
+
+
+def test_what_was_used_before_gives_way_to_what_is_used_now() -> None:
+    experts = [BlockId("expert", 0, i) for i in range(6)]
+    extents = [Extent(block, SIZE * i, SIZE) for i, block in enumerate(experts)]
+    simulation = Simulation(ExpertCache(2, SIZE, extents, known={experts[0]: 1.0, experts[1]: 0.9}))
+    for _ in range(200):
+        simulation.use([experts[2], experts[3]], 1)
+    assert set(simulation.cache._held) == {experts[2], experts[3]}
+
+
+def test_before_anything_was_read_somebody_may_want_what_nobody_used() -> None:
+    experts = [BlockId("expert", 0, i) for i in range(4)]
+    extents = [Extent(block, SIZE * i, SIZE) for i, block in enumerate(experts)]
+    cache = ExpertCache(2, SIZE, extents, known={experts[0]: 0.5, experts[1]: 0.4})
+    half = cache.next_read(SIZE // 2)
+    assert half is not None
+    assert half.passage.block == experts[0]
+    cache.expect([experts[3], experts[2]])
+    half.passage.landed += half.nbytes
+    cache.ended(half.passage)
+    simulation = Simulation(cache)
+    simulation.use([experts[3], experts[2]], 1)
+    assert set(cache._held) <= {experts[2], experts[3]}

@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.partition.throughput.two_groups import Feeding, Layer, LayerTurn, Tail, alternate, step_ends
+from shoal.partition.throughput.two_groups import (
+    Coming,
+    Feeding,
+    Layer,
+    LayerTurn,
+    PassingPiece,
+    Tail,
+    alternate,
+    step_ends,
+)
 
 LAYERS = 24
 NOTHING = Tail(0.0, 0.0, None, 0.0, 0.0, 0.0)
@@ -17,8 +26,10 @@ def layers(groups: int, device_s: float, weights_s: float, host_s: float) -> lis
     feeding = Feeding(0.0, 0.0, 0.0, 0.0, 0.0, 0.9 * device_s / groups, 0.0)
     turn = LayerTurn(0.1 * device_s / groups, 0.0, host_s / groups, 0.0, 0.0, 0.0, feeding)
     last = turn._replace(feeding=None)
-    comes = {"attn": 0.1 * weights_s, "router": 0.0, "experts": 0.9 * weights_s}
-    return [Layer(comes, ((turn if it < LAYERS - 1 else last),) * groups) for it in range(LAYERS)]  # type: ignore[arg-type]
+    comes: dict[PassingPiece, list[Coming]] = {
+        "attn": [Coming(0.1 * weights_s)], "router": [Coming(0.0)], "experts": [Coming(0.9 * weights_s)]
+    }  # fmt: skip
+    return [Layer(comes, ((turn if it < LAYERS - 1 else last),) * groups) for it in range(LAYERS)]
 
 
 @pytest.mark.parametrize(
