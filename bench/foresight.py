@@ -25,16 +25,29 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
 
 import disk
 import msgspec
 from cluster import ask, group
 from harness import machine
-from harness.cells import WANTED, Cell, Floors, Foretold, Measured, summary, verdict
+from harness.cells import (
+    WANTED,
+    Cell,
+    Floors,
+    Foretold,
+    Measured,
+    alternatives,
+    memory_summary,
+    ranked,
+    summary,
+    verdict,
+)
 
 from shoal.comm.home import Home
 from shoal.daemon.config import NodeConfig
+from shoal.daemon.errors import DaemonError
 from shoal.daemon.loading.planning import make_plan
 from shoal.daemon.throughput.model_sizes import described, weighed
 from shoal.daemon.throughput.profiling import machine_profile
@@ -42,7 +55,7 @@ from shoal.partition.memory_layout import PAGE_TOKENS, kv_page_bytes
 from shoal.partition.plan import Misfit, Plan, scratch_bytes, wanted_by
 from shoal.partition.throughput.cost import cost
 from shoal.partition.throughput.prediction import Job, Prediction
-from shoal.partition.throughput.profile import Corrections, Profile, ProfileLink
+from shoal.partition.throughput.profile import Corrections, Profile, ProfileLink, RowsLaw
 from shoal.partition.throughput.solve import Choices, asks, solve
 from shoal.partition.throughput.weights_of import Weighed
 
@@ -111,15 +124,25 @@ def halves(half: Profile, whole: Profile) -> Profile:
     def twice(values: tuple[float, ...]) -> tuple[float, ...]:
         return tuple(2 * it for it in values)
 
+    def twice_as_long(laws: tuple[RowsLaw, ...]) -> tuple[RowsLaw, ...]:
+        return tuple(replace(law, byte_s=twice(law.byte_s)) for law in laws)
+
+    caches = whole.head.caches
     head = replace(
         half.head,
         memory_bytes=whole.head.memory_bytes / 2,
         memory_bytes_per_s=whole.head.memory_bytes_per_s / 2,
         flops=whole.head.flops / 2,
-        products=tuple(replace(law, byte_s=twice(law.byte_s)) for law in whole.head.products),
+        products=twice_as_long(whole.head.products),
         attention=tuple(
             replace(law, decode_s=twice(law.decode_s), prompt_s=twice(law.prompt_s))
             for law in whole.head.attention
+        ),
+        caches=caches
+        and replace(
+            caches,
+            nbytes=tuple(it // 2 for it in caches.nbytes),
+            products=twice_as_long(caches.products),
         ),
     )
     return Profile(tuple(replace(head, name=name) for name in LOOPBACK.between), (LOOPBACK,))
@@ -179,10 +202,14 @@ def foretell(models: Path, threads: int) -> list[Foretold]:
     found: list[Foretold] = []
     for cell in cells(models, threads):
         path = models / cell.model
-        if cell.ranks > 1:
-            made = group_foretold(cell, path, ranks)
-        else:
-            made = alone_foretold(cell, path, known[cell.threads][0])
+        try:
+            if cell.ranks > 1:
+                made = group_foretold(cell, path, ranks)
+            else:
+                made = alone_foretold(cell, path, known[cell.threads][0])
+        except DaemonError as error:  # it has few bits already
+            print(error, flush=True)
+            continue
         if made is None:
             continue
         name, row = made
@@ -226,12 +253,24 @@ def measured(models: Path, foretold: Foretold) -> Measured:
     probed = file if file.is_file() else max(file.iterdir(), key=lambda it: it.stat().st_size)
     threads = cell.threads * cell.ranks
     before = floors(threads, probed)
-    ttft_s, token_s, peak = (in_group if cell.ranks > 1 else alone)(file, foretold)
-    return Measured(cell, ttft_s, token_s, peak, before, floors(threads, probed))
+    took = (in_group if cell.ranks > 1 else alone)(file, foretold)
+    return Measured(
+        cell, took.ttft_s, took.token_s, took.peak_bytes, before, floors(threads, probed), took.apart
+    )
 
 
-def alone(file: Path, foretold: Foretold) -> tuple[float, float, int]:
-    """(seconds to the first token, seconds for each later one, bytes at most), by `shoal bench`."""
+class Took(NamedTuple):
+    """Seconds to the first token, and for each later one; bytes at most (0: not looked at); half of the range of
+    rounds, as a share of their middle: of a token."""
+
+    ttft_s: float
+    token_s: float
+    peak_bytes: int
+    apart: float
+
+
+def alone(file: Path, foretold: Foretold) -> Took:
+    """By `shoal bench`."""
     cell = foretold.cell
     named = f"{file}:{cell.quant}" if cell.quant != "keep" else str(file)
     command = shoal("bench", named, "--json")
@@ -252,12 +291,14 @@ def alone(file: Path, foretold: Foretold) -> tuple[float, float, int]:
     if ended.returncode:
         raise CellFailed(f"{cell.name}: {ended.stderr.strip()}")
     result: dict[str, Any] = json.loads(ended.stdout)
-    prefill, decode = (result[f"{part}_tokens_per_s"]["median"] for part in ("prefill", "decode"))
-    ttft_s = cell.batch * cell.prompt_tokens / prefill
-    return ttft_s, cell.batch / max(decode, 1e-9), result["peak_memory_bytes"]
+    prefill, decode = (result[f"{part}_tokens_per_s"] for part in ("prefill", "decode"))
+    ttft_s = cell.batch * cell.prompt_tokens / prefill["median"]
+    usual = max(decode["median"], 1e-9)
+    apart = (decode["max"] - decode["min"]) / (2 * usual)
+    return Took(ttft_s, cell.batch / usual, result["peak_memory_bytes"], apart)
 
 
-def in_group(file: Path, foretold: Foretold) -> tuple[float, float, int]:
+def in_group(file: Path, foretold: Foretold) -> Took:
     """The same by daemons on loopback; what they take is not looked at."""
     cell, source = foretold.cell, random.Random(0)
     pins, exact = [""] * cell.ranks, ("--speculate", "off")  # one token a step, as is predicted
@@ -267,7 +308,8 @@ def in_group(file: Path, foretold: Foretold) -> tuple[float, float, int]:
             for _ in range(foretold.rounds + 1)
         ][1:]
     firsts, tokens = zip(*found, strict=True)
-    return sorted(firsts)[len(firsts) // 2], sorted(tokens)[len(tokens) // 2], 0
+    apart = (max(tokens) - min(tokens)) / (2 * median(tokens))
+    return Took(median(firsts), median(tokens), 0, apart)
 
 
 def measure(foretold: list[Foretold], options: argparse.Namespace) -> list[Measured]:
@@ -302,12 +344,22 @@ def report(foretold: list[Foretold], found: list[Measured]) -> None:
     verdicts = [verdict(by_cell[it.cell], it) for it in found]
     for it in sorted(verdicts, key=lambda it: it.name):
         said = "void" if it.void else "band" if it.within else "OUT"
-        print(f"{it.name:64} token {it.token:+5.0%} (as it is {it.absolute:+5.0%}), first {it.ttft:+5.0%}, "
-              f"memory {it.memory:+4.0%}, {said}")  # fmt: skip
+        peaks = (
+            "{:.0f} → {:.0f} MB ({:+.1%}), ".format(*(n / 1e6 for n in it.peaks), it.memory)
+            if it.memory
+            else ""
+        )
+        print(f"{it.name:72} token {it.token:+5.0%} (as it is {it.absolute:+5.0%}), first {it.ttft:+5.0%}, "
+              f"{peaks}{said}")  # fmt: skip
     for kind in ("token", "ttft"):
         figures = summary(verdicts, kind)  # type: ignore[arg-type]
         print(kind, ", ".join(f"{name} {value:.3g}" for name, value in figures.items()))
-    print("wanted:", ", ".join(f"{name} {value:.0%}" for name, value in WANTED.items()))
+    for name, figures in (
+        ("memory", memory_summary(verdicts)),
+        ("choices", ranked(alternatives(by_cell, found))),
+    ):
+        print(name, ", ".join(f"{what} {value:.3g}" for what, value in figures.items()))
+    print("wanted:", ", ".join(f"{name} {value:g}" for name, value in WANTED.items()))
 
 
 def main() -> None:

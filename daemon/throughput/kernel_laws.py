@@ -38,7 +38,10 @@ log = logging.getLogger(__name__)
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 256)
 MANY_ROWS = 32  # from here on, computing counts, and less memory has to be passed
 MANY_ROWS_BYTES = 2 << 20
-POOL_BYTES = 192 << 20
+POOL_BYTES = (
+    512 << 20
+)  # a processor's last cache may be shared, and keep more than 100 MiB for one of many machines
+ROUND_BYTES = 256 << 20  # of it, that come round for a point: more than are read for it
 ROUNDS = 3  # of all tables, one after the other: a machine changes its speed within seconds
 CALLS = 1  # at least, of each point in a round
 CELL_S = 0.008  # for which it is called again
@@ -84,8 +87,8 @@ def usual_s(calls: Iterator[Callable[[], object]]) -> float:
 class Pool:
     """Memory that weights are cut from, place after place, round and round."""
 
-    def __init__(self) -> None:
-        self.memory = mapped(POOL_BYTES)
+    def __init__(self, nbytes: int = 0) -> None:
+        self.memory = mapped(nbytes or POOL_BYTES)
         began_s = time.perf_counter()
         self.memory[:] = 0x11  # a number in every type; each page has to be there
         self.touch_bytes_per_s = len(self.memory) / (time.perf_counter() - began_s)
@@ -127,12 +130,12 @@ def table_rounds(
                     said = "measuring takes too long, as something else computes: no tables for %s and others"
                     log.warning(said, kind.name)
                 break
-            laws += (_table(home, pool, kind, size, calls_s, done) for size in SIZES)
+            laws += (table(home, pool, kind, size, calls_s, done) for size in SIZES)
         rounds.append(laws)
     return rounds
 
 
-def _table(
+def table(
     home: ComputeHome,
     pool: Pool,
     kind: WeightType,
@@ -140,7 +143,7 @@ def _table(
     calls_s: float,
     done: Callable[[str], None],
 ) -> RowsLaw:
-    """`calls_s`: of each call is not the weights'."""
+    """Of one type and size. `calls_s`: of each call is not the weights'."""
     points = []
     for rows in ROWS:
         done(f"{kind.name}, {size.name}")
@@ -208,7 +211,8 @@ def _point(
     else:
         one = (2 * kind.matrix_bytes(wide, size.cols) + kind.matrix_bytes(size.cols, wide)) // 3
     # As in a model, the same calls come again and again: what is worked out at the first is known later.
-    seconds = usual_s(cycle([call() for _ in range(max(1, len(pool.memory) // (matrices * one)))]))
+    coming = min(len(pool.memory), ROUND_BYTES) // (matrices * one)
+    seconds = usual_s(cycle([call() for _ in range(max(1, coming))]))
     return max(0.05 * seconds, seconds - calls_s) / (matrices * one), float(one)
 
 

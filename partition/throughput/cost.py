@@ -13,7 +13,15 @@ from typing import NamedTuple
 
 from ..plan import Plan
 from ..spec import BlockId
-from .laws import DISTINCT_SHARE, NOTHING, Rows, products, together, windowed_bytes_per_s
+from .laws import (
+    DISTINCT_SHARE,
+    NOTHING,
+    Rows,
+    kv_token_bytes,
+    products,
+    together,
+    windowed_bytes_per_s,
+)
 from .prediction import Binding, Job, Prediction, uncertainty
 from .profile import Device
 from .schedule import Experts, Lap, Use, expert_waits, lap
@@ -164,6 +172,7 @@ def _step(
         there = device_step(model, plan, device, segments, wanted, share)
         return _Step(there.seconds, 0.0, there.parts)
     rows = sum(segment.alike * segment.rows for segment in segments)
+    device = device.going_round(_round_bytes(model, plan, segments))
     pieces = Pieces(model, plan, device, segments, share)
     tier = {it.block: it.nbytes if it.tier == "disk" else 0 for it in plan.blocks}
     overheads = device.overheads
@@ -206,6 +215,16 @@ def _step(
     stall_s = max(0.0, seconds - computing.seconds - calls_s - between_s)
     times = device.corrections.times(parts)
     return _Step(times * seconds, times * stall_s, parts)
+
+
+def _round_bytes(model: Weighed, plan: Plan, segments: Sequence[Rows]) -> float:
+    """Memory that a step goes through: weights, and K and V. Of an embedding few rows are used, unless it is the
+    head's, too."""
+    used = (it for it in plan.blocks if model.spec.tied or it.block.kind != "embed")
+    held = sum(it.nbytes for it in used if it.tier == "ram")
+    tokens = sum(segment.alike * (segment.before + segment.rows) for segment in segments)
+    kv_bytes = tokens * len(model.spec.layers) * kv_token_bytes(model.spec, plan.kv.dtype)
+    return held + plan.window_bytes + plan.expert_bytes + kv_bytes
 
 
 def _contended(
