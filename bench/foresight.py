@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from math import log
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -53,7 +54,7 @@ from shoal.daemon.throughput.model_sizes import described, weighed
 from shoal.daemon.throughput.profiling import machine_profile
 from shoal.partition.memory_layout import PAGE_TOKENS, kv_page_bytes
 from shoal.partition.plan import Misfit, Plan, scratch_bytes, wanted_by
-from shoal.partition.throughput.cost import cost
+from shoal.partition.throughput.cost import cost, round_bytes
 from shoal.partition.throughput.prediction import Job, Prediction
 from shoal.partition.throughput.profile import Corrections, Profile, ProfileLink, RowsLaw
 from shoal.partition.throughput.solve import Choices, asks, solve
@@ -74,6 +75,9 @@ ROUNDS = (3, 2, 1)
 FIXED_S, GROUP_FIXED_S, LOAD_BYTES_PER_S = 4.5, 10.0, 0.7e9  # of a cell, besides what is predicted
 LOOPBACK = ProfileLink(("one", "two"), 20e-6, 2.5e9)
 SAMPLE_BYTES = 512 << 20
+ROUND_BYTES = tuple(
+    it << 20 for it in (64, 96, 128, 192, 256, 384, 512, 1024)
+)  # with which floors are probed
 INDEPENDENT = 1.0  # share of experts: routers of random weights choose as if by dice
 PORT = 27650
 
@@ -101,19 +105,39 @@ def cells(models: Path, threads: int) -> Iterator[Cell]:
             yield Cell(path.name, "keep", threads // 2, *job, ranks=2)
 
 
-def floors(threads: int, file: Path) -> Floors:
+def floors(threads: int, file: Path, round_bytes: int) -> Floors:
     """Of memory and of the disk, now."""
-    return Floors(machine.pieces_read_gb_per_s(threads), disk.read_gb_per_s(file, sample_bytes=SAMPLE_BYTES))
+    memory = machine.pieces_read_gb_per_s(threads, round_bytes)
+    return Floors(memory, disk.read_gb_per_s(file, sample_bytes=SAMPLE_BYTES))
 
 
-def profile_of(threads: int, usual: int, file: Path) -> tuple[Profile, Floors]:
+def nearest_round(nbytes: float) -> int:
+    """Of `ROUND_BYTES`."""
+    return min(ROUND_BYTES, key=lambda it: abs(log(it / max(1.0, nbytes))))
+
+
+class Known(NamedTuple):
+    """A profile, and floors before and after it was measured, by the bytes that come round."""
+
+    profile: Profile
+    floors: dict[int, Floors]
+
+
+def profile_of(threads: int, usual: int, file: Path) -> Known:
     """This machine on so many threads, measured by itself, and its floors meanwhile."""
     home = Home.from_env()
     kept = home.profile if threads == usual else home.profile.with_name(f"profile-{threads}.json")
-    before = floors(threads, file)
+
+    def probed() -> dict[int, Floors]:
+        read = disk.read_gb_per_s(file, sample_bytes=SAMPLE_BYTES)
+        return {it: Floors(machine.pieces_read_gb_per_s(threads, it), read) for it in ROUND_BYTES}
+
+    before = probed()
     found = machine_profile(threads, file.parent, kept, anew=True)  # with the disk as this file lies on it
     assert found is not None
-    return Profile((replace(found.head, corrections=Corrections()),)), before.mean(floors(threads, file))
+    after = probed()
+    profile = Profile((replace(found.head, corrections=Corrections()),))
+    return Known(profile, {it: before[it].mean(after[it]) for it in ROUND_BYTES})
 
 
 def halves(half: Profile, whole: Profile) -> Profile:
@@ -152,8 +176,16 @@ def _job(cell: Cell) -> Job:
     return Job(cell.prompt_tokens, cell.new_tokens, cell.batch, distinct=INDEPENDENT)
 
 
-def alone_foretold(cell: Cell, path: Path, profile: Profile) -> tuple[str, Prediction] | None:
-    """(name, prediction) of the plan that `shoal bench` makes; None if it would be refused."""
+class Way(NamedTuple):
+    """A plan: its name, what is predicted of it, bytes that come round in its steps."""
+
+    name: str
+    prediction: Prediction
+    round_bytes: float
+
+
+def alone_foretold(cell: Cell, path: Path, profile: Profile) -> Way | None:
+    """The plan that `shoal bench` makes; None if it would be refused."""
     with described(path) as checkpoint:
         model = weighed(checkpoint, cell.quant)  # type: ignore[arg-type]
     job = _job(cell)
@@ -169,7 +201,9 @@ def alone_foretold(cell: Cell, path: Path, profile: Profile) -> tuple[str, Predi
         return None
     found = cost(model, plan, profile.head, job)
     held = plan.peak_bytes - unused_bytes(model, plan, job) + BENCH_BYTES + model.tokenizer_bytes
-    return "stream" if plan.streams else "memory", replace(found, peak_bytes={profile.head.name: held})
+    whole = round_bytes(model, plan, job.batch * job.context_tokens)
+    name = "stream" if plan.streams else "memory"
+    return Way(name, replace(found, peak_bytes={profile.head.name: held}), whole)
 
 
 def unused_bytes(model: Weighed, plan: Plan, job: Job) -> int:
@@ -182,15 +216,15 @@ def unused_bytes(model: Weighed, plan: Plan, job: Job) -> int:
     return kv + scratch_bytes(most, plan.part_tokens) - scratch_bytes(own, plan.part_tokens)
 
 
-def group_foretold(cell: Cell, path: Path, profile: Profile) -> tuple[str, Prediction] | None:
-    """The same of a group of the profile's devices."""
+def group_foretold(cell: Cell, path: Path, profile: Profile) -> Way | None:
+    """The same of a group of the profile's devices, which share caches."""
     with described(path) as checkpoint:
         model = weighed(checkpoint, cell.quant)  # type: ignore[arg-type]
     job = _job(cell)
     usual = NodeConfig()
     wanted = asks(job, None, usual.chunk_tokens, usual.max_sequences, 0)
     found = solve([model], wanted, profile, job, Choices("f16", cell.threads, cell.ranks))
-    return (found.chosen.name, found.chosen.prediction) if found.chosen else None
+    return Way(found.chosen.name, found.chosen.prediction, model.weights_bytes) if found.chosen else None
 
 
 def foretell(models: Path, threads: int) -> list[Foretold]:
@@ -198,7 +232,7 @@ def foretell(models: Path, threads: int) -> list[Foretold]:
     largest = max((it for it in models.rglob("*") if it.is_file()), key=lambda it: it.stat().st_size)
     half = max(1, threads // 2)
     known = {count: profile_of(count, threads, largest) for count in sorted({1, half, threads})}
-    ranks = halves(known[half][0], known[threads][0])
+    ranks = halves(known[half].profile, known[threads].profile)
     found: list[Foretold] = []
     for cell in cells(models, threads):
         path = models / cell.model
@@ -206,13 +240,13 @@ def foretell(models: Path, threads: int) -> list[Foretold]:
             if cell.ranks > 1:
                 made = group_foretold(cell, path, ranks)
             else:
-                made = alone_foretold(cell, path, known[cell.threads][0])
+                made = alone_foretold(cell, path, known[cell.threads].profile)
         except DaemonError as error:  # it has few bits already
             print(error, flush=True)
             continue
         if made is None:
             continue
-        name, row = made
+        name, row, whole = made
         once_s = row.ttft_s + cell.new_tokens * row.token_s
         before_s = (GROUP_FIXED_S if cell.ranks > 1 else FIXED_S) + path.stat().st_size / LOAD_BYTES_PER_S
         rounds = next((it for it in ROUNDS if before_s + (1 + it) * once_s < CELL_S), 0)
@@ -222,7 +256,8 @@ def foretell(models: Path, threads: int) -> list[Foretold]:
             packing = shoal("pack", "--quant", cell.quant, str(path))
             subprocess.run(packing, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         peak = max(row.peak_bytes.values()) if cell.ranks == 1 else 0
-        floor = known[threads if cell.ranks > 1 else cell.threads][1]
+        size = nearest_round(whole)
+        floor = known[threads if cell.ranks > 1 else cell.threads].floors[size]
         found.append(
             Foretold(
                 cell,
@@ -236,6 +271,7 @@ def foretell(models: Path, threads: int) -> list[Foretold]:
                 rounds,
                 dict(row.parts),  # type: ignore[arg-type]
                 dict(row.prompt_parts),  # type: ignore[arg-type]
+                size,
             )
         )
     random.Random(0).shuffle(found)
@@ -252,11 +288,10 @@ def measured(models: Path, foretold: Foretold) -> Measured:
     file = models / cell.model
     probed = file if file.is_file() else max(file.iterdir(), key=lambda it: it.stat().st_size)
     threads = cell.threads * cell.ranks
-    before = floors(threads, probed)
+    before = floors(threads, probed, foretold.round_bytes)
     took = (in_group if cell.ranks > 1 else alone)(file, foretold)
-    return Measured(
-        cell, took.ttft_s, took.token_s, took.peak_bytes, before, floors(threads, probed), took.apart
-    )
+    after = floors(threads, probed, foretold.round_bytes)
+    return Measured(cell, took.ttft_s, took.token_s, took.peak_bytes, before, after, took.apart)
 
 
 class Took(NamedTuple):

@@ -49,7 +49,8 @@ class Cell(NamedTuple):
 
 @dataclass
 class Floors:
-    """How fast the machine is just now: GB/s of memory on all threads, and of direct reads."""
+    """How fast the machine is just now: GB/s of memory on all threads, where as much comes round as in a step of the
+    cell, and of direct reads."""
 
     dram_gb_per_s: float
     disk_gb_per_s: float
@@ -64,7 +65,7 @@ class Floors:
 class Foretold:
     """What was predicted of a cell, before anything was measured. `floors`: when the profile was. `peak_bytes`: 0 = not
     to be looked at. `rounds`: to measure. `parts`, `prompt_parts`: seconds of a token and of the prompts by what takes
-    them (see `Prediction`); without them all of it is what binds."""
+    them (see `Prediction`); without them all of it is what binds. `round_bytes`: with which floors are probed."""
 
     cell: Cell
     plan: str
@@ -77,6 +78,7 @@ class Foretold:
     rounds: int = 3
     parts: dict[str, float] = field(default_factory=dict)
     prompt_parts: dict[str, float] = field(default_factory=dict)
+    round_bytes: int = 1 << 30
 
     def void(self, measured: Measured) -> bool:
         """Whether the machine changed meanwhile by more than `VOID` in what this cell goes with, so that it says

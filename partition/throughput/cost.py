@@ -172,7 +172,8 @@ def _step(
         there = device_step(model, plan, device, segments, wanted, share)
         return _Step(there.seconds, 0.0, there.parts)
     rows = sum(segment.alike * segment.rows for segment in segments)
-    device = device.going_round(_round_bytes(model, plan, segments))
+    tokens = sum(segment.alike * (segment.before + segment.rows) for segment in segments)
+    device = device.going_round(round_bytes(model, plan, tokens))
     pieces = Pieces(model, plan, device, segments, share)
     tier = {it.block: it.nbytes if it.tier == "disk" else 0 for it in plan.blocks}
     overheads = device.overheads
@@ -217,12 +218,11 @@ def _step(
     return _Step(times * seconds, times * stall_s, parts)
 
 
-def _round_bytes(model: Weighed, plan: Plan, segments: Sequence[Rows]) -> float:
-    """Memory that a step goes through: weights, and K and V. Of an embedding few rows are used, unless it is the
-    head's, too."""
+def round_bytes(model: Weighed, plan: Plan, tokens: float) -> float:
+    """Memory that a step goes through with so many tokens of all streams: weights, and K and V. Of an embedding few
+    rows are used, unless it is the head's, too."""
     used = (it for it in plan.blocks if model.spec.tied or it.block.kind != "embed")
     held = sum(it.nbytes for it in used if it.tier == "ram")
-    tokens = sum(segment.alike * (segment.before + segment.rows) for segment in segments)
     kv_bytes = tokens * len(model.spec.layers) * kv_token_bytes(model.spec, plan.kv.dtype)
     return held + plan.window_bytes + plan.expert_bytes + kv_bytes
 

@@ -30,7 +30,6 @@ from .prediction import Binding
 ANY = "*"  # in a link: every device that no other link names; in a table: every type that has none
 CORRECTED = (0.5, 2.0)  # the least and the most of a correction
 SWEPT_LAYER_BYTES = 16 << 20
-_LEAST_SHARE = 1e-3  # of what is read, that comes from memory
 _FOLLOW = 0.2  # how much of what was measured goes into it each time
 
 
@@ -238,24 +237,22 @@ class Device:
         return self.band_bytes_per_s or self.memory_bytes_per_s / 8
 
     def going_round(self, nbytes: float) -> Device:
-        """If so many bytes come round in every step, of which caches keep some. `memory_bytes_per_s` is then as if what
-        they keep were not read at all."""
+        """If so many bytes come round in every step, of which caches keep some: its memory is as quick then as both are
+        together."""
         share = self.caches.share(nbytes) if self.caches else 1.0
         if self.caches is None or share >= 1:
             return self
         kept = {(law.kind, law.nbytes, law.rows): law.byte_s for law in self.caches.products}
-
-        def kept_partly(law: RowsLaw) -> RowsLaw:
+        products, far_s, near_s = [], 0.0, 0.0
+        for law in self.products:
             near = kept.get((law.kind, law.nbytes, law.rows), law.byte_s)
-            between = (min(far, it + share * (far - it)) for it, far in zip(near, law.byte_s, strict=True))
-            return replace(law, byte_s=tuple(between))
-
-        return replace(
-            self,
-            memory_bytes_per_s=self.memory_bytes_per_s / max(share, _LEAST_SHARE),
-            products=tuple(map(kept_partly, self.products)),
-            caches=None,
-        )
+            both = zip(near, law.byte_s, strict=True)
+            made = replace(law, byte_s=tuple(min(far, it + share * (far - it)) for it, far in both))
+            products.append(made)
+            far_s, near_s = far_s + law.byte_s[0], near_s + made.byte_s[0]
+        quicker = far_s / near_s if products else 1.0
+        speed = quicker * self.memory_bytes_per_s
+        return replace(self, memory_bytes_per_s=speed, products=tuple(products), caches=None)
 
     def on(self, threads: int | None) -> Device:
         """The device with other threads than it was measured with. Half of its threads are taken to use all of its
