@@ -24,19 +24,15 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from math import log
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-import disk
 import msgspec
 from cluster import ask, group
-from harness import machine
 from harness.cells import (
     WANTED,
     Cell,
-    Floors,
     Foretold,
     Measured,
     alternatives,
@@ -45,18 +41,17 @@ from harness.cells import (
     summary,
     verdict,
 )
+from harness.own_profiles import floors, halves, nearest_round, profile_of
 
-from shoal.comm.home import Home
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.loading.planning import make_plan
 from shoal.daemon.throughput.model_sizes import described, weighed
-from shoal.daemon.throughput.profiling import machine_profile
 from shoal.partition.memory_layout import PAGE_TOKENS, kv_page_bytes
 from shoal.partition.plan import Misfit, Plan, scratch_bytes, wanted_by
 from shoal.partition.throughput.cost import cost, round_bytes
 from shoal.partition.throughput.prediction import Job, Prediction
-from shoal.partition.throughput.profile import Corrections, Profile, ProfileLink, RowsLaw
+from shoal.partition.throughput.profile import Profile
 from shoal.partition.throughput.solve import Choices, asks, solve
 from shoal.partition.throughput.weights_of import Weighed
 
@@ -73,11 +68,6 @@ FEWER_BITS = 500_000_000  # models of fewer bytes are also kept in 4 bits
 CELL_S = 18.0
 ROUNDS = (3, 2, 1)
 FIXED_S, GROUP_FIXED_S, LOAD_BYTES_PER_S = 4.5, 10.0, 0.7e9  # of a cell, besides what is predicted
-LOOPBACK = ProfileLink(("one", "two"), 20e-6, 2.5e9)
-SAMPLE_BYTES = 512 << 20
-ROUND_BYTES = tuple(
-    it << 20 for it in (64, 96, 128, 192, 256, 384, 512, 1024)
-)  # with which floors are probed
 INDEPENDENT = 1.0  # share of experts: routers of random weights choose as if by dice
 PORT = 27650
 
@@ -103,73 +93,6 @@ def cells(models: Path, threads: int) -> Iterator[Cell]:
                 yield Cell(path.name, "q4", threads, *job)
         for job in GROUP_JOBS if threads > 1 else ():
             yield Cell(path.name, "keep", threads // 2, *job, ranks=2)
-
-
-def floors(threads: int, file: Path, round_bytes: int) -> Floors:
-    """Of memory and of the disk, now."""
-    memory = machine.pieces_read_gb_per_s(threads, round_bytes)
-    return Floors(memory, disk.read_gb_per_s(file, sample_bytes=SAMPLE_BYTES))
-
-
-def nearest_round(nbytes: float) -> int:
-    """Of `ROUND_BYTES`."""
-    return min(ROUND_BYTES, key=lambda it: abs(log(it / max(1.0, nbytes))))
-
-
-class Known(NamedTuple):
-    """A profile, and floors before and after it was measured, by the bytes that come round."""
-
-    profile: Profile
-    floors: dict[int, Floors]
-
-
-def profile_of(threads: int, usual: int, file: Path) -> Known:
-    """This machine on so many threads, measured by itself, and its floors meanwhile."""
-    home = Home.from_env()
-    kept = home.profile if threads == usual else home.profile.with_name(f"profile-{threads}.json")
-
-    def probed() -> dict[int, Floors]:
-        read = disk.read_gb_per_s(file, sample_bytes=SAMPLE_BYTES)
-        return {it: Floors(machine.pieces_read_gb_per_s(threads, it), read) for it in ROUND_BYTES}
-
-    before = probed()
-    found = machine_profile(threads, file.parent, kept, anew=True)  # with the disk as this file lies on it
-    assert found is not None
-    after = probed()
-    profile = Profile((replace(found.head, corrections=Corrections()),))
-    return Known(profile, {it: before[it].mean(after[it]) for it in ROUND_BYTES})
-
-
-def halves(half: Profile, whole: Profile) -> Profile:
-    """Two ranks on one machine, each with half of its threads and memory. When both work, each takes twice as long for
-    a byte or a number as the machine with all threads, which has the same to do. `half`: as measured on half of the
-    threads, whose fixed costs are a rank's."""
-
-    def twice(values: tuple[float, ...]) -> tuple[float, ...]:
-        return tuple(2 * it for it in values)
-
-    def twice_as_long(laws: tuple[RowsLaw, ...]) -> tuple[RowsLaw, ...]:
-        return tuple(replace(law, byte_s=twice(law.byte_s)) for law in laws)
-
-    caches = whole.head.caches
-    head = replace(
-        half.head,
-        memory_bytes=whole.head.memory_bytes / 2,
-        memory_bytes_per_s=whole.head.memory_bytes_per_s / 2,
-        flops=whole.head.flops / 2,
-        products=twice_as_long(whole.head.products),
-        attention=tuple(
-            replace(law, decode_s=twice(law.decode_s), prompt_s=twice(law.prompt_s))
-            for law in whole.head.attention
-        ),
-        caches=caches
-        and replace(
-            caches,
-            nbytes=tuple(it // 2 for it in caches.nbytes),
-            products=twice_as_long(caches.products),
-        ),
-    )
-    return Profile(tuple(replace(head, name=name) for name in LOOPBACK.between), (LOOPBACK,))
 
 
 def _job(cell: Cell) -> Job:

@@ -9,14 +9,11 @@ import functools
 import mmap
 import os
 import platform
-import random
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -26,9 +23,6 @@ import shoal.daemon
 
 BUFFER_BYTES = 1 << 30  # read at once: more than any cache holds
 READS = 3
-PIECE_BYTES = 2 << 20
-PIECE_READS = 7
-LEAST_READ_BYTES = 384 << 20  # at a time
 _FLAGS = (
     "avx2",
     "avx512f",
@@ -84,30 +78,6 @@ def dram_read_gb_per_s(threads: int) -> float:
         return 0.0
     parts = [part.max for part in np.array_split(_buffer(), threads)]
     return max(BUFFER_BYTES / _seconds(parts) / 1e9 for _ in range(READS))
-
-
-def pieces_read_gb_per_s(threads: int, nbytes: int = BUFFER_BYTES) -> float:
-    """GB/s of pieces of so many bytes in any order, again and again, the median of several reads; 0 if there is no
-    room. As matrices of a model are read: caches keep some of what comes round. Where each thread reads its half from
-    one end to the other, two of one machine reach 25 or 38 GB/s by turns, and nothing that computes with weights
-    changes with that."""
-    if psutil.virtual_memory().available < 4 * BUFFER_BYTES:
-        return 0.0
-    pieces = _buffer().reshape(BUFFER_BYTES // PIECE_BYTES, -1)[: max(threads, nbytes // PIECE_BYTES)]
-    order = random.Random(0)
-    found = []
-    for _ in range(PIECE_READS):
-        numbers: list[int] = []
-        while len(numbers) * PIECE_BYTES < LEAST_READ_BYTES:
-            numbers += order.sample(range(len(pieces)), len(pieces))
-        own = [partial(_read, pieces, numbers[thread::threads]) for thread in range(threads)]
-        found.append(len(numbers) * PIECE_BYTES / _seconds(own) / 1e9)
-    return median(found)
-
-
-def _read(pieces: np.ndarray[Any, Any], numbers: list[int]) -> None:
-    for number in numbers:
-        pieces[number].max()
 
 
 def memory_of(pid: int) -> dict[str, int]:
