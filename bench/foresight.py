@@ -41,14 +41,18 @@ from harness.cells import (
     summary,
     verdict,
 )
-from harness.own_profiles import floors, halves, nearest_round, profile_of
+from harness.own_profiles import floors, halves, loopback, nearest_round, profile_of
 
+from shoal.comm.home import Home
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
+from shoal.daemon.library.packs import Packs
 from shoal.daemon.loading.planning import make_plan
 from shoal.daemon.throughput.model_sizes import described, weighed
+from shoal.models.checkpoint.checkpoint import Checkpoint
+from shoal.models.checkpoint.weight_source import Described
 from shoal.partition.memory_layout import PAGE_TOKENS, kv_page_bytes
-from shoal.partition.plan import Misfit, Plan, scratch_bytes, wanted_by
+from shoal.partition.plan import VOCABULARY_BYTES, Misfit, Plan, scratch_bytes, wanted_by
 from shoal.partition.throughput.cost import cost, round_bytes
 from shoal.partition.throughput.prediction import Job, Prediction
 from shoal.partition.throughput.profile import Profile
@@ -61,7 +65,9 @@ JOBS = ((1, 64, 32), (1, 512, 16), (4, 64, 24), (16, 16, 16))
 STREAMED_JOBS = ((1, 64, 16), (4, 64, 12))
 GROUP_JOBS = ((1, 64, 32), (1, 512, 16))
 SHARES = (0.4, 0.65, 0.85)  # of a model's bytes, as budgets, besides what the process takes
-BENCH_BYTES = 88_000_000  # of the process, as `shoal bench` enters it
+BENCH_BYTES = 88_000_000  # of the process, as `shoal bench` enters it in its budget; it has …
+TAKEN_BYTES = 57_000_000  # … so much of it in memory
+TOKEN_BYTES, MERGE_BYTES = 206, 153  # of a vocabulary
 MORE_BYTES = 150_000_000  # of a budget, besides a share of the model
 LEAST_STREAMED = 300_000_000  # bytes of a model that it makes sense to stream
 FEWER_BITS = 500_000_000  # models of fewer bytes are also kept in 4 bits
@@ -111,6 +117,7 @@ def alone_foretold(cell: Cell, path: Path, profile: Profile) -> Way | None:
     """The plan that `shoal bench` makes; None if it would be refused."""
     with described(path) as checkpoint:
         model = weighed(checkpoint, cell.quant)  # type: ignore[arg-type]
+        vocabulary = vocabulary_bytes(checkpoint)
     job = _job(cell)
     config = NodeConfig(
         threads=cell.threads,
@@ -123,20 +130,30 @@ def alone_foretold(cell: Cell, path: Path, profile: Profile) -> Way | None:
     if isinstance(plan, Misfit):
         return None
     found = cost(model, plan, profile.head, job)
-    held = plan.peak_bytes - unused_bytes(model, plan, job) + BENCH_BYTES + model.tokenizer_bytes
+    held = plan.peak_bytes - unused_bytes(model, plan, job, vocabulary) + TAKEN_BYTES + model.tokenizer_bytes
     whole = round_bytes(model, plan, job.batch * job.context_tokens)
     name = "stream" if plan.streams else "memory"
     return Way(name, replace(found, peak_bytes={profile.head.name: held}), whole)
 
 
-def unused_bytes(model: Weighed, plan: Plan, job: Job) -> int:
-    """What a job leaves of a plan's KV and scratch, which are for as many and as long texts as the plan allows."""
+def unused_bytes(model: Weighed, plan: Plan, job: Job, vocabulary: int) -> int:
+    """What a job leaves of a plan's KV and scratch, which are for as many and as long texts as the plan allows, and for
+    vocabularies that take more than this one's bytes."""
     most = wanted_by(plan, model.spec)
     rows = min(plan.chunk_tokens, job.batch * job.prompt_tokens)
     own = most._replace(chunk_tokens=rows, sequences=job.batch, guesses=0)
-    pages = job.batch * -(-job.context_tokens // PAGE_TOKENS)
-    kv = plan.kv.nbytes - pages * kv_page_bytes(model.spec, plan.kv.dtype)
-    return kv + scratch_bytes(most, plan.part_tokens) - scratch_bytes(own, plan.part_tokens)
+    tokens = job.batch * job.context_tokens
+    kv = plan.kv.nbytes - tokens * kv_page_bytes(model.spec, plan.kv.dtype) // PAGE_TOKENS
+    spared = max(0, VOCABULARY_BYTES * model.spec.vocab - vocabulary)
+    return kv + spared + scratch_bytes(most, plan.part_tokens) - scratch_bytes(own, plan.part_tokens)
+
+
+def vocabulary_bytes(checkpoint: Described) -> int:
+    """Of a GGUF's tokenizer: of three vocabularies, with 0.3 to 1 merges for each token, this was kept within 6%."""
+    if not isinstance(checkpoint, Checkpoint) or checkpoint.kind != "gguf":
+        return VOCABULARY_BYTES * checkpoint.spec.vocab
+    merges = checkpoint.metadata.get("tokenizer.ggml.merges", ())
+    return TOKEN_BYTES * checkpoint.spec.vocab + MERGE_BYTES * len(merges)  # type: ignore[arg-type]
 
 
 def group_foretold(cell: Cell, path: Path, profile: Profile) -> Way | None:
@@ -155,7 +172,7 @@ def foretell(models: Path, threads: int) -> list[Foretold]:
     largest = max((it for it in models.rglob("*") if it.is_file()), key=lambda it: it.stat().st_size)
     half = max(1, threads // 2)
     known = {count: profile_of(count, threads, largest) for count in sorted({1, half, threads})}
-    ranks = halves(known[half].profile, known[threads].profile)
+    ranks = halves(known[half].profile, known[threads].profile, loopback(half))
     found: list[Foretold] = []
     for cell in cells(models, threads):
         path = models / cell.model
@@ -209,12 +226,18 @@ def measured(models: Path, foretold: Foretold) -> Measured:
     """One cell."""
     cell = foretold.cell
     file = models / cell.model
-    probed = file if file.is_file() else max(file.iterdir(), key=lambda it: it.stat().st_size)
+    probed = read_from(file, cell.quant if foretold.plan == "stream" else "")
     threads = cell.threads * cell.ranks
     before = floors(threads, probed, foretold.round_bytes)
     took = (in_group if cell.ranks > 1 else alone)(file, foretold)
     after = floors(threads, probed, foretold.round_bytes)
     return Measured(cell, took.ttft_s, took.token_s, took.peak_bytes, before, after, took.apart)
+
+
+def read_from(path: Path, quant: str) -> Path:
+    """The largest file of a model, or of its pack: each lies on the disk in its own way. `quant`: "" for no pack."""
+    where = Packs(Home.from_env()).directory(path, quant) if quant else path  # type: ignore[arg-type]
+    return where if where.is_file() else max(where.iterdir(), key=lambda it: it.stat().st_size)
 
 
 class Took(NamedTuple):

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import disk
 import numpy as np
+from cluster import attached
 
 from shoal import kernels
 from shoal.comm.home import Home
@@ -26,7 +27,8 @@ from shoal.partition.throughput.profile import Corrections, Profile, ProfileLink
 
 from .cells import Floors
 
-LOOPBACK = ProfileLink(("one", "two"), 20e-6, 2.5e9)
+PAIR = "one", "two"
+PORT = 27651
 KIND = next(kind for kind in WEIGHT_TYPES if kind.name == "Q8_0")  # which no kernel computes with for longer
 COLUMNS, MATRIX_BYTES = 4096, 8 << 20
 LEAST_READ_BYTES, PROBES = 384 << 20, 5
@@ -101,7 +103,15 @@ def profile_of(threads: int, usual: int, file: Path) -> Known:
     return Known(profile, {it: before[it].mean(after[it]) for it in ROUND_BYTES})
 
 
-def halves(half: Profile, whole: Profile) -> Profile:
+def loopback(threads: int) -> ProfileLink:
+    """Between two daemons of this machine, as they measure it themselves."""
+    with attached(2, threads, PORT, ["", ""]) as client:
+        client.measure_links()
+        worker = client.nodes().nodes[1]
+    return ProfileLink(PAIR, worker.rtt_s / 2, worker.bytes_per_s)
+
+
+def halves(half: Profile, whole: Profile, link: ProfileLink) -> Profile:
     """Two ranks on one machine, each with half of its threads and memory. When both work, each takes twice as long for
     a byte or a number as the machine with all threads, which has the same to do. `half`: as measured on half of the
     threads, whose fixed costs are a rank's."""
@@ -130,4 +140,4 @@ def halves(half: Profile, whole: Profile) -> Profile:
             products=twice_as_long(caches.products),
         ),
     )
-    return Profile(tuple(replace(head, name=name) for name in LOOPBACK.between), (LOOPBACK,))
+    return Profile(tuple(replace(head, name=name) for name in link.between), (link,))

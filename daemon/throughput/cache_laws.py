@@ -23,6 +23,7 @@ KEPT_BYTES = 24 << 20  # that a large last cache keeps, and the caches before it
 PARTS = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)  # of the pool, that come round
 LEAST_GAIN = 0.9  # times as long as from memory: caches that do less are not worth a law
 COLUMNS = 4096
+_BEFORE, _COUNTED = 4, 2  # rounds
 MATRICES = 96  # that the pool is divided into
 
 
@@ -55,10 +56,12 @@ def _rounds(home: ComputeHome, pool: Pool, kind: WeightType) -> tuple[tuple[int,
 
 
 def _round_s(home: ComputeHome, x: Floats, each: Sequence[Linears]) -> float:
-    """Of one product, on average of a round that follows another one."""
-    for linear in each:
-        home.linears(x, linear)
-    began_s = time.perf_counter()
-    for linear in each:
-        home.linears(x, linear)
-    return (time.perf_counter() - began_s) / len(each)
+    """Of one product, on average of two rounds that follow others: a cache that is too small keeps more in the first
+    ones than it does in the long run."""
+    began_s = 0.0
+    for place in range(_BEFORE + _COUNTED):
+        if place == _BEFORE:
+            began_s = time.perf_counter()
+        for linear in each:
+            home.linears(x, linear)
+    return (time.perf_counter() - began_s) / (_COUNTED * len(each))

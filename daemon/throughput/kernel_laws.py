@@ -37,10 +37,9 @@ log = logging.getLogger(__name__)
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 256)
 MANY_ROWS = 32  # from here on, computing counts, and less memory has to be passed
-MANY_ROWS_BYTES = 2 << 20
-POOL_BYTES = (
-    512 << 20
-)  # a processor's last cache may be shared, and keep more than 100 MiB for one of many machines
+# With fewer, what kernels make of the rows before they multiply would count for more than in models.
+MANY_ROWS_BYTES = 8 << 20
+POOL_BYTES = 512 << 20  # of a shared last cache, one of many machines may have more than 100 MiB
 ROUND_BYTES = 256 << 20  # of it, that come round for a point: more than are read for it
 ROUNDS = 3  # of all tables, one after the other: a machine changes its speed within seconds
 CALLS = 1  # at least, of each point in a round
@@ -69,6 +68,8 @@ SIZES = (
 )
 EXPERTS = 6  # in one call; with many rows …
 EXPERTS_OF_LONG = 2  # … so many
+EXPERTS_OF_ROWS = 8  # of which each row takes one
+STEP_ROWS = 512  # at most
 
 
 def usual_s(calls: Iterator[Callable[[], object]]) -> float:
@@ -190,9 +191,13 @@ def _point(
     count = (EXPERTS_OF_LONG if rows >= MANY_ROWS else EXPERTS) if size.form == "experts" else 1
     matrices = 1 if size.form == "linears" else 3 * count
     wide = -(-high // 256) * 256  # columns of down are whole blocks of any type
-    x = home.place(np.ones((rows, size.cols), np.float32))
-    into = home.place(np.zeros((rows, size.cols), np.float32))
-    nums = np.tile(np.arange(rows, dtype=np.int64), count)
+    # Rows that come to an expert lie among those of a step that do not.
+    among = min(EXPERTS_OF_ROWS * rows, max(rows, STEP_ROWS)) if size.form == "experts" else rows
+    x = home.place(np.ones((among, size.cols), np.float32))
+    into = home.place(np.zeros((among, size.cols), np.float32))
+    nums = np.concatenate(
+        [np.arange(rows, dtype=np.int64) * among // rows + at % (among // rows) for at in range(count)]
+    )
     routes = Routes(tuple(rows * i for i in range(count + 1)), nums, np.ones(len(nums), np.float32))
 
     def gated() -> FeedForward:

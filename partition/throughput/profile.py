@@ -64,6 +64,10 @@ class CacheLaw:
         part = math.log(nbytes / low) / math.log(high / low)
         return (1 - part) * self.from_memory[place - 1] + part * self.from_memory[place]
 
+    def larger(self, times: float) -> CacheLaw:
+        """If caches kept so many times as much."""
+        return replace(self, nbytes=tuple(max(1, round(times * it)) for it in self.nbytes))
+
     def slowed(self, compute: float) -> CacheLaw:
         """If computing took so many times as long."""
         products = (
