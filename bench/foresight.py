@@ -22,8 +22,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -106,11 +105,13 @@ def _job(cell: Cell) -> Job:
 
 
 class Way(NamedTuple):
-    """A plan: its name, what is predicted of it, bytes that come round in its steps."""
+    """A plan: its name, what is predicted of it, bytes that come round in its steps, and those that the process has at
+    most if the job is done so many times besides warming up (0: not looked at)."""
 
     name: str
     prediction: Prediction
     round_bytes: float
+    peak_bytes: Callable[[int], int] = lambda rounds: 0
 
 
 def alone_foretold(cell: Cell, path: Path, profile: Profile) -> Way | None:
@@ -130,20 +131,27 @@ def alone_foretold(cell: Cell, path: Path, profile: Profile) -> Way | None:
     if isinstance(plan, Misfit):
         return None
     found = cost(model, plan, profile.head, job)
-    held = plan.peak_bytes - unused_bytes(model, plan, job, vocabulary) + TAKEN_BYTES + model.tokenizer_bytes
     whole = round_bytes(model, plan, job.batch * job.context_tokens)
-    name = "stream" if plan.streams else "memory"
-    return Way(name, replace(found, peak_bytes={profile.head.name: held}), whole)
+    held = TAKEN_BYTES + model.tokenizer_bytes + plan.peak_bytes
+
+    def peak_bytes(rounds: int) -> int:
+        return held - unused_bytes(model, plan, job, vocabulary, rounds)
+
+    return Way("stream" if plan.streams else "memory", found, whole, peak_bytes)
 
 
-def unused_bytes(model: Weighed, plan: Plan, job: Job, vocabulary: int) -> int:
+def unused_bytes(model: Weighed, plan: Plan, job: Job, vocabulary: int, rounds: int) -> int:
     """What a job leaves of a plan's KV and scratch, which are for as many and as long texts as the plan allows, and for
     vocabularies that take more than this one's bytes."""
     most = wanted_by(plan, model.spec)
     rows = min(plan.chunk_tokens, job.batch * job.prompt_tokens)
     own = most._replace(chunk_tokens=rows, sequences=job.batch, guesses=0)
-    tokens = job.batch * job.context_tokens
-    kv = plan.kv.nbytes - tokens * kv_page_bytes(model.spec, plan.kv.dtype) // PAGE_TOKENS
+    page_bytes, texts = kv_page_bytes(model.spec, plan.kv.dtype), job.batch * (1 + rounds)
+    whole, begun = divmod(job.context_tokens, PAGE_TOKENS)
+    # Whole pages of texts that have ended are kept for others that begin alike. Keys of a page lie dimension by
+    # dimension, so a page that was begun has all of them in memory.
+    used = texts * whole * page_bytes + job.batch * bool(begun) * page_bytes * (1 + begun / PAGE_TOKENS) / 2
+    kv = max(0, plan.kv.nbytes - int(used))
     spared = max(0, VOCABULARY_BYTES * model.spec.vocab - vocabulary)
     return kv + spared + scratch_bytes(most, plan.part_tokens) - scratch_bytes(own, plan.part_tokens)
 
@@ -186,7 +194,7 @@ def foretell(models: Path, threads: int) -> list[Foretold]:
             continue
         if made is None:
             continue
-        name, row, whole = made
+        name, row, whole, peak_bytes = made
         once_s = row.ttft_s + cell.new_tokens * row.token_s
         before_s = (GROUP_FIXED_S if cell.ranks > 1 else FIXED_S) + path.stat().st_size / LOAD_BYTES_PER_S
         rounds = next((it for it in ROUNDS if before_s + (1 + it) * once_s < CELL_S), 0)
@@ -195,7 +203,6 @@ def foretell(models: Path, threads: int) -> list[Foretold]:
         if name == "stream" or cell.quant != "keep":
             packing = shoal("pack", "--quant", cell.quant, str(path))
             subprocess.run(packing, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        peak = max(row.peak_bytes.values()) if cell.ranks == 1 else 0
         size = nearest_round(whole)
         floor = known[threads if cell.ranks > 1 else cell.threads].floors[size]
         found.append(
@@ -205,7 +212,7 @@ def foretell(models: Path, threads: int) -> list[Foretold]:
                 row.ttft_s,
                 row.token_s,
                 row.band,
-                peak,
+                peak_bytes(rounds),
                 row.binding,
                 floor,
                 rounds,

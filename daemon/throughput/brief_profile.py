@@ -1,4 +1,4 @@
-"""Measures what a daemon needs most to predict, in some four seconds between requests: fixed costs, kernels with the
+"""Measures what a daemon needs most to predict, in some six seconds between requests: fixed costs, kernels with the
 types of what is loaded, the disk if there is something large to read on it. `profiling` measures everything.
 """
 
@@ -24,7 +24,6 @@ from .cache_laws import cache_law
 from .disk_laws import READS, read_once, reread_speed
 from .fixed_costs import overheads
 from .kernel_laws import (
-    POOL_BYTES,
     Pool,
     attention_laws,
     flops_of,
@@ -32,13 +31,14 @@ from .kernel_laws import (
     laid_out_bytes_per_s,
     memory_bytes_per_s,
     middle,
+    pool_bytes,
     table_rounds,
 )
 from .profiling import LEAST_FILE_BYTES, others_compute
 
 log = logging.getLogger(__name__)
 
-NEEDED_TIMES = 2  # as much memory as measuring takes has to be free
+NEEDED_TIMES = 4  # as much memory as measuring takes has to be free
 
 BRIEF_READ_S = 0.3
 
@@ -49,7 +49,7 @@ class Interrupted(Exception):
 
 def enough_is_free() -> bool:
     """Whether there is memory to measure with."""
-    return available_bytes() >= NEEDED_TIMES * POOL_BYTES
+    return available_bytes() >= NEEDED_TIMES * pool_bytes()
 
 
 def measure_briefly(

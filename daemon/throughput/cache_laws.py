@@ -31,8 +31,7 @@ def cache_law(
     home: ComputeHome, pool: Pool, kinds: Sequence[WeightType], done: Callable[[str], None]
 ) -> CacheLaw | None:
     """With tables for `kinds`. None where caches keep too little to matter. `done` is called before each point."""
-    done("what caches keep")
-    nbytes, took = _rounds(home, pool, kinds[0])
+    nbytes, took = _rounds(home, pool, kinds[0], done)
     least, whole = took[0], took[-1]
     if least > LEAST_GAIN * whole:
         return None
@@ -44,14 +43,21 @@ def cache_law(
     return CacheLaw(nbytes, rising, tables)
 
 
-def _rounds(home: ComputeHome, pool: Pool, kind: WeightType) -> tuple[tuple[int, ...], list[float]]:
+def _rounds(
+    home: ComputeHome, pool: Pool, kind: WeightType, done: Callable[[str], None]
+) -> tuple[tuple[int, ...], list[float]]:
     """(bytes of rounds, from those that caches keep to all of the pool; seconds of one product with one row in them)"""
     rows = max(1, len(pool.memory) // MATRICES // kind.matrix_bytes(BAND_ROWS, COLUMNS)) * BAND_ROWS
     one = kind.matrix_bytes(rows, COLUMNS)
     x = home.place(np.ones((1, COLUMNS), np.float32))
     each = [Linears((pool.matrix(kind, rows, COLUMNS),)) for _ in range(len(pool.memory) // one - 1)]
     counts = sorted({max(1, KEPT_BYTES // one), *(round(part * len(each)) for part in PARTS)})
-    rounds = [[_round_s(home, x, each[:count]) for count in counts] for _ in range(ROUNDS)]
+    rounds: list[list[float]] = []
+    for _ in range(ROUNDS):
+        rounds.append([])
+        for count in counts:
+            done("what caches keep")
+            rounds[-1].append(_round_s(home, x, each[:count]))
     return tuple(count * one for count in counts), [median(took) for took in zip(*rounds, strict=True)]
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import cycle
+from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
@@ -39,8 +41,8 @@ ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 256)
 MANY_ROWS = 32  # from here on, computing counts, and less memory has to be passed
 # With fewer, what kernels make of the rows before they multiply would count for more than in models.
 MANY_ROWS_BYTES = 8 << 20
-POOL_BYTES = 512 << 20  # of a shared last cache, one of many machines may have more than 100 MiB
-ROUND_BYTES = 256 << 20  # of it, that come round for a point: more than are read for it
+POOL_BYTES, MOST_POOL_BYTES = 192 << 20, 512 << 20
+POOL_TIMES = 4  # as large as the last cache, within these limits
 ROUNDS = 3  # of all tables, one after the other: a machine changes its speed within seconds
 CALLS = 1  # at least, of each point in a round
 CELL_S = 0.008  # for which it is called again
@@ -68,8 +70,6 @@ SIZES = (
 )
 EXPERTS = 6  # in one call; with many rows …
 EXPERTS_OF_LONG = 2  # … so many
-EXPERTS_OF_ROWS = 8  # of which each row takes one
-STEP_ROWS = 512  # at most
 
 
 def usual_s(calls: Iterator[Callable[[], object]]) -> float:
@@ -85,11 +85,21 @@ def usual_s(calls: Iterator[Callable[[], object]]) -> float:
     return max(1e-9, sorted(took)[(len(took) - 1) // 2])
 
 
+def pool_bytes() -> int:
+    """Of a pool: no cache holds half of it, as far as their sizes are known. One of many machines that share a cache of
+    hundreds of MB has some of it."""
+    largest = 0
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        with suppress(OSError, ValueError):
+            largest = max(largest, int(path.read_text().strip().removesuffix("K")) << 10)
+    return max(POOL_BYTES, min(MOST_POOL_BYTES, POOL_TIMES * largest))
+
+
 class Pool:
     """Memory that weights are cut from, place after place, round and round."""
 
     def __init__(self, nbytes: int = 0) -> None:
-        self.memory = mapped(nbytes or POOL_BYTES)
+        self.memory = mapped(nbytes or pool_bytes())
         began_s = time.perf_counter()
         self.memory[:] = 0x11  # a number in every type; each page has to be there
         self.touch_bytes_per_s = len(self.memory) / (time.perf_counter() - began_s)
@@ -191,13 +201,9 @@ def _point(
     count = (EXPERTS_OF_LONG if rows >= MANY_ROWS else EXPERTS) if size.form == "experts" else 1
     matrices = 1 if size.form == "linears" else 3 * count
     wide = -(-high // 256) * 256  # columns of down are whole blocks of any type
-    # Rows that come to an expert lie among those of a step that do not.
-    among = min(EXPERTS_OF_ROWS * rows, max(rows, STEP_ROWS)) if size.form == "experts" else rows
-    x = home.place(np.ones((among, size.cols), np.float32))
-    into = home.place(np.zeros((among, size.cols), np.float32))
-    nums = np.concatenate(
-        [np.arange(rows, dtype=np.int64) * among // rows + at % (among // rows) for at in range(count)]
-    )
+    x = home.place(np.ones((rows, size.cols), np.float32))
+    into = home.place(np.zeros((rows, size.cols), np.float32))
+    nums = np.tile(np.arange(rows, dtype=np.int64), count)
     routes = Routes(tuple(rows * i for i in range(count + 1)), nums, np.ones(len(nums), np.float32))
 
     def gated() -> FeedForward:
@@ -216,7 +222,7 @@ def _point(
     else:
         one = (2 * kind.matrix_bytes(wide, size.cols) + kind.matrix_bytes(size.cols, wide)) // 3
     # As in a model, the same calls come again and again: what is worked out at the first is known later.
-    coming = min(len(pool.memory), ROUND_BYTES) // (matrices * one)
+    coming = len(pool.memory) // 2 // (matrices * one)
     seconds = usual_s(cycle([call() for _ in range(max(1, coming))]))
     return max(0.05 * seconds, seconds - calls_s) / (matrices * one), float(one)
 

@@ -30,7 +30,7 @@ from shoal.offload.errors import OffloadError
 from shoal.partition.memory_layout import KV_FORMATS
 from shoal.partition.throughput.profile import Contention, Device, Profile, ReadLaw
 
-from .cache_laws import cache_law
+from .cache_laws import PARTS, cache_law
 from .disk_laws import READS, DiskFile, contention, read_law, written
 from .fixed_costs import ANSWER_TOKENS, overheads
 from .kept_profile import Kept, profile_key, read_kept, write_kept
@@ -92,7 +92,7 @@ def measure(threads: int, place: Path, progress: Progress = no_progress) -> Prof
         )
     began_s = time.monotonic()
     steps = (ROUNDS + 1) * len(WEIGHT_TYPES) * len(SIZES) * len(ROWS) + 2 * len(KV_FORMATS) * len(CONTEXTS)
-    steps += ANSWER_TOKENS + ROUNDS * len(READS) + 2
+    steps += ANSWER_TOKENS + ROUNDS * (len(READS) + 1 + len(PARTS)) + 1
     at = 0
 
     def done(what: str) -> None:

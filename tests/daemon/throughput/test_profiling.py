@@ -28,6 +28,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         (kernel_laws, "SIZES", sizes),
         (profiling, "SIZES", sizes),
         (kernel_laws, "POOL_BYTES", 24 << 20),
+        (kernel_laws, "MOST_POOL_BYTES", 24 << 20),
         (cache_laws, "KEPT_BYTES", 1 << 20),
         (kernel_laws, "CONTEXTS", (64, 256)),
         (profiling, "WEIGHT_TYPES", kinds),
