@@ -68,10 +68,11 @@ class Machine:
 
 
 @contextmanager
-def group(
-    model: Path, ranks: int, threads: int, port: int, pins: list[str], serving: Sequence[str] = ()
+def attached(
+    ranks: int, threads: int, port: int, pins: list[str], serving: Sequence[str] = ()
 ) -> Iterator[Client]:
-    """A client of a head that computes `model` with so many ranks. `serving`: more options of `shoal serve`."""
+    """A client of a head to which all but one of so many machines are attached. `serving`: more options of `shoal
+    serve`."""
     with tempfile.TemporaryDirectory(prefix="shoal-cluster-") as root, ExitStack() as stack:
         head, *workers = (Machine(Path(root) / str(rank), threads, pins[rank]) for rank in range(ranks))
         head.serve(serving)
@@ -85,6 +86,15 @@ def group(
             if time.monotonic() > ends_s:
                 raise SystemExit("the workers have not attached")
             time.sleep(0.1)
+        yield client
+
+
+@contextmanager
+def group(
+    model: Path, ranks: int, threads: int, port: int, pins: list[str], serving: Sequence[str] = ()
+) -> Iterator[Client]:
+    """A client of a head that computes `model` with so many ranks (see `attached`)."""
+    with attached(ranks, threads, port, pins, serving) as client:
         loaded = client.load(str(model), ranks=ranks).model
         if loaded.ranks != ranks:
             raise SystemExit(f"{loaded.ranks} ranks compute it")

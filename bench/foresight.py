@@ -22,27 +22,39 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
 
-import disk
 import msgspec
 from cluster import ask, group
-from harness import machine
-from harness.cells import WANTED, Cell, Floors, Foretold, Measured, summary, verdict
+from harness.cells import (
+    WANTED,
+    Cell,
+    Foretold,
+    Measured,
+    alternatives,
+    memory_summary,
+    ranked,
+    summary,
+    verdict,
+)
+from harness.own_profiles import floors, halves, loopback, nearest_round, profile_of
 
 from shoal.comm.home import Home
 from shoal.daemon.config import NodeConfig
+from shoal.daemon.errors import DaemonError
+from shoal.daemon.library.packs import Packs
 from shoal.daemon.loading.planning import make_plan
 from shoal.daemon.throughput.model_sizes import described, weighed
-from shoal.daemon.throughput.profiling import machine_profile
+from shoal.models.checkpoint.checkpoint import Checkpoint
+from shoal.models.checkpoint.weight_source import Described
 from shoal.partition.memory_layout import PAGE_TOKENS, kv_page_bytes
-from shoal.partition.plan import Misfit, Plan, scratch_bytes, wanted_by
-from shoal.partition.throughput.cost import cost
+from shoal.partition.plan import VOCABULARY_BYTES, Misfit, Plan, scratch_bytes, wanted_by
+from shoal.partition.throughput.cost import cost, round_bytes
 from shoal.partition.throughput.prediction import Job, Prediction
-from shoal.partition.throughput.profile import Corrections, Profile, ProfileLink
+from shoal.partition.throughput.profile import Profile
 from shoal.partition.throughput.solve import Choices, asks, solve
 from shoal.partition.throughput.weights_of import Weighed
 
@@ -52,15 +64,15 @@ JOBS = ((1, 64, 32), (1, 512, 16), (4, 64, 24), (16, 16, 16))
 STREAMED_JOBS = ((1, 64, 16), (4, 64, 12))
 GROUP_JOBS = ((1, 64, 32), (1, 512, 16))
 SHARES = (0.4, 0.65, 0.85)  # of a model's bytes, as budgets, besides what the process takes
-BENCH_BYTES = 88_000_000  # of the process, as `shoal bench` enters it
+BENCH_BYTES = 88_000_000  # of the process, as `shoal bench` enters it in its budget; it has …
+TAKEN_BYTES = 57_000_000  # … so much of it in memory
+TOKEN_BYTES, MERGE_BYTES = 206, 153  # of a vocabulary
 MORE_BYTES = 150_000_000  # of a budget, besides a share of the model
 LEAST_STREAMED = 300_000_000  # bytes of a model that it makes sense to stream
 FEWER_BITS = 500_000_000  # models of fewer bytes are also kept in 4 bits
 CELL_S = 18.0
 ROUNDS = (3, 2, 1)
 FIXED_S, GROUP_FIXED_S, LOAD_BYTES_PER_S = 4.5, 10.0, 0.7e9  # of a cell, besides what is predicted
-LOOPBACK = ProfileLink(("one", "two"), 20e-6, 2.5e9)
-SAMPLE_BYTES = 512 << 20
 INDEPENDENT = 1.0  # share of experts: routers of random weights choose as if by dice
 PORT = 27650
 
@@ -88,51 +100,25 @@ def cells(models: Path, threads: int) -> Iterator[Cell]:
             yield Cell(path.name, "keep", threads // 2, *job, ranks=2)
 
 
-def floors(threads: int, file: Path) -> Floors:
-    """Of memory and of the disk, now."""
-    return Floors(machine.pieces_read_gb_per_s(threads), disk.read_gb_per_s(file, sample_bytes=SAMPLE_BYTES))
-
-
-def profile_of(threads: int, usual: int, file: Path) -> tuple[Profile, Floors]:
-    """This machine on so many threads, measured by itself, and its floors meanwhile."""
-    home = Home.from_env()
-    kept = home.profile if threads == usual else home.profile.with_name(f"profile-{threads}.json")
-    before = floors(threads, file)
-    found = machine_profile(threads, file.parent, kept, anew=True)  # with the disk as this file lies on it
-    assert found is not None
-    return Profile((replace(found.head, corrections=Corrections()),)), before.mean(floors(threads, file))
-
-
-def halves(half: Profile, whole: Profile) -> Profile:
-    """Two ranks on one machine, each with half of its threads and memory. When both work, each takes twice as long for
-    a byte or a number as the machine with all threads, which has the same to do. `half`: as measured on half of the
-    threads, whose fixed costs are a rank's."""
-
-    def twice(values: tuple[float, ...]) -> tuple[float, ...]:
-        return tuple(2 * it for it in values)
-
-    head = replace(
-        half.head,
-        memory_bytes=whole.head.memory_bytes / 2,
-        memory_bytes_per_s=whole.head.memory_bytes_per_s / 2,
-        flops=whole.head.flops / 2,
-        products=tuple(replace(law, byte_s=twice(law.byte_s)) for law in whole.head.products),
-        attention=tuple(
-            replace(law, decode_s=twice(law.decode_s), prompt_s=twice(law.prompt_s))
-            for law in whole.head.attention
-        ),
-    )
-    return Profile(tuple(replace(head, name=name) for name in LOOPBACK.between), (LOOPBACK,))
-
-
 def _job(cell: Cell) -> Job:
     return Job(cell.prompt_tokens, cell.new_tokens, cell.batch, distinct=INDEPENDENT)
 
 
-def alone_foretold(cell: Cell, path: Path, profile: Profile) -> tuple[str, Prediction] | None:
-    """(name, prediction) of the plan that `shoal bench` makes; None if it would be refused."""
+class Way(NamedTuple):
+    """A plan: its name, what is predicted of it, bytes that come round in its steps, and those that the process has at
+    most if the job is done so many times besides warming up (0: not looked at)."""
+
+    name: str
+    prediction: Prediction
+    round_bytes: float
+    peak_bytes: Callable[[int], int] = lambda rounds: 0
+
+
+def alone_foretold(cell: Cell, path: Path, profile: Profile) -> Way | None:
+    """The plan that `shoal bench` makes; None if it would be refused."""
     with described(path) as checkpoint:
         model = weighed(checkpoint, cell.quant)  # type: ignore[arg-type]
+        vocabulary = vocabulary_bytes(checkpoint)
     job = _job(cell)
     config = NodeConfig(
         threads=cell.threads,
@@ -145,29 +131,48 @@ def alone_foretold(cell: Cell, path: Path, profile: Profile) -> tuple[str, Predi
     if isinstance(plan, Misfit):
         return None
     found = cost(model, plan, profile.head, job)
-    held = plan.peak_bytes - unused_bytes(model, plan, job) + BENCH_BYTES + model.tokenizer_bytes
-    return "stream" if plan.streams else "memory", replace(found, peak_bytes={profile.head.name: held})
+    whole = round_bytes(model, plan, job.batch * job.context_tokens)
+    held = TAKEN_BYTES + model.tokenizer_bytes + plan.peak_bytes
+
+    def peak_bytes(rounds: int) -> int:
+        return held - unused_bytes(model, plan, job, vocabulary, rounds)
+
+    return Way("stream" if plan.streams else "memory", found, whole, peak_bytes)
 
 
-def unused_bytes(model: Weighed, plan: Plan, job: Job) -> int:
-    """What a job leaves of a plan's KV and scratch, which are for as many and as long texts as the plan allows."""
+def unused_bytes(model: Weighed, plan: Plan, job: Job, vocabulary: int, rounds: int) -> int:
+    """What a job leaves of a plan's KV and scratch, which are for as many and as long texts as the plan allows, and for
+    vocabularies that take more than this one's bytes."""
     most = wanted_by(plan, model.spec)
     rows = min(plan.chunk_tokens, job.batch * job.prompt_tokens)
     own = most._replace(chunk_tokens=rows, sequences=job.batch, guesses=0)
-    pages = job.batch * -(-job.context_tokens // PAGE_TOKENS)
-    kv = plan.kv.nbytes - pages * kv_page_bytes(model.spec, plan.kv.dtype)
-    return kv + scratch_bytes(most, plan.part_tokens) - scratch_bytes(own, plan.part_tokens)
+    page_bytes, texts = kv_page_bytes(model.spec, plan.kv.dtype), job.batch * (1 + rounds)
+    whole, begun = divmod(job.context_tokens, PAGE_TOKENS)
+    # Whole pages of texts that have ended are kept for others that begin alike. Keys of a page lie dimension by
+    # dimension, so a page that was begun has all of them in memory.
+    used = texts * whole * page_bytes + job.batch * bool(begun) * page_bytes * (1 + begun / PAGE_TOKENS) / 2
+    kv = max(0, plan.kv.nbytes - int(used))
+    spared = max(0, VOCABULARY_BYTES * model.spec.vocab - vocabulary)
+    return kv + spared + scratch_bytes(most, plan.part_tokens) - scratch_bytes(own, plan.part_tokens)
 
 
-def group_foretold(cell: Cell, path: Path, profile: Profile) -> tuple[str, Prediction] | None:
-    """The same of a group of the profile's devices."""
+def vocabulary_bytes(checkpoint: Described) -> int:
+    """Of a GGUF's tokenizer: of three vocabularies, with 0.3 to 1 merges for each token, this was kept within 6%."""
+    if not isinstance(checkpoint, Checkpoint) or checkpoint.kind != "gguf":
+        return VOCABULARY_BYTES * checkpoint.spec.vocab
+    merges = checkpoint.metadata.get("tokenizer.ggml.merges", ())
+    return TOKEN_BYTES * checkpoint.spec.vocab + MERGE_BYTES * len(merges)  # type: ignore[arg-type]
+
+
+def group_foretold(cell: Cell, path: Path, profile: Profile) -> Way | None:
+    """The same of a group of the profile's devices, which share caches."""
     with described(path) as checkpoint:
         model = weighed(checkpoint, cell.quant)  # type: ignore[arg-type]
     job = _job(cell)
     usual = NodeConfig()
     wanted = asks(job, None, usual.chunk_tokens, usual.max_sequences, 0)
     found = solve([model], wanted, profile, job, Choices("f16", cell.threads, cell.ranks))
-    return (found.chosen.name, found.chosen.prediction) if found.chosen else None
+    return Way(found.chosen.name, found.chosen.prediction, model.weights_bytes) if found.chosen else None
 
 
 def foretell(models: Path, threads: int) -> list[Foretold]:
@@ -175,17 +180,21 @@ def foretell(models: Path, threads: int) -> list[Foretold]:
     largest = max((it for it in models.rglob("*") if it.is_file()), key=lambda it: it.stat().st_size)
     half = max(1, threads // 2)
     known = {count: profile_of(count, threads, largest) for count in sorted({1, half, threads})}
-    ranks = halves(known[half][0], known[threads][0])
+    ranks = halves(known[half].profile, known[threads].profile, loopback(half))
     found: list[Foretold] = []
     for cell in cells(models, threads):
         path = models / cell.model
-        if cell.ranks > 1:
-            made = group_foretold(cell, path, ranks)
-        else:
-            made = alone_foretold(cell, path, known[cell.threads][0])
+        try:
+            if cell.ranks > 1:
+                made = group_foretold(cell, path, ranks)
+            else:
+                made = alone_foretold(cell, path, known[cell.threads].profile)
+        except DaemonError as error:  # it has few bits already
+            print(error, flush=True)
+            continue
         if made is None:
             continue
-        name, row = made
+        name, row, whole, peak_bytes = made
         once_s = row.ttft_s + cell.new_tokens * row.token_s
         before_s = (GROUP_FIXED_S if cell.ranks > 1 else FIXED_S) + path.stat().st_size / LOAD_BYTES_PER_S
         rounds = next((it for it in ROUNDS if before_s + (1 + it) * once_s < CELL_S), 0)
@@ -194,8 +203,8 @@ def foretell(models: Path, threads: int) -> list[Foretold]:
         if name == "stream" or cell.quant != "keep":
             packing = shoal("pack", "--quant", cell.quant, str(path))
             subprocess.run(packing, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        peak = max(row.peak_bytes.values()) if cell.ranks == 1 else 0
-        floor = known[threads if cell.ranks > 1 else cell.threads][1]
+        size = nearest_round(whole)
+        floor = known[threads if cell.ranks > 1 else cell.threads].floors[size]
         found.append(
             Foretold(
                 cell,
@@ -203,12 +212,13 @@ def foretell(models: Path, threads: int) -> list[Foretold]:
                 row.ttft_s,
                 row.token_s,
                 row.band,
-                peak,
+                peak_bytes(rounds),
                 row.binding,
                 floor,
                 rounds,
                 dict(row.parts),  # type: ignore[arg-type]
                 dict(row.prompt_parts),  # type: ignore[arg-type]
+                size,
             )
         )
     random.Random(0).shuffle(found)
@@ -223,15 +233,32 @@ def measured(models: Path, foretold: Foretold) -> Measured:
     """One cell."""
     cell = foretold.cell
     file = models / cell.model
-    probed = file if file.is_file() else max(file.iterdir(), key=lambda it: it.stat().st_size)
+    probed = read_from(file, cell.quant if foretold.plan == "stream" else "")
     threads = cell.threads * cell.ranks
-    before = floors(threads, probed)
-    ttft_s, token_s, peak = (in_group if cell.ranks > 1 else alone)(file, foretold)
-    return Measured(cell, ttft_s, token_s, peak, before, floors(threads, probed))
+    before = floors(threads, probed, foretold.round_bytes)
+    took = (in_group if cell.ranks > 1 else alone)(file, foretold)
+    after = floors(threads, probed, foretold.round_bytes)
+    return Measured(cell, took.ttft_s, took.token_s, took.peak_bytes, before, after, took.apart)
 
 
-def alone(file: Path, foretold: Foretold) -> tuple[float, float, int]:
-    """(seconds to the first token, seconds for each later one, bytes at most), by `shoal bench`."""
+def read_from(path: Path, quant: str) -> Path:
+    """The largest file of a model, or of its pack: each lies on the disk in its own way. `quant`: "" for no pack."""
+    where = Packs(Home.from_env()).directory(path, quant) if quant else path  # type: ignore[arg-type]
+    return where if where.is_file() else max(where.iterdir(), key=lambda it: it.stat().st_size)
+
+
+class Took(NamedTuple):
+    """Seconds to the first token, and for each later one; bytes at most (0: not looked at); half of the range of
+    rounds, as a share of their middle: of a token."""
+
+    ttft_s: float
+    token_s: float
+    peak_bytes: int
+    apart: float
+
+
+def alone(file: Path, foretold: Foretold) -> Took:
+    """By `shoal bench`."""
     cell = foretold.cell
     named = f"{file}:{cell.quant}" if cell.quant != "keep" else str(file)
     command = shoal("bench", named, "--json")
@@ -252,12 +279,14 @@ def alone(file: Path, foretold: Foretold) -> tuple[float, float, int]:
     if ended.returncode:
         raise CellFailed(f"{cell.name}: {ended.stderr.strip()}")
     result: dict[str, Any] = json.loads(ended.stdout)
-    prefill, decode = (result[f"{part}_tokens_per_s"]["median"] for part in ("prefill", "decode"))
-    ttft_s = cell.batch * cell.prompt_tokens / prefill
-    return ttft_s, cell.batch / max(decode, 1e-9), result["peak_memory_bytes"]
+    prefill, decode = (result[f"{part}_tokens_per_s"] for part in ("prefill", "decode"))
+    ttft_s = cell.batch * cell.prompt_tokens / prefill["median"]
+    usual = max(decode["median"], 1e-9)
+    apart = (decode["max"] - decode["min"]) / (2 * usual)
+    return Took(ttft_s, cell.batch / usual, result["peak_memory_bytes"], apart)
 
 
-def in_group(file: Path, foretold: Foretold) -> tuple[float, float, int]:
+def in_group(file: Path, foretold: Foretold) -> Took:
     """The same by daemons on loopback; what they take is not looked at."""
     cell, source = foretold.cell, random.Random(0)
     pins, exact = [""] * cell.ranks, ("--speculate", "off")  # one token a step, as is predicted
@@ -267,7 +296,8 @@ def in_group(file: Path, foretold: Foretold) -> tuple[float, float, int]:
             for _ in range(foretold.rounds + 1)
         ][1:]
     firsts, tokens = zip(*found, strict=True)
-    return sorted(firsts)[len(firsts) // 2], sorted(tokens)[len(tokens) // 2], 0
+    apart = (max(tokens) - min(tokens)) / (2 * median(tokens))
+    return Took(median(firsts), median(tokens), 0, apart)
 
 
 def measure(foretold: list[Foretold], options: argparse.Namespace) -> list[Measured]:
@@ -302,12 +332,22 @@ def report(foretold: list[Foretold], found: list[Measured]) -> None:
     verdicts = [verdict(by_cell[it.cell], it) for it in found]
     for it in sorted(verdicts, key=lambda it: it.name):
         said = "void" if it.void else "band" if it.within else "OUT"
-        print(f"{it.name:64} token {it.token:+5.0%} (as it is {it.absolute:+5.0%}), first {it.ttft:+5.0%}, "
-              f"memory {it.memory:+4.0%}, {said}")  # fmt: skip
+        peaks = (
+            "{:.0f} → {:.0f} MB ({:+.1%}), ".format(*(n / 1e6 for n in it.peaks), it.memory)
+            if it.memory
+            else ""
+        )
+        print(f"{it.name:72} token {it.token:+5.0%} (as it is {it.absolute:+5.0%}), first {it.ttft:+5.0%}, "
+              f"{peaks}{said}")  # fmt: skip
     for kind in ("token", "ttft"):
         figures = summary(verdicts, kind)  # type: ignore[arg-type]
         print(kind, ", ".join(f"{name} {value:.3g}" for name, value in figures.items()))
-    print("wanted:", ", ".join(f"{name} {value:.0%}" for name, value in WANTED.items()))
+    for name, figures in (
+        ("memory", memory_summary(verdicts)),
+        ("choices", ranked(alternatives(by_cell, found))),
+    ):
+        print(name, ", ".join(f"{what} {value:.3g}" for what, value in figures.items()))
+    print("wanted:", ", ".join(f"{name} {value:g}" for name, value in WANTED.items()))
 
 
 def main() -> None:

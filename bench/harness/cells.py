@@ -5,8 +5,9 @@ Pure: figures in, errors and verdicts out. Does not know how anything is measure
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from statistics import median
 from typing import Literal, NamedTuple
 
@@ -18,7 +19,11 @@ WANTED = {
     "bands": 0.90,
     "memory over": 0.05,
     "memory under": 0.02,
+    "ranks agree": 0.95,
+    "regret median": 1.05,
+    "regret worst": 1.15,
 }
+NOISES = 2  # how many times their noise plans must differ by to be told apart
 
 
 class Cell(NamedTuple):
@@ -44,7 +49,8 @@ class Cell(NamedTuple):
 
 @dataclass
 class Floors:
-    """How fast the machine is just now: GB/s of memory on all threads, and of direct reads."""
+    """How fast the machine is just now: GB/s of memory on all threads, where as much comes round as in a step of the
+    cell, and of direct reads."""
 
     dram_gb_per_s: float
     disk_gb_per_s: float
@@ -59,7 +65,7 @@ class Floors:
 class Foretold:
     """What was predicted of a cell, before anything was measured. `floors`: when the profile was. `peak_bytes`: 0 = not
     to be looked at. `rounds`: to measure. `parts`, `prompt_parts`: seconds of a token and of the prompts by what takes
-    them (see `Prediction`); without them all of it is what binds."""
+    them (see `Prediction`); without them all of it is what binds. `round_bytes`: with which floors are probed."""
 
     cell: Cell
     plan: str
@@ -72,6 +78,7 @@ class Foretold:
     rounds: int = 3
     parts: dict[str, float] = field(default_factory=dict)
     prompt_parts: dict[str, float] = field(default_factory=dict)
+    round_bytes: int = 1 << 30
 
     def void(self, measured: Measured) -> bool:
         """Whether the machine changed meanwhile by more than `VOID` in what this cell goes with, so that it says
@@ -94,7 +101,7 @@ class Foretold:
 
 @dataclass
 class Measured:
-    """What came of it."""
+    """What came of it. `apart`: half of the range of its rounds, as a share of their middle: of a token."""
 
     cell: Cell
     ttft_s: float
@@ -102,6 +109,7 @@ class Measured:
     peak_bytes: int
     before: Floors
     after: Floors
+    apart: float = 0.0
 
     @property
     def floors(self) -> Floors:
@@ -119,7 +127,8 @@ class Verdict(NamedTuple):
     ttft: float
     absolute: float
     within: bool  # the band, moved by the floors
-    memory: float  # measured ÷ predicted − 1
+    memory: float | None  # measured ÷ predicted − 1; None: not looked at
+    peaks: tuple[int, int]  # bytes, predicted and measured
 
 
 def verdict(foretold: Foretold, measured: Measured) -> Verdict:
@@ -136,7 +145,8 @@ def verdict(foretold: Foretold, measured: Measured) -> Verdict:
         measured.ttft_s / foretold.ttft_s / ttft_times - 1,
         measured.token_s / foretold.token_s - 1,
         foretold.band[0] <= speed <= foretold.band[1],
-        measured.peak_bytes / foretold.peak_bytes - 1 if foretold.peak_bytes else 0.0,
+        measured.peak_bytes / foretold.peak_bytes - 1 if foretold.peak_bytes else None,
+        (foretold.peak_bytes, measured.peak_bytes),
     )
 
 
@@ -160,3 +170,78 @@ def summary(verdicts: Sequence[Verdict], kind: Literal["token", "ttft"]) -> dict
         "bias": sum(errors) / len(errors),
         "bands": sum(it.within for it in counted) / len(counted),
     }
+
+
+def memory_summary(verdicts: Iterable[Verdict]) -> dict[str, float]:
+    """Of the cells whose memory was looked at, void or not: how far predictions were over what was taken, and under it,
+    at most; and the share of those within both limits."""
+    errors = [it.memory for it in verdicts if it.memory is not None]
+    if not errors:
+        return {"cells": 0}
+    kept = sum(-WANTED["memory over"] <= it <= WANTED["memory under"] for it in errors)
+    return {
+        "cells": len(errors),
+        "median": median(errors),
+        "most over": max(0.0, -min(errors)),
+        "most under": max(0.0, max(errors)),
+        "kept": kept / len(errors),
+    }
+
+
+class Alternative(NamedTuple):
+    """One way to do a job: seconds of all of it, predicted, and measured as with the floors of the prediction."""
+
+    name: str
+    predicted_s: float
+    measured_s: float
+    apart: float
+
+
+def alternatives(
+    foretold: Mapping[Cell, Foretold], found: Iterable[Measured]
+) -> dict[str, list[Alternative]]:
+    """By model and job, the ways that were measured to do it: with other threads, bits, budgets, ranks. Void cells do
+    not count."""
+    ways: dict[str, list[Alternative]] = {}
+    for it in found:
+        cell, said = it.cell, foretold[it.cell]
+        if said.void(it):
+            continue
+        token_times = said.slower(it.floors, said.parts)
+        ttft_times = said.slower(it.floors, said.prompt_parts) if said.prompt_parts else token_times
+        later = cell.new_tokens - 1
+        job = f"{cell.model} {cell.prompt_tokens}+{cell.new_tokens}×{cell.batch}"
+        way = Alternative(
+            cell.name,
+            said.ttft_s + later * said.token_s,
+            it.ttft_s / ttft_times + later * it.token_s / token_times,
+            it.apart,
+        )
+        ways.setdefault(job, []).append(way)
+    return {job: each for job, each in ways.items() if len(each) > 1}
+
+
+def ranked(ways: Mapping[str, Sequence[Alternative]]) -> dict[str, float]:
+    """Of the pairs that differ by more than noise: how many are predicted in their order. Of each job: how many times
+    as long as the quickest way the one takes that was predicted to be it; 1 where the two cannot be told apart."""
+    pairs = [pair for each in ways.values() for pair in combinations(each, 2) if _differ(*pair)]
+    agree = sum((a.predicted_s < b.predicted_s) == (a.measured_s < b.measured_s) for a, b in pairs)
+    regrets = []
+    for each in ways.values():
+        chosen = min(each, key=lambda way: way.predicted_s)
+        best = min(each, key=lambda way: way.measured_s)
+        regrets.append(chosen.measured_s / best.measured_s if _differ(chosen, best) else 1.0)
+    if not regrets:
+        return {"pairs": 0}
+    return {
+        "pairs": len(pairs),
+        "ranks agree": agree / len(pairs) if pairs else 1.0,
+        "jobs": len(regrets),
+        "regret median": median(regrets),
+        "regret worst": max(regrets),
+    }
+
+
+def _differ(one: Alternative, other: Alternative) -> bool:
+    low, high = sorted((one.measured_s, other.measured_s))
+    return high / low - 1 > NOISES * max(one.apart, other.apart)

@@ -9,14 +9,11 @@ import functools
 import mmap
 import os
 import platform
-import random
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -26,8 +23,6 @@ import shoal.daemon
 
 BUFFER_BYTES = 1 << 30  # read at once: more than any cache holds
 READS = 3
-PIECE_BYTES = 2 << 20
-PIECE_READS = 7
 _FLAGS = (
     "avx2",
     "avx512f",
@@ -83,27 +78,6 @@ def dram_read_gb_per_s(threads: int) -> float:
         return 0.0
     parts = [part.max for part in np.array_split(_buffer(), threads)]
     return max(BUFFER_BYTES / _seconds(parts) / 1e9 for _ in range(READS))
-
-
-def pieces_read_gb_per_s(threads: int) -> float:
-    """GB/s of pieces of a large buffer in any order, the median of several reads; 0 if there is no room. As matrices of
-    a model are read. Where each thread reads its half from one end to the other, two of one machine reach 25 or 38 GB/s
-    by turns, and nothing that computes with weights changes with that."""
-    if psutil.virtual_memory().available < 4 * BUFFER_BYTES:
-        return 0.0
-    pieces = _buffer().reshape(BUFFER_BYTES // PIECE_BYTES, -1)
-    order = random.Random(0)
-    found = []
-    for _ in range(PIECE_READS):
-        numbers = order.sample(range(len(pieces)), len(pieces))
-        own = [partial(_read, pieces, numbers[thread::threads]) for thread in range(threads)]
-        found.append(BUFFER_BYTES / _seconds(own) / 1e9)
-    return median(found)
-
-
-def _read(pieces: np.ndarray[Any, Any], numbers: list[int]) -> None:
-    for number in numbers:
-        pieces[number].max()
 
 
 def memory_of(pid: int) -> dict[str, int]:

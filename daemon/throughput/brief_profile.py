@@ -1,4 +1,4 @@
-"""Measures what a daemon needs most to predict, in some four seconds between requests: fixed costs, kernels with the
+"""Measures what a daemon needs most to predict, in some six seconds between requests: fixed costs, kernels with the
 types of what is loaded, the disk if there is something large to read on it. `profiling` measures everything.
 """
 
@@ -18,12 +18,12 @@ from shoal.daemon.memory import available_bytes
 from shoal.kernels import WEIGHT_TYPES
 from shoal.offload.errors import OffloadError
 from shoal.partition.hardware_guesses import DISK_BYTES_PER_S
-from shoal.partition.throughput.profile import Device, ReadLaw
+from shoal.partition.throughput.profile import CacheLaw, Device, ReadLaw
 
+from .cache_laws import cache_law
 from .disk_laws import READS, read_once, reread_speed
 from .fixed_costs import overheads
 from .kernel_laws import (
-    POOL_BYTES,
     Pool,
     attention_laws,
     flops_of,
@@ -31,6 +31,7 @@ from .kernel_laws import (
     laid_out_bytes_per_s,
     memory_bytes_per_s,
     middle,
+    pool_bytes,
     table_rounds,
 )
 from .profiling import LEAST_FILE_BYTES, others_compute
@@ -48,7 +49,7 @@ class Interrupted(Exception):
 
 def enough_is_free() -> bool:
     """Whether there is memory to measure with."""
-    return available_bytes() >= NEEDED_TIMES * POOL_BYTES
+    return available_bytes() >= NEEDED_TIMES * pool_bytes()
 
 
 def measure_briefly(
@@ -85,8 +86,10 @@ def _measured(
     going("")
     rounds = table_rounds(home, pool, types, math.inf, going)
     laws = middle(rounds)
+    going("")
+    caches = cache_law(home, pool, types, going)
     if before is not None:
-        return replace(before, products=(*before.products, *laws))
+        return replace(before, products=(*before.products, *laws), caches=_with(before.caches, caches))
     fixed = overheads(going)
     attention = tuple(attention_laws(home, going, ("f16",)))
     disk = _disk_bytes_per_s(place)
@@ -101,12 +104,20 @@ def _measured(
         products=laws,
         attention=attention,
         reads=ReadLaw(READS[-1:], (disk,)) if disk else None,
+        caches=caches,
         overheads=fixed,
         repeats=kernel_repeats(rounds),
         touch_bytes_per_s=pool.touch_bytes_per_s,
         band_bytes_per_s=laid_out_bytes_per_s(types[0]),
         measured=True,
     )
+
+
+def _with(before: CacheLaw | None, now: CacheLaw | None) -> CacheLaw | None:
+    """What caches keep as it is now, with the tables of both."""
+    if before is None or now is None:
+        return now
+    return replace(now, products=(*before.products, *now.products))
 
 
 def _disk_bytes_per_s(place: Path) -> float:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import cycle
+from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
@@ -37,8 +39,10 @@ log = logging.getLogger(__name__)
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 256)
 MANY_ROWS = 32  # from here on, computing counts, and less memory has to be passed
-MANY_ROWS_BYTES = 2 << 20
-POOL_BYTES = 192 << 20
+# With fewer, what kernels make of the rows before they multiply would count for more than in models.
+MANY_ROWS_BYTES = 8 << 20
+POOL_BYTES, MOST_POOL_BYTES = 192 << 20, 512 << 20
+POOL_TIMES = 4  # as large as the last cache, within these limits
 ROUNDS = 3  # of all tables, one after the other: a machine changes its speed within seconds
 CALLS = 1  # at least, of each point in a round
 CELL_S = 0.008  # for which it is called again
@@ -81,11 +85,21 @@ def usual_s(calls: Iterator[Callable[[], object]]) -> float:
     return max(1e-9, sorted(took)[(len(took) - 1) // 2])
 
 
+def pool_bytes() -> int:
+    """Of a pool: no cache holds half of it, as far as their sizes are known. One of many machines that share a cache of
+    hundreds of MB has some of it."""
+    largest = 0
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        with suppress(OSError, ValueError):
+            largest = max(largest, int(path.read_text().strip().removesuffix("K")) << 10)
+    return max(POOL_BYTES, min(MOST_POOL_BYTES, POOL_TIMES * largest))
+
+
 class Pool:
     """Memory that weights are cut from, place after place, round and round."""
 
-    def __init__(self) -> None:
-        self.memory = mapped(POOL_BYTES)
+    def __init__(self, nbytes: int = 0) -> None:
+        self.memory = mapped(nbytes or pool_bytes())
         began_s = time.perf_counter()
         self.memory[:] = 0x11  # a number in every type; each page has to be there
         self.touch_bytes_per_s = len(self.memory) / (time.perf_counter() - began_s)
@@ -127,12 +141,12 @@ def table_rounds(
                     said = "measuring takes too long, as something else computes: no tables for %s and others"
                     log.warning(said, kind.name)
                 break
-            laws += (_table(home, pool, kind, size, calls_s, done) for size in SIZES)
+            laws += (table(home, pool, kind, size, calls_s, done) for size in SIZES)
         rounds.append(laws)
     return rounds
 
 
-def _table(
+def table(
     home: ComputeHome,
     pool: Pool,
     kind: WeightType,
@@ -140,7 +154,7 @@ def _table(
     calls_s: float,
     done: Callable[[str], None],
 ) -> RowsLaw:
-    """`calls_s`: of each call is not the weights'."""
+    """Of one type and size. `calls_s`: of each call is not the weights'."""
     points = []
     for rows in ROWS:
         done(f"{kind.name}, {size.name}")
@@ -208,7 +222,8 @@ def _point(
     else:
         one = (2 * kind.matrix_bytes(wide, size.cols) + kind.matrix_bytes(size.cols, wide)) // 3
     # As in a model, the same calls come again and again: what is worked out at the first is known later.
-    seconds = usual_s(cycle([call() for _ in range(max(1, len(pool.memory) // (matrices * one)))]))
+    coming = len(pool.memory) // 2 // (matrices * one)
+    seconds = usual_s(cycle([call() for _ in range(max(1, coming))]))
     return max(0.05 * seconds, seconds - calls_s) / (matrices * one), float(one)
 
 

@@ -22,6 +22,8 @@ def device_facts(device: Device) -> Iterator[tuple[str, str]]:
         "memory",
         f"{format_bytes(device.memory_bytes)} for Shoal, read at {format_bytes(device.memory_bytes_per_s)}/s",
     )
+    if device.caches:
+        yield "caches", _kept(device)
     yield "first touch", f"{format_bytes(device.first_touch_bytes_per_s)}/s"
     yield "arithmetic", f"{device.flops / 1e9:,.0f} GFLOP/s"
     if device.disk_bytes_per_s:
@@ -43,6 +45,16 @@ def device_facts(device: Device) -> Iterator[tuple[str, str]]:
         sizes_of = f"{format_bytes(one.memory_bytes)} at {format_bytes(one.memory_bytes_per_s)}/s"
         link = f"{format_bytes(one.host_bytes_per_s)}/s from its host"
         yield f"accelerator {one.name}", f"{sizes_of}, {one.flops / 1e12:,.3g} TFLOP/s, {link}"
+
+
+def _kept(device: Device) -> str:
+    """How fast weights are read that come round, from the fewest to the most that were tried."""
+    assert device.caches
+    sizes = device.caches.nbytes
+    shown = dict.fromkeys((sizes[0], sizes[len(sizes) // 2], sizes[-1]))
+    speeds = (f"{format_bytes(device.going_round(it).memory_bytes_per_s)}/s" for it in shown)
+    said = (f"{speed} of {format_bytes(it)}" for speed, it in zip(speeds, shown, strict=True))
+    return f"weights that come round in every step are read at {', '.join(said)}"
 
 
 def corrected(learnt: Mapping[str, float]) -> str:

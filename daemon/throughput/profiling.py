@@ -30,6 +30,7 @@ from shoal.offload.errors import OffloadError
 from shoal.partition.memory_layout import KV_FORMATS
 from shoal.partition.throughput.profile import Contention, Device, Profile, ReadLaw
 
+from .cache_laws import PARTS, cache_law
 from .disk_laws import READS, DiskFile, contention, read_law, written
 from .fixed_costs import ANSWER_TOKENS, overheads
 from .kept_profile import Kept, profile_key, read_kept, write_kept
@@ -90,8 +91,8 @@ def measure(threads: int, place: Path, progress: Progress = no_progress) -> Prof
             "resources", "measuring takes up to 1 GB of memory, and less is free", "end something else"
         )
     began_s = time.monotonic()
-    steps = ROUNDS * len(WEIGHT_TYPES) * len(SIZES) * len(ROWS) + 2 * len(KV_FORMATS) * len(CONTEXTS)
-    steps += ANSWER_TOKENS + ROUNDS * len(READS) + 1
+    steps = (ROUNDS + 1) * len(WEIGHT_TYPES) * len(SIZES) * len(ROWS) + 2 * len(KV_FORMATS) * len(CONTEXTS)
+    steps += ANSWER_TOKENS + ROUNDS * (len(READS) + 1 + len(PARTS)) + 1
     at = 0
 
     def done(what: str) -> None:
@@ -111,6 +112,8 @@ def measure(threads: int, place: Path, progress: Progress = no_progress) -> Prof
     )
     rounds = table_rounds(home, pool, kinds, began_s + LIMIT_S, done)
     laws = middle(rounds)
+    tabled = {law.kind for law in laws}
+    caches = cache_law(home, pool, [kind for kind in kinds if kind.name in tabled], done)
     q4_k = next(kind for kind in WEIGHT_TYPES if kind.name == "Q4_K")
     flops = max(flops_of(law) for law in laws if law.kind == q4_k.name)
     device = Device(
@@ -123,6 +126,7 @@ def measure(threads: int, place: Path, progress: Progress = no_progress) -> Prof
         products=laws,
         attention=attention,
         reads=disk.reads,
+        caches=caches,
         overheads=fixed,
         contention=disk.both,
         repeats=replace(kernel_repeats(rounds), disk_apart=disk.apart),

@@ -9,11 +9,12 @@ formulas with their units, sources and limits.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from ..plan import Plan
 from ..spec import BlockId
-from .laws import DISTINCT_SHARE, NOTHING, Rows, products
+from .laws import DISTINCT_SHARE, NOTHING, Rows, kv_token_bytes, products
 from .prediction import Binding, Job, Prediction, uncertainty
 from .profile import Device
 from .schedule import Experts, Use, contended
@@ -22,6 +23,7 @@ from .weights_of import Weighed
 from .with_device import device_step
 
 PROCESS_BYTES = 80 << 20  # the interpreter with its libraries, before there is a model
+_CACHES = 0.6, 1.6  # times as much is kept by a cache that others share, within minutes
 _SAMPLES = 4  # chunks of a long prompt that are worked out; the others lie between
 
 
@@ -48,6 +50,9 @@ def cost(model: Weighed, plan: Plan, device: Device, job: Job) -> Prediction:
     if model.spec.moe and job.distinct is None:  # what is not known is how many experts several tokens wake
         slow = max(slow, _decode(model, plan, device, job, 1.0).seconds)
         fast = min(fast, _decode(model, plan, device, job, DISTINCT_SHARE).seconds)
+    for other in _with_other_caches(device, round_bytes(model, plan, job.batch * job.prompt_tokens)):
+        other_s = _decode(model, plan, other, job, job.distinct).seconds
+        slow, fast = max(slow, other_s), min(fast, other_s)
     prompt = list(_prompt(model, plan, device, job))
     ttft_s = sum(count * step.seconds for count, step in prompt)
     shown = decode if job.new_tokens > 1 else prompt[-1][1]
@@ -163,6 +168,8 @@ def _step(
         there = device_step(model, plan, device, segments, wanted, share)
         return _Step(there.seconds, there.stall_s, there.parts)
     rows = sum(segment.alike * segment.rows for segment in segments)
+    tokens = sum(segment.alike * (segment.before + segment.rows) for segment in segments)
+    device = device.going_round(round_bytes(model, plan, tokens))
     pieces = Pieces(model, plan, device, segments, share)
     tier = {it.block: it.nbytes if it.tier == "disk" else 0 for it in plan.blocks}
     overheads = device.overheads
@@ -205,6 +212,23 @@ def _step(
     stall_s = max(0.0, seconds - computing.seconds - calls_s - between_s)
     times = device.corrections.times(parts)
     return _Step(times * seconds, times * stall_s, parts)
+
+
+def round_bytes(model: Weighed, plan: Plan, tokens: float) -> float:
+    """Memory that a step goes through with so many tokens of all streams: weights, and K and V. Of an embedding few
+    rows are used, unless it is the head's, too."""
+    used = (it for it in plan.blocks if model.spec.tied or it.block.kind != "embed")
+    held = sum(it.nbytes for it in used if it.tier == "ram")
+    kv_bytes = tokens * len(model.spec.layers) * kv_token_bytes(model.spec, plan.kv.dtype)
+    return held + plan.window_bytes + plan.expert_bytes + kv_bytes
+
+
+def _with_other_caches(device: Device, nbytes: float) -> Iterator[Device]:
+    """The device if its caches kept less or more, where that changes what they keep of so many bytes."""
+    caches = device.caches
+    for its in (caches.larger(times) for times in _CACHES) if caches else ():
+        if caches and its.share(nbytes) != caches.share(nbytes):
+            yield replace(device, caches=its)
 
 
 def _start_s(model: Weighed, plan: Plan, device: Device) -> tuple[float, float]:

@@ -25,12 +25,14 @@ _READING_SHARE = 0.9  # of a step's computing that reads memory, where nothing t
 def machines_of(
     profile: Profile, model: Weighed, kv_type: str, distinct: float | None = None
 ) -> list[Machine]:
-    """The devices as group_search knows machines: how fast they are with parts of this model."""
+    """The devices as group_search knows machines: how fast they are with parts of this model, of which caches keep as
+    much as of even ones."""
+    part_bytes = model.weights_bytes / len(profile.devices)
     return [
         Machine(
             device.name,
             max(0, int(device.memory_bytes) - _beside_bytes(model, kv_type, place)),
-            *speeds_with(device, model),
+            *speeds_with(device.going_round(part_bytes), model),
             nearest("disk_bytes_per_s", device.disk_bytes_per_s),  # one that was thought of may be too quick
             device.threads,
             device.port_bytes_per_s,

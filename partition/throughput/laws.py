@@ -106,7 +106,8 @@ def attention(
     if law is None:
         seconds = max(memory_s, 4 * numbers / (ATTENTION_SHARE * device.flops))
     else:
-        seconds = numbers * _number_s(law, rows, seen / rows)
+        # Tables are of K and V that caches hold for the most part.
+        seconds = max(memory_s, numbers * _number_s(law, rows, seen / rows))
     return Share(seconds, min(seconds, memory_s))
 
 

@@ -8,6 +8,7 @@ device, and the rest follows from the defaults of this module. Figures come from
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -42,6 +43,37 @@ class RowsLaw:
     nbytes: float
     rows: tuple[int, ...]
     byte_s: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class CacheLaw:
+    """What caches do for weights that come round in every step. `from_memory`: how far products with one row are on the
+    way from what they take if caches hold all (0) to what they take if nothing is left there (1), by the bytes of a
+    round. `products`: tables as a device's, if caches hold all."""
+
+    nbytes: tuple[int, ...]
+    from_memory: tuple[float, ...]
+    products: tuple[RowsLaw, ...] = ()
+
+    def share(self, nbytes: float) -> float:
+        """`from_memory` of so many bytes, between points on a logarithmic scale."""
+        place = bisect_left(self.nbytes, nbytes)
+        if place in (0, len(self.nbytes)):
+            return 1.0 if place else self.from_memory[0]
+        low, high = self.nbytes[place - 1 : place + 1]
+        part = math.log(nbytes / low) / math.log(high / low)
+        return (1 - part) * self.from_memory[place - 1] + part * self.from_memory[place]
+
+    def larger(self, times: float) -> CacheLaw:
+        """If caches kept so many times as much."""
+        return replace(self, nbytes=tuple(max(1, round(times * it)) for it in self.nbytes))
+
+    def slowed(self, compute: float) -> CacheLaw:
+        """If computing took so many times as long."""
+        products = (
+            replace(law, byte_s=tuple(compute * byte_s for byte_s in law.byte_s)) for law in self.products
+        )
+        return replace(self, products=tuple(products))
 
 
 @dataclass(frozen=True)
@@ -185,6 +217,7 @@ class Device:
     products: tuple[RowsLaw, ...] = ()
     attention: tuple[AttentionLaw, ...] = ()
     reads: ReadLaw | None = None
+    caches: CacheLaw | None = None  # None: weights always come from memory
     overheads: Overheads = Overheads()
     contention: Contention = Contention()
     repeats: Repeats = Repeats()
@@ -207,6 +240,24 @@ class Device:
     def laid_out_bytes_per_s(self) -> float:
         return self.band_bytes_per_s or self.memory_bytes_per_s / 8
 
+    def going_round(self, nbytes: float) -> Device:
+        """If so many bytes come round in every step, of which caches keep some: its memory is as quick then as both are
+        together."""
+        share = self.caches.share(nbytes) if self.caches else 1.0
+        if self.caches is None or share >= 1:
+            return self
+        kept = {(law.kind, law.nbytes, law.rows): law.byte_s for law in self.caches.products}
+        products, far_s, near_s = [], 0.0, 0.0
+        for law in self.products:
+            near = kept.get((law.kind, law.nbytes, law.rows), law.byte_s)
+            both = zip(near, law.byte_s, strict=True)
+            made = replace(law, byte_s=tuple(min(far, it + share * (far - it)) for it, far in both))
+            products.append(made)
+            far_s, near_s = far_s + law.byte_s[0], near_s + made.byte_s[0]
+        quicker = far_s / near_s if products else 1.0
+        speed = quicker * self.memory_bytes_per_s
+        return replace(self, memory_bytes_per_s=speed, products=tuple(products), caches=None)
+
     def on(self, threads: int | None) -> Device:
         """The device with other threads than it was measured with. Half of its threads are taken to use all of its
         memory's speed; what is computed goes with the threads. More threads do nothing that was not measured."""
@@ -224,6 +275,7 @@ class Device:
             name=name,
             disk_bytes_per_s=disk_bytes_per_s,
             reads=None,
+            caches=None,
             port_bytes_per_s=0.0,
             repeats=Repeats(),
             corrections=Corrections(),
@@ -252,6 +304,7 @@ class Device:
             memory_bytes_per_s=self.memory_bytes_per_s / memory,
             flops=self.flops / compute,
             products=tuple(replace(law, byte_s=tuple(map(longer, law.byte_s))) for law in self.products),
+            caches=self.caches and self.caches.slowed(compute),
             attention=attention,
         )
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from ..errors import ProfileError
-from .profile import ANY, CORRECTED, AttentionLaw, Profile, ReadLaw, RowsLaw
+from .profile import ANY, CORRECTED, AttentionLaw, CacheLaw, Profile, ReadLaw, RowsLaw
 
 MAX_DEVICES = 64
 MAX_ACCELERATORS = 64  # of a device
 MAX_POINTS = 256  # of a table
 MAX_LAWS = 256
 
-Law = RowsLaw | AttentionLaw | ReadLaw
+Law = RowsLaw | AttentionLaw | ReadLaw | CacheLaw
 
 _LIMITS: Mapping[str, tuple[float, float]] = {
     "memory_bytes": (1e6, 2.0**60),
@@ -49,6 +49,7 @@ _POINTS: Mapping[str, tuple[float, float]] = {
     "decode_s": (1e-18, 1.0),
     "prompt_s": (1e-18, 1.0),
     "nbytes": (1, 1 << 40),
+    "from_memory": (0, 1),
     "bytes_per_s": (1, 1e14),
 }
 
@@ -82,6 +83,9 @@ def check_profile(profile: Profile) -> Profile:
         _check_laws(f"{where}.attention", device.attention)
         if device.reads is not None:
             _check_law(f"{where}.reads", device.reads)
+        if device.caches is not None:
+            _check_laws(f"{where}.caches.products", device.caches.products)
+            _check_law(f"{where}.caches", device.caches)
     for number, link in enumerate(profile.links):
         where = f"links[{number}]"
         for end in link.between:
@@ -133,11 +137,13 @@ def check_figure(field: str, value: object, low: float, high: float) -> None:
 
 
 def _check_law(where: str, law: Law) -> None:
-    tables = {field: value for field, value in vars(law).items() if isinstance(value, tuple)}
+    tables = {
+        field: value for field, value in vars(law).items() if field in _POINTS and isinstance(value, tuple)
+    }
     for field, value in vars(law).items():
         if field in ("kind", "kv_type") and not (value and value.isprintable() and len(value) <= 40):
             raise ProfileError(f"{where}.{field}={value[:80]!r}: must be the name of a stored type")
-        for number, point in enumerate(value if isinstance(value, tuple) else ()):
+        for number, point in enumerate(tables.get(field, ())):
             check_figure(f"{where}.{field}[{number}]", point, *_POINTS[field])
         if field == "nbytes" and not isinstance(value, tuple):
             check_figure(f"{where}.nbytes", value, *_POINTS["nbytes"])

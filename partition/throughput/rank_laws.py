@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from ..machines import BlockTimes, DiskTimes, FixedCosts, RankHolds, RankShares
+from ..spec import BlockId
 from ..streamed_plan import experts_together
 from .laws import attention, distinct_experts, products, together, windowed_bytes_per_s
 from .profile import Device
@@ -25,6 +26,7 @@ class RankLaws:
     def __init__(self, device: Device, model: Weighed, kv_type: str, distinct: float | None = None) -> None:
         self._device, self._model, self._kv_type, self._distinct = device, model, kv_type, distinct
         self._known: dict[tuple[object, ...], float] = {}
+        self._rounds: dict[float, Device] = {}
 
     def fixed(self, share: float) -> FixedCosts:
         """See `PartLaws`."""
@@ -140,5 +142,13 @@ class RankLaws:
                 it._replace(rows=max(1, round(share * it.rows)), nbytes=max(1, round(share * it.nbytes)))
                 for it in matrices
             ]
-            self._known[key] = products(self._device, part, rows).seconds if share else 0.0
+            self._known[key] = products(self._with_round(share), part, rows).seconds if share else 0.0
         return self._known[key]
+
+    def _with_round(self, share: float) -> Device:
+        """The device if its part of the model is so much of it."""
+        if share not in self._rounds:
+            embedding = 0 if self._model.spec.tied else self._model.block_bytes[BlockId("embed")]
+            whole = self._model.weights_bytes - embedding
+            self._rounds[share] = self._device.going_round(share * whole)
+        return self._rounds[share]

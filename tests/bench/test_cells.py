@@ -5,7 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from harness.cells import Cell, Floors, Foretold, Measured, percentile, summary, verdict
+from harness.cells import (
+    Cell,
+    Floors,
+    Foretold,
+    Measured,
+    alternatives,
+    memory_summary,
+    percentile,
+    ranked,
+    summary,
+    verdict,
+)
 
 CELL = Cell("m.gguf", "keep", 2, 1, 128, 32)
 FORETOLD = Foretold(CELL, "memory", 2.0, 0.1, (8.0, 12.0), 1000, "memory", Floors(40, 2))
@@ -55,3 +66,56 @@ def test_what_counts() -> None:
     assert found["bands"] == 0.75
     assert summary([], "token") == {"cells": 0, "void": 0}
     assert percentile([], 0.9) == 0
+
+
+def test_memory_may_be_a_little_more_than_said_and_rather_less() -> None:
+    verdicts = [verdict(FORETOLD, measured(0.1, 40, 40, peak)) for peak in (960, 1000, 1010, 1030)]
+    found = memory_summary([*verdicts, verdict(replace(FORETOLD, peak_bytes=0), measured(0.1, 40, 40))])
+    assert found["cells"] == 4
+    assert found["most over"] == pytest.approx(0.04)
+    assert found["most under"] == pytest.approx(0.03)
+    assert found["kept"] == 0.75
+    assert memory_summary([]) == {"cells": 0}
+
+
+def _ways(*took: tuple[float, float, float]) -> dict[str, float]:
+    """Of ways to do one job that are predicted and measured to take so long for a token, and repeat within so much."""
+    foretold, found = {}, []
+    for threads, (predicted_s, measured_s, apart) in enumerate(took, 1):
+        cell = CELL._replace(threads=threads)
+        foretold[cell] = replace(FORETOLD, cell=cell, token_s=predicted_s, ttft_s=0.0)
+        floors = Floors(40, 2), Floors(40, 2)
+        found.append(Measured(cell, 0.0, measured_s, 1000, *floors, apart))
+    return ranked(alternatives(foretold, found))
+
+
+def test_a_choice_is_as_good_as_what_it_takes_against_the_best() -> None:
+    found = _ways((1.0, 1.2, 0.0), (1.1, 1.0, 0.0), (3.0, 3.0, 0.0))
+    assert found == {
+        "pairs": 3,
+        "ranks agree": pytest.approx(2 / 3),
+        "jobs": 1,
+        "regret median": pytest.approx(1.2),
+        "regret worst": pytest.approx(1.2),
+    }
+
+
+def test_what_differs_by_less_than_noise_is_no_choice() -> None:
+    found = _ways((1.0, 1.2, 0.11), (1.1, 1.0, 0.0))
+    assert found["pairs"] == 0
+    assert found["regret worst"] == 1.0
+    assert ranked({}) == {"pairs": 0}
+
+
+def test_ways_are_compared_as_with_the_same_floors() -> None:
+    """Both took as long, but one of them while memory was half as quick: it is twice as good."""
+    slow, other = CELL, CELL._replace(threads=1)
+    foretold = {cell: replace(FORETOLD, cell=cell) for cell in (slow, other)}
+    found = [
+        Measured(slow, 2.0, 0.1, 1, Floors(20, 2), Floors(20, 2)),
+        Measured(other, 2.0, 0.1, 1, Floors(40, 2), Floors(40, 2)),
+        Measured(CELL._replace(batch=4), 2.0, 0.1, 1, Floors(40, 2), Floors(40, 2)),
+    ]
+    foretold[found[2].cell] = replace(FORETOLD, cell=found[2].cell)
+    (each,) = alternatives(foretold, found).values()
+    assert each[0].measured_s == pytest.approx(each[1].measured_s / 2)

@@ -57,7 +57,9 @@ def test_as_much_as_the_system_lets(monkeypatch: pytest.MonkeyPatch) -> None:
         assert locked.nbytes == here.locked_bytes == locked_pages * PAGE_BYTES
         assert bool(locked.trouble) == (locked_pages < 10)
         if locked.trouble:
-            said = "weights that pass through device sim:test are page-locked where they lie, and the processor"
+            said = (
+                "weights that pass through device sim:test are page-locked where they lie, and the processor"
+            )
             assert said in locked.trouble
             assert "may be page-locked" in locked.trouble
             assert "\n" not in locked.trouble

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal.daemon.throughput import brief_profile, drift, fixed_costs, kernel_laws, own_machine
+from shoal.daemon.throughput import brief_profile, cache_laws, drift, fixed_costs, kernel_laws, own_machine
 from shoal.daemon.throughput.kept_profile import Kept, profile_key, read_kept, write_kept
 from shoal.daemon.throughput.own_machine import OwnMachine
 from shoal.partition.throughput.profile import CORRECTED, Profile, RowsLaw, unmeasured
@@ -26,6 +26,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         (kernel_laws, "ROWS", (1, 8)),
         (kernel_laws, "SIZES", sizes),
         (kernel_laws, "POOL_BYTES", 8 << 20),
+        (kernel_laws, "MOST_POOL_BYTES", 8 << 20),
+        (cache_laws, "KEPT_BYTES", 1 << 20),
         (kernel_laws, "CONTEXTS", (64, 256)),
         (fixed_costs, "ANSWER_TOKENS", 8),
         (fixed_costs, "SWEPT_BYTES", 16 << 10),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.throughput.profile_files import parse_profile, profile_text, read_profile
-from shoal.partition.throughput.profile import AttentionLaw, Profile, ReadLaw, RowsLaw
+from shoal.partition.throughput.profile import AttentionLaw, CacheLaw, Profile, ReadLaw, RowsLaw
 from shoal.partition.throughput.profile_checks import MAX_LAWS
 
 LAW = {"kind": "Q4_K", "nbytes": 1e6, "rows": [1], "byte_s": [1e-10]}
@@ -79,6 +79,7 @@ def test_a_measured_profile_comes_back(tmp_path: Path) -> None:
                 "products": (RowsLaw("Q4_K", 4e6, (1, 8), (5e-11, 1e-10)),),
                 "attention": (AttentionLaw("f16", (128, 4096), (1e-11, 2e-11), (1e-12, 2e-12)),),
                 "reads": ReadLaw((65536, 4 << 20), (5e8, 2e9)),
+                "caches": CacheLaw((1, 9), (0.0, 1.0), (RowsLaw("Q4_K", 4e6, (1, 8), (2e-11, 9e-11)),)),
                 "measured": True,
             }
         )
@@ -114,6 +115,30 @@ def test_a_measured_profile_comes_back(tmp_path: Path) -> None:
         ("devices.0.threads", 0, "devices[0].threads=0: must be a number from 1"),
         ("devices.0.threads", 1.5, "devices[0].threads: expected `int`, got `float`"),
         ("devices.0.threads", 10**400, "devices[0].threads=1000000000"),
+        (
+            "devices.0.caches",
+            {"nbytes": [1, 9], "from_memory": [0.0, 1.5]},
+            "devices[0].caches.from_memory[1]=1.5: must be a number from 0 to 1",
+        ),
+        (
+            "devices.0.caches",
+            {"nbytes": [9, 1], "from_memory": [0.0, 1.0]},
+            "devices[0].caches.nbytes must rise",
+        ),
+        (
+            "devices.0.caches",
+            {"nbytes": [1], "from_memory": [0.0, 1.0]},
+            "devices[0].caches.from_memory has 2 points: must have 1, as nbytes",
+        ),
+        (
+            "devices.0.caches",
+            {
+                "nbytes": [1],
+                "from_memory": [0.0],
+                "products": [{"kind": "*", "nbytes": 1, "rows": [1], "byte_s": [-1]}],
+            },
+            "devices[0].caches.products[0].byte_s[0]=-1",
+        ),
         ("devices.0.flop", 1e9, "devices[0].flop: there is no such field"),
         ("devices.0.accelerators.0.pcie", 1e9, "devices[0].accelerators[0].pcie: there is no such field"),
         ("devices.0.accelerators.0.flops", -2, "devices[0].accelerators[0].flops=-2"),

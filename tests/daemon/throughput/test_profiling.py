@@ -9,11 +9,11 @@ import pytest
 from fakes.throughput.throughput_cases import spec
 
 from shoal.daemon.progress import Progress
-from shoal.daemon.throughput import disk_laws, fixed_costs, kernel_laws, profiling
+from shoal.daemon.throughput import cache_laws, disk_laws, fixed_costs, kernel_laws, profiling
 from shoal.daemon.throughput.profile_files import parse_profile, profile_text
-from shoal.kernels import WEIGHT_TYPES
+from shoal.kernels import WEIGHT_TYPES, home_of
 from shoal.partition.throughput.laws import attention, product
-from shoal.partition.throughput.profile import Profile, Repeats, RowsLaw
+from shoal.partition.throughput.profile import CacheLaw, Profile, Repeats, RowsLaw
 from shoal.partition.throughput.profile_checks import check_profile
 from shoal.partition.throughput.weights_of import Product
 
@@ -28,6 +28,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         (kernel_laws, "SIZES", sizes),
         (profiling, "SIZES", sizes),
         (kernel_laws, "POOL_BYTES", 24 << 20),
+        (kernel_laws, "MOST_POOL_BYTES", 24 << 20),
+        (cache_laws, "KEPT_BYTES", 1 << 20),
         (kernel_laws, "CONTEXTS", (64, 256)),
         (profiling, "WEIGHT_TYPES", kinds),
         (disk_laws, "READ_S", 0.02),
@@ -126,3 +128,24 @@ def test_rounds_that_end_early_count_as_far_as_they_came() -> None:
     assert found.memory_apart == pytest.approx(0.2)
     assert found.compute_apart == pytest.approx(0.1)
     assert kernel_laws.kernel_repeats(rounds[:1]) == Repeats()
+
+
+def _cache_law(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> CacheLaw | None:
+    """If products take so long in rounds of 1 MiB and of parts of 24 MiB."""
+    kept = iter(seconds * kernel_laws.ROUNDS)
+    monkeypatch.setattr(cache_laws, "PARTS", (1 / 4, 1 / 2, 1))
+    monkeypatch.setattr(cache_laws, "_round_s", lambda home, x, each: next(kept))
+    kinds = [kind for kind in WEIGHT_TYPES if kind.name == "Q4_K"]
+    return cache_laws.cache_law(home_of("cpu"), kernel_laws.Pool(), kinds, lambda what: None)
+
+
+def test_caches_keep_less_of_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = _cache_law(monkeypatch, 1.0, 1.6, 1.5, 2.0)
+    assert found is not None
+    assert found.from_memory == (0.0, 0.5, 0.5, 1.0)
+    assert found.nbytes[0] < found.nbytes[1] < found.nbytes[2] < found.nbytes[3] <= kernel_laws.POOL_BYTES
+    assert {law.kind for law in found.products} == {"Q4_K"}
+
+
+def test_caches_that_keep_nothing_are_no_law(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _cache_law(monkeypatch, 1.0, 1.05, 1.02, 1.05) is None

@@ -15,7 +15,15 @@ from shoal.partition.streamed_plan import plan_streamed
 from shoal.partition.throughput.cost import PROCESS_BYTES, cost
 from shoal.partition.throughput.laws import attention, distinct_experts, product
 from shoal.partition.throughput.prediction import MEASURED, Binding, Job, Prediction, uncertainty
-from shoal.partition.throughput.profile import Contention, Device, Overheads, Repeats, RowsLaw
+from shoal.partition.throughput.profile import (
+    ANY,
+    CacheLaw,
+    Contention,
+    Device,
+    Overheads,
+    Repeats,
+    RowsLaw,
+)
 from shoal.partition.throughput.weights_of import Product, Weighed, attended, kv_bytes_by_layer
 
 DENSE = weighed(spec())
@@ -50,6 +58,29 @@ def test_a_token_takes_as_long_as_its_bytes() -> None:
     assert found.binding == "memory"
     assert found.stall_share == 0
     assert found.band[0] < found.tokens_per_s < found.band[1]
+
+
+def test_weights_that_caches_keep_are_read_from_there() -> None:
+    """All of them, half of them on a logarithmic scale, and none, by the bytes of a step."""
+    whole = DENSE.weights_bytes - 2 * 4096 * 1024 + 8 * 2 * 4 * 64 * 2 * 545
+    far, near = RowsLaw(ANY, 1.0, (1, 256), (5e-11, 1e-9)), RowsLaw(ANY, 1.0, (1, 256), (2e-11, 9e-10))
+
+    def token_s(*nbytes: int) -> float:
+        caches = CacheLaw(nbytes, (0.0, 1.0), (near,))
+        return predicted(DENSE, replace(device(), products=(far,), caches=caches), Job(512, 64)).token_s
+
+    bare = predicted(DENSE, replace(device(), products=(far,)), Job(512, 64)).token_s
+    few, half, none = token_s(whole, 9 * whole), token_s(whole // 4, 4 * whole), token_s(1, whole)
+    assert none == bare
+    assert few == pytest.approx(bare * 2 / 5, rel=0.02)
+    assert half == pytest.approx((few + bare) / 2, rel=0.02)
+
+
+def test_tables_of_caches_that_are_not_like_the_others_say_nothing() -> None:
+    far, other = RowsLaw(ANY, 1.0, (1, 256), (5e-11, 1e-9)), RowsLaw(ANY, 1.0, (1,), (1e-11,))
+    machine = replace(device(), products=(far,), caches=CacheLaw((10,), (0.5,), (other,)))
+    assert machine.going_round(1).products == (far,)
+    assert machine.going_round(11) is machine
 
 
 def test_a_prompt_takes_as_long_as_its_operations() -> None:

@@ -1,0 +1,143 @@
+"""Profiles of this machine for the throughput model's test, with what it was like meanwhile; and what they say of two
+ranks that share it.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import time
+from dataclasses import replace
+from math import log
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import disk
+import numpy as np
+from cluster import attached
+
+from shoal import kernels
+from shoal.comm.home import Home
+from shoal.daemon.throughput.profiling import machine_profile
+from shoal.kernels import WEIGHT_TYPES, Linears, Matrix
+from shoal.kernels.huge_pages import mapped
+from shoal.partition.memory_layout import BAND_ROWS
+from shoal.partition.throughput.profile import Corrections, Profile, ProfileLink, RowsLaw
+
+from .cells import Floors
+
+PAIR = "one", "two"
+PORT = 27651
+KIND = next(kind for kind in WEIGHT_TYPES if kind.name == "Q8_0")  # which no kernel computes with for longer
+COLUMNS, MATRIX_BYTES = 4096, 8 << 20
+LEAST_READ_BYTES, PROBES = 384 << 20, 5
+SAMPLE_BYTES = 512 << 20  # of a file
+ROUND_BYTES = tuple(it << 20 for it in (64, 96, 128, 192, 256, 384, 512, 1024))  # with which memory is probed
+
+
+def floors(threads: int, file: Path, round_bytes: int) -> Floors:
+    """Of memory and of the disk, now."""
+    return Floors(weights_gb_per_s(threads, round_bytes), disk.read_gb_per_s(file, sample_bytes=SAMPLE_BYTES))
+
+
+def weights_gb_per_s(threads: int, nbytes: int) -> float:
+    """GB/s of weights of one type that one row is multiplied by, of which so many bytes come round in any order; the
+    median of some rounds. Nothing that reads with one thread in NumPy is as quick as kernels are, and from one process
+    to the next it differs by a sixth."""
+    kernels.set_threads(threads)
+    home = kernels.home_of("cpu")
+    x = home.place(np.ones((1, COLUMNS), np.float32))
+    each = _weights()[: max(1, nbytes // MATRIX_BYTES)]
+    order = random.Random(0)
+    took = []
+    for _ in range(1 + PROBES):
+        numbers: list[int] = []
+        while len(numbers) * MATRIX_BYTES < LEAST_READ_BYTES:
+            numbers += order.sample(range(len(each)), len(each))
+        began_s = time.perf_counter()
+        for number in numbers:
+            home.linears(x, each[number])
+        read_bytes = sum(each[number].matrices[0].nbytes for number in numbers)
+        took.append(read_bytes / (time.perf_counter() - began_s) / 1e9)
+    return median(took[1:])
+
+
+@functools.cache
+def _weights() -> list[Linears]:
+    """As they lie in models, as many as no cache holds."""
+    memory = mapped(max(ROUND_BYTES))
+    memory[:] = 0x11  # a number in every type; each page has to be there
+    rows = MATRIX_BYTES // KIND.matrix_bytes(BAND_ROWS, COLUMNS) * BAND_ROWS
+    used = KIND.matrix_bytes(rows, COLUMNS)
+    starts = range(0, len(memory) - MATRIX_BYTES + 1, MATRIX_BYTES)
+    return [Linears((Matrix(KIND, memory[at : at + used], rows, COLUMNS),)) for at in starts]
+
+
+def nearest_round(nbytes: float) -> int:
+    """Of `ROUND_BYTES`."""
+    return min(ROUND_BYTES, key=lambda it: abs(log(it / max(1.0, nbytes))))
+
+
+class Known(NamedTuple):
+    """A profile, and floors before and after it was measured, by the bytes that come round."""
+
+    profile: Profile
+    floors: dict[int, Floors]
+
+
+def profile_of(threads: int, usual: int, file: Path) -> Known:
+    """This machine on so many threads, measured by itself, and its floors meanwhile."""
+    home = Home.from_env()
+    kept = home.profile if threads == usual else home.profile.with_name(f"profile-{threads}.json")
+
+    def probed() -> dict[int, Floors]:
+        read = disk.read_gb_per_s(file, sample_bytes=SAMPLE_BYTES)
+        return {it: Floors(weights_gb_per_s(threads, it), read) for it in ROUND_BYTES}
+
+    before = probed()
+    found = machine_profile(threads, file.parent, kept, anew=True)  # with the disk as this file lies on it
+    assert found is not None
+    after = probed()
+    profile = Profile((replace(found.head, corrections=Corrections()),))
+    return Known(profile, {it: before[it].mean(after[it]) for it in ROUND_BYTES})
+
+
+def loopback(threads: int) -> ProfileLink:
+    """Between two daemons of this machine, as they measure it themselves."""
+    with attached(2, threads, PORT, ["", ""]) as client:
+        client.measure_links()
+        worker = client.nodes().nodes[1]
+    return ProfileLink(PAIR, worker.rtt_s / 2, worker.bytes_per_s)
+
+
+def halves(half: Profile, whole: Profile, link: ProfileLink) -> Profile:
+    """Two ranks on one machine, each with half of its threads and memory. When both work, each takes twice as long for
+    a byte or a number as the machine with all threads, which has the same to do. `half`: as measured on half of the
+    threads, whose fixed costs are a rank's."""
+
+    def twice(values: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(2 * it for it in values)
+
+    def twice_as_long(laws: tuple[RowsLaw, ...]) -> tuple[RowsLaw, ...]:
+        return tuple(replace(law, byte_s=twice(law.byte_s)) for law in laws)
+
+    caches = whole.head.caches
+    head = replace(
+        half.head,
+        memory_bytes=whole.head.memory_bytes / 2,
+        memory_bytes_per_s=whole.head.memory_bytes_per_s / 2,
+        flops=whole.head.flops / 2,
+        products=twice_as_long(whole.head.products),
+        attention=tuple(
+            replace(law, decode_s=twice(law.decode_s), prompt_s=twice(law.prompt_s))
+            for law in whole.head.attention
+        ),
+        caches=caches
+        and replace(
+            caches,
+            nbytes=tuple(it // 2 for it in caches.nbytes),
+            products=twice_as_long(caches.products),
+        ),
+    )
+    return Profile(tuple(replace(head, name=name) for name in link.between), (link,))

@@ -1,0 +1,73 @@
+"""Measures what the processor's caches do for weights that come round in every step.
+
+A model of a hundred MB may be read twice as fast as memory is: the last cache of a server has hundreds, of which a
+machine that shares it keeps some. Sizes that processors state say nothing of that share.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+
+import numpy as np
+
+from shoal.kernels import ComputeHome, Linears, WeightType
+from shoal.kernels.arrays import Floats
+from shoal.partition.memory_layout import BAND_ROWS
+from shoal.partition.throughput.profile import CacheLaw
+
+from .kernel_laws import ROUNDS, SIZES, Pool, call_s, table
+
+KEPT_BYTES = 24 << 20  # that a large last cache keeps, and the caches before it do not
+PARTS = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)  # of the pool, that come round
+LEAST_GAIN = 0.9  # times as long as from memory: caches that do less are not worth a law
+COLUMNS = 4096
+_BEFORE, _COUNTED = 4, 2  # rounds
+MATRICES = 96  # that the pool is divided into
+
+
+def cache_law(
+    home: ComputeHome, pool: Pool, kinds: Sequence[WeightType], done: Callable[[str], None]
+) -> CacheLaw | None:
+    """With tables for `kinds`. None where caches keep too little to matter. `done` is called before each point."""
+    nbytes, took = _rounds(home, pool, kinds[0], done)
+    least, whole = took[0], took[-1]
+    if least > LEAST_GAIN * whole:
+        return None
+    shares = [min(1.0, max(0.0, (one - least) / (whole - least))) for one in took]
+    # Of more, caches never keep more: a quicker round of more bytes was lucky.
+    rising = tuple(min(shares[place:]) for place in range(len(shares)))
+    few, calls_s = Pool(KEPT_BYTES), call_s(home)
+    tables = tuple(table(home, few, kind, size, calls_s, done) for kind in kinds for size in SIZES)
+    return CacheLaw(nbytes, rising, tables)
+
+
+def _rounds(
+    home: ComputeHome, pool: Pool, kind: WeightType, done: Callable[[str], None]
+) -> tuple[tuple[int, ...], list[float]]:
+    """(bytes of rounds, from those that caches keep to all of the pool; seconds of one product with one row in them)"""
+    rows = max(1, len(pool.memory) // MATRICES // kind.matrix_bytes(BAND_ROWS, COLUMNS)) * BAND_ROWS
+    one = kind.matrix_bytes(rows, COLUMNS)
+    x = home.place(np.ones((1, COLUMNS), np.float32))
+    each = [Linears((pool.matrix(kind, rows, COLUMNS),)) for _ in range(len(pool.memory) // one - 1)]
+    counts = sorted({max(1, KEPT_BYTES // one), *(round(part * len(each)) for part in PARTS)})
+    rounds: list[list[float]] = []
+    for _ in range(ROUNDS):
+        rounds.append([])
+        for count in counts:
+            done("what caches keep")
+            rounds[-1].append(_round_s(home, x, each[:count]))
+    return tuple(count * one for count in counts), [median(took) for took in zip(*rounds, strict=True)]
+
+
+def _round_s(home: ComputeHome, x: Floats, each: Sequence[Linears]) -> float:
+    """Of one product, on average of two rounds that follow others: a cache that is too small keeps more in the first
+    ones than it does in the long run."""
+    began_s = 0.0
+    for place in range(_BEFORE + _COUNTED):
+        if place == _BEFORE:
+            began_s = time.perf_counter()
+        for linear in each:
+            home.linears(x, linear)
+    return (time.perf_counter() - began_s) / (_COUNTED * len(each))
