@@ -26,12 +26,13 @@ _KEPT_LENGTHS = 64  # dynamic NTK has a rope for every length of text
 
 
 class Transformer:
-    """Computes the blocks of one spec. `narrow_inputs`: what o and down multiply is rounded to 8 bits instead of 16,
-    where they are quantised."""
+    """Computes the blocks of one spec. `narrow_inputs`: what quantised o and down multiply is rounded to 8 bits instead
+    of 16. Not that of a mixture's down: its routers would choose other experts too often (docs/ARCHITECTURE.md)."""
 
     def __init__(self, spec: ModelSpec, narrow_inputs: bool = False) -> None:
         self.spec = spec
-        self._leaving_bits = NARROW_INPUTS if narrow_inputs else WIDE_INPUTS
+        self._o_bits = NARROW_INPUTS if narrow_inputs else WIDE_INPUTS
+        self._down_bits = self._o_bits if spec.moe is None else WIDE_INPUTS
         self._ropes: dict[int, list[Rope]] = {}  # by the length of the text that they are for
 
     def rotations(self, part: Part) -> list[Rotation]:
@@ -117,7 +118,7 @@ class Transformer:
         """Third part: what `look_back` gave → partial (T, C)."""
         if any(self.spec.o_margins):  # a shard's o has columns that belong to heads of other ranks
             mixed = home.pad(mixed, self.spec.o_margins)
-        return home.linears(mixed, weights.linears("o", input_bits=self._leaving_bits))[0]
+        return home.linears(mixed, weights.linears("o", input_bits=self._o_bits))[0]
 
     @property
     def _normed_by_heads(self) -> bool:
@@ -127,7 +128,7 @@ class Transformer:
     def feed_forward(self, home: ComputeHome, weights: Weights, hidden: Hidden) -> Hidden:
         """Dense block: hidden (T, C) → partial (T, C)."""
         spec = self.spec
-        layer = weights.feed_forward(spec.activation, down_bits=self._leaving_bits)
+        layer = weights.feed_forward(spec.activation, down_bits=self._down_bits)
         return home.feed_forward(hidden, layer, self._pre_norm(weights), spec.norm_eps)
 
     def foresee(self, home: ComputeHome, weights: Weights, hidden: Hidden) -> list[int]:
@@ -152,9 +153,7 @@ class Transformer:
         home.prefetch(*((scores, x) if leaves else (scores,)))
         shared = None
         if moe.shared_ffn:
-            shared = home.feed_forward(
-                x, weights.feed_forward(spec.activation, "shared_", self._leaving_bits)
-            )
+            shared = home.feed_forward(x, weights.feed_forward(spec.activation, "shared_"))
             if moe.shared_gated:
                 home.gate(shared, home.linears(x, weights.linears("shared_scale"))[0])  # by (T, 1)
         return x, home.route(scores, moe.active, moe.normalize), shared
@@ -171,10 +170,7 @@ class Transformer:
         (T, C). weights: of all experts, or of some."""
         routing = routing.among(weights)
         if routing.used:
-            layers = [
-                weights[expert].feed_forward(self.spec.activation, down_bits=self._leaving_bits)
-                for expert in routing.used
-            ]
+            layers = [weights[expert].feed_forward(self.spec.activation) for expert in routing.used]
             home.experts(x, layers, routing.routes, partial)
 
     def leave(self, home: ComputeHome, weights: Weights, total: Hidden) -> Hidden:

@@ -79,8 +79,9 @@ class Plan:
         0  # with which a token of one stream may be as quick, as far as predictions tell; 0: none
     )
     ranks: int = 1
-    # What o and down multiply is rounded to 8 bits instead of 16, where they are quantised: this rank's CPU alone
-    # computes the model. In a group, or with a device, sums come in another order, and 8 bits make much of that.
+    # What o and (but for mixtures) down multiply is rounded to 8 bits instead of 16, where they are quantised: this
+    # rank's CPU alone computes the model. In a group, or with a device, sums come in another order, and 8 bits make
+    # much of that.
     narrow_inputs: bool = False
     overlap_rows: int = OVERLAP_ROWS  # in a group, steps of so many rows or more are computed in halves
     # Where rank 0 can compute without the others, they take part in steps of so many rows or more, and of so many

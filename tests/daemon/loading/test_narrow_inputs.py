@@ -1,4 +1,4 @@
-"""Inputs of 8 bits for o and down: of whom, and how far logits are from those of exact arithmetic."""
+"""Inputs of 8 bits for o and a dense model's down: who takes them, and how far logits are from exact arithmetic's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.offload.budget import Budget
 
 IDS = list(range(3, 48))
-OF_8_BITS, OF_16_BITS = 3e-2, 1e-3  # of the size of all logits, from exact arithmetic, in models so small
+OF_8_BITS, OF_16_BITS = 3e-2, 1e-3  # of the size of a row's logits, from exact arithmetic, in models so small
 CONFIG = NodeConfig(kv_tokens=512, context_tokens=128)
 
 
@@ -35,8 +35,8 @@ def saved(tmp_path: Path, family: str, type: str) -> Path:
 
 
 def off(found: Floats, exact: Floats) -> float:
-    """By norms: where experts are chosen, a near tie may end otherwise, and change one row by more."""
-    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+    """The median row's: where experts are chosen, a near tie may end otherwise and change single rows by more."""
+    return float(np.median(np.linalg.norm(found - exact, axis=1) / np.linalg.norm(exact, axis=1)))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2_moe"])
