@@ -134,8 +134,8 @@ class ComputeHome(HomeMemory, Protocol):
         """x @ w.T + bias for every matrix, (T, rows) each. x (T, cols) is normalised first, as by `rms_norm`, if a norm
         (cols,) is given.
 
-        Quantised weights are multiplied by x rounded to 16 bits (`reference.quantised_inputs`). If a row of x has a NaN
-        or an infinity, that row of the result is NaN.
+        Quantised weights are multiplied by x rounded to `all.input_bits` (`reference.quantised_inputs`). If a row of x
+        has a NaN or an infinity, that row of the result is NaN.
         """
         ...
 
