@@ -18,8 +18,8 @@ from shoal.devices.cuda_device import OF_FREE_MEMORY, CudaDevice
 from shoal.devices.device import PACKET_BYTES, DeviceWork
 from shoal.devices.device_home import DeviceHome
 from shoal.devices.errors import DeviceFull, DeviceLost, NoSuchDevice
-from shoal.devices.torch_kernels import TorchKernels
 from shoal.devices.page_locked import PageLocked
+from shoal.devices.torch_kernels import TorchKernels
 from shoal.kernels.arrays import Bytes
 from shoal.kernels.huge_pages import mapped
 from shoal.kernels.reference import ReferenceHome
