@@ -18,9 +18,9 @@ from ...placement import (
     NoRoomThere,
     device_scratch_bytes,
     host_scratch,
-    longest,
     room_for_loading,
     with_head_there,
+    with_longer_steps,
 )
 from ...plan import (
     BlockPlan,
@@ -112,7 +112,12 @@ def plan_passing_from_disk(
 ) -> Plan | Misfit | NoRoomThere:
     """As `plan_passing`; what has no room in `memory_bytes` passes through a window in it first. K and V get one
     `kv_share`-th of that. model: as for `plan_beside_disk`."""
-    return longest([_from_disk(wanted, model, room, memory_bytes, kv_share) for wanted in contexts])
+    return with_longer_steps(
+        contexts,
+        room._replace(gathers=False),
+        memory_bytes,
+        lambda wanted: _from_disk(wanted, model, room, memory_bytes, kv_share),
+    )
 
 
 def _from_disk(
