@@ -60,7 +60,6 @@ def _passing(
     wanted: Wanted, model: ModelBytes, room: DeviceRoom, memory_bytes: int, vectors_bytes: int
 ) -> Plan | Misfit | NoRoomThere:
     spec = wanted.spec
-
     plan = _through(wanted, with_head_there(model, spec), room, vectors_bytes)
     if isinstance(plan, NoRoomThere):
         return plan
