@@ -32,7 +32,7 @@ import numpy as np
 from shoal.comm.home import Home
 from shoal.daemon.config import default_threads
 from shoal.daemon.library.packs import Packs
-from shoal.daemon.throughput.brief_profile import measure_briefly
+from shoal.daemon.throughput.brief_profile import _measured
 from shoal.daemon.throughput.device_figures import device_figures
 from shoal.daemon.throughput.model_sizes import weighed
 from shoal.devices.copy_thread import CopyThread
@@ -54,7 +54,7 @@ from shoal.offload.kv.pool import KvPool
 from shoal.offload.pack.pack import Pack
 from shoal.offload.window.pinned import PackReader
 from shoal.offload.window.window_store import WindowStore
-from shoal.partition.placement import ModelBytes, NoRoomThere
+from shoal.partition.placement import PINNED_BYTES, ModelBytes, NoRoomThere
 from shoal.partition.plan import Plan, Wanted
 from shoal.partition.throughput.laws import Rows
 from shoal.partition.throughput.placing.passing_plans import plan_passing_from_disk, spread
@@ -65,6 +65,7 @@ NAME = "sim:link"
 ROOMY = 1 << 40
 CONTEXT = 32
 LEAST_SLEEP_S = 2e-4
+RING_BYTES = PINNED_BYTES // 3  # that a card's weights pass through
 NO_TIME = 1e15
 
 
@@ -92,15 +93,23 @@ class SlowLink(SimDevice):
         lent: AbstractContextManager[object] = HERE,
     ) -> DeviceEvent:
         with self._lock:  # what used the target has been computed, as that is done at once
-            copy = self._thread.begin(lambda: self._carry(source, target.inside, lent))
+            asked_s = self.now_s
+            copy = self._thread.begin(lambda: self._carry(source, target.inside, lent, asked_s))
             begun = self._begin("stage", "copy", target.nbytes, 0.0, ())
             begun.land = lambda: copy.event
             self._queues["stage"].flying.append(begun)
             return begun
 
-    def _carry(self, source: Array, target: Array, lent: AbstractContextManager[object]) -> None:
+    def _carry(
+        self, source: Array, target: Array, lent: AbstractContextManager[object], asked_s: float
+    ) -> None:
+        began_s = time.perf_counter()
         with lent:
-            self._free_s = max(self._free_s, time.perf_counter())
+            came_s = time.perf_counter()
+            if came_s - began_s > LEAST_SLEEP_S:  # it was read meanwhile
+                asked_s = came_s
+            # What lies in page-locked memory already keeps the link busy while this thread waits for its turn.
+            self._free_s = max(self._free_s, asked_s, came_s - RING_BYTES / self.bytes_per_s)
             for start in range(0, len(source), PACKET_BYTES):
                 packet = slice(start, start + PACKET_BYTES)
                 np.copyto(target[packet], source[packet])
@@ -225,13 +234,13 @@ def cells(
 ) -> Iterator[dict[str, Any]]:
     case = Case(checkpoint, pack, rows, options.threads, options.disk)
     kinds = Counter({it.kind: it.nbytes for its in case.model.products.values() for it in its})
-    machine = measure_briefly(
-        options.threads, place, [kind for kind, _ in kinds.most_common(2)], None, lambda: True
-    )
+    most = [kind for kind, _ in kinds.most_common(2)]
+    machine = _measured(options.threads, place, most, None, lambda: True)  # whoever else computes
     there = device_figures(case.home, case.model, ROOMY, None, laws=True).laws
+    read = case.read_s(options.steps)  # before the first step, or copies would want others
     computed = case.took_s(NO_TIME, options.steps)
     for link in (float(it) * 1e9 for it in options.links.split(",")):
-        read, step = case.read_s(2), case.took_s(link, options.steps)
+        step = case.took_s(link, options.steps)
         each = {"copy": case.come_bytes / link, "compute": median(computed), "disk": median(read)}
         longest = max(each.values())
         found: dict[str, Any] = {
@@ -239,7 +248,7 @@ def cells(
             "disk_bytes": case.plan.cyclic_bytes, "computes": computed, "reads": read, "steps": step,
             "ratio": median(step) / longest, "bound": max(each, key=lambda it: each[it]),
         }  # fmt: skip
-        if machine is not None and there is not None:
+        if there is not None:
             host = machine
             if any(read):
                 host = replace(
