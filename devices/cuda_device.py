@@ -191,7 +191,9 @@ class CudaDevice:
             with lent:  # until it lies in page-locked memory, or in the driver's
                 return self._copy(self._staging, *ends, tuple(after), PACKET_BYTES)
 
-        return self._copies_begin.begin(begin) if self.pinned_bytes or lent is not HERE else begin()
+        # From the first one on that has to wait all go by the thread, so that they keep their order.
+        waits = self.pinned_bytes or lent is not HERE or self._copies_begin.started
+        return self._copies_begin.begin(begin) if waits else begin()
 
     def copy_out(self, source: DeviceArray, target: Array, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
         return self._copy(self._going, source.inside, torch.from_numpy(target), after)

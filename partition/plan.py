@@ -253,7 +253,7 @@ class Plan:
         weights, pages = format_bytes(self.device_weights_bytes), format_bytes(self.device_kv_bytes)
         if self.passes:
             passing = format_bytes(sum(it.nbytes for it in self.blocks if it.passes))
-            disk = f", {format_bytes(self.cyclic_bytes)} of them from disk" if self.streams else ""
+            disk = f", {format_bytes(self.cyclic_bytes)} of them from disk" if self.cyclic_bytes else ""
             there = f"{weights} of weights on {self.device}, {passing} pass through it in every step"
             return f"{there}{disk} while the cpu attends"
         there = f"{self.there} on {self.device} with {weights} of weights and {pages} of KV"
