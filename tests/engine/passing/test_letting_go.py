@@ -1,11 +1,10 @@
-"""What passes is begun to be copied ahead of steps that never come: nothing of the host's memory is kept for that when a
-model goes, whether its device is there or lost."""
+"""What passes is begun to be copied ahead of steps that never come: nothing of the host's memory is kept for that when
+a model goes, whether its device is there or lost."""
 
 from __future__ import annotations
 
 import gc
 import weakref
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,7 +36,9 @@ def memory_of(executor: Executor, block: BlockId) -> weakref.ref[Any]:
 @pytest.mark.parametrize("lost", [False, True])
 @pytest.mark.parametrize("ends", ["close", "let_go"])
 @pytest.mark.parametrize("pinned", [False, True])
-def test_memory_of_the_host_goes_with_the_model(running: Running, ends: str, lost: bool, pinned: bool) -> None:
+def test_memory_of_the_host_goes_with_the_model(
+    running: Running, ends: str, lost: bool, pinned: bool
+) -> None:
     device, home = sim()
     if pinned:
         device.pin()
