@@ -120,6 +120,9 @@ class DeviceHome(ComputeHome):
         # What lies beside locked pages has to pass through other memory: drivers copy nothing that is locked in part.
         return PageLocked(self.device, all) if self.device.pinned_bytes else None
 
+    def settle(self) -> None:
+        self.device.settle()
+
     def pages(self, shape: tuple[int, int, int, int]) -> Any:
         made = self.device.allocate(shape, UINT8)
         self._change("clear", made, lambda: self._kernels.clear(made.inside))

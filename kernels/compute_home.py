@@ -67,6 +67,11 @@ class HomeMemory(Protocol):
         again. None where that is of no use."""
         ...
 
+    def settle(self) -> None:
+        """Wait for all that is staged: nothing of the host is looked at for it any more, also where the home is lost.
+        Raises nothing of what went wrong with it."""
+        ...
+
     def pages(self, shape: tuple[int, int, int, int]) -> Bytes:
         """Zeros for K and V, uint8 (pages, layers, kv_heads, head_bytes)."""
         ...

@@ -228,7 +228,7 @@ class Runnable:
 
     def close(self) -> None:
         """End what runs in the background, here and on other machines. Idempotent."""
-        self.executor.store.close()
+        self.executor.close()
         if self.group is not None:
             self.group.close()
 

@@ -298,6 +298,22 @@ def test_weights_that_are_locked_where_they_lie_are_copied_from_there(
     assert ways == ["host", "ring"] * 3
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_what_was_copied_from_is_not_kept(lost: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though nobody has waited for it, or ever can."""
+    device = pinned(monkeypatch)
+    source = np.zeros(2 * PACKET_BYTES, np.uint8)
+    there, kept = device.allocate(source.shape, source.dtype), weakref.ref(source)
+    device.stage_in(source, there)
+    assert device._copies_begin.begin(lambda: None).event is None
+    del source
+    assert kept() is not None
+    if lost:
+        device.lost = "the bus is gone"
+    device.settle()
+    assert kept() is None
+
+
 def test_a_card_that_is_lost_between_packets(monkeypatch: pytest.MonkeyPatch) -> None:
     device = pinned(monkeypatch)
     source = np.zeros(2 * PINNED_BYTES, np.uint8)
