@@ -7,6 +7,7 @@ operands of the host over. The arithmetic is that of the device's `OnDevice`, on
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from itertools import accumulate
 from math import prod
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ import numpy as np
 from shoal.kernels import routing
 from shoal.kernels.arrays import Array, Bytes, Floats, Hidden, Ids
 from shoal.kernels.attention_operands import HeadNorms, KvPages, Rotation, Scoring, Segments
-from shoal.kernels.compute_home import ComputeHome
+from shoal.kernels.compute_home import HERE, ComputeHome
 from shoal.kernels.matrix import FeedForward, Linears, Matrix, Routes
 from shoal.partition.placement import DeviceRoom
 
@@ -106,13 +107,19 @@ class DeviceHome(ComputeHome):
         self._kernels.put_back(before, hosts)
 
     def staging(self, nbytes: int) -> Any:
-        return self.device.allocate((nbytes,), UINT8)
+        made = self.device.allocate((nbytes,), UINT8)
+        if made.memory.ready is not None:
+            self.device.wait(made.memory.ready)
+        return made
 
-    def stage(self, w: Matrix, staging: Any, start: int) -> Matrix:
+    def stage(
+        self, w: Matrix, staging: Any, start: int, lent: AbstractContextManager[object] = HERE
+    ) -> Matrix:
         memory = staging.memory
         inside = self._kernels.part(staging.inside, slice(start, start + w.nbytes))
-        after = [event for event in (memory.ready, memory.used) if event is not None]
-        memory.ready = self.device.stage_in(w.data, self.device.within(memory, inside), after)
+        # Copies there come one after the other anyhow, and one that failed is no reason why the next one should.
+        after = [memory.used] if memory.used is not None else []
+        memory.ready = self.device.stage_in(w.data, self.device.within(memory, inside), after, lent)
         there: Any = DeviceArray(memory, self._kernels.as_they_lie(inside, w), UINT8, w.data.shape, (1,))
         return Matrix(w.type, there, w.rows, w.cols)
 
