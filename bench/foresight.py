@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -130,6 +131,7 @@ def alone_foretold(cell: Cell, path: Path, profile: Profile) -> Way | None:
     plan = make_plan(model, config, room)
     if isinstance(plan, Misfit):
         return None
+    plan = replace(plan, narrow_inputs=True)  # as of a machine that is in no cluster
     found = cost(model, plan, profile.head, job)
     whole = round_bytes(model, plan, job.batch * job.context_tokens)
     held = TAKEN_BYTES + model.tokenizer_bytes + plan.peak_bytes
