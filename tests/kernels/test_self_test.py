@@ -74,7 +74,7 @@ def test_what_works_agrees(name: str) -> None:
 def test_faults_are_found(home: Any, named: str) -> None:
     found = disagreements(home, TRUTH)
     assert any(it.startswith(named) for it in found)
-    assert len(found) < 20  # what is right is not blamed
+    assert len(found) < 30  # what is right is not blamed
 
 
 def test_it_runs_in_a_process_of_its_own() -> None:
