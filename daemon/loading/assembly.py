@@ -137,9 +137,12 @@ class Assembly:
             lacks = isinstance(error, HomeFull) or error.code == "resources"
             if not (lacks and config.names_device):
                 raise
-            log.warning("%s: %s; it is loaded without", name, error)
+            said = f"{error.message if isinstance(error, DaemonError) else error}; it is loaded without"
+            log.warning("%s: %s", name, said)
             release(name, self.budget)
-        return self._read(name, path, replace(config, device=CPU), no_progress)
+        found = self._read(name, path, replace(config, device=CPU), no_progress)
+        found.device_trouble = said
+        return found
 
     def _read(
         self,
