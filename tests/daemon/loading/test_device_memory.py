@@ -265,7 +265,7 @@ def test_budgets_hold_where_one_expert_gets_everything(
     monkeypatch.setattr(routing, "route", skewed)
     monkeypatch.setattr(type(cpu()), "route", lambda _, *operands: skewed(*operands))
     more = MANY if way == "passing" else {"chunk_tokens": 256, "kv_tokens": 4096}
-    asked = [prompt(i, tokens=100, new=4) for i in range(3)]
+    asked = [prompt(i, tokens=60, new=4) for i in range(3)]
     with loaded(mixture, device="cpu", **more) as node:
         expected = [text_of(node, it)[:2] for it in asked]
     if way == "passing":
