@@ -92,6 +92,7 @@ def device_room(
     elif auto and figures.laws is None:
         free = format_bytes(free_bytes)
         lacks = f"{name} is left alone: {free} of its memory are free, too little to try how fast it is"
+        lacks = "; ".join(filter(None, (lacks, there.budget.trouble)))
     if lacks:
         let_be(name, budget)
         return Chosen(None, lacks)

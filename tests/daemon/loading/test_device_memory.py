@@ -188,14 +188,14 @@ def raising(error: Callable[[], Exception]) -> None:
 @pytest.mark.parametrize("device", ["auto", CARD])
 @pytest.mark.parametrize("cause", ["others took the rest", "nothing says how much"])
 def test_a_device_that_is_full_in_mid_answer_is_planned_anew_with_what_it_has(
-    node: Node,
     path: Path,
     device: str,
     cause: str,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    expected = [text_of(node, prompt(i))[:2] for i in range(2)]
+    with loaded(path, device="cpu") as alone:
+        expected = [text_of(alone, prompt(i))[:2] for i in range(2)]
     with loaded(path, device=device) as there:
         here, whole = sim(), status(there).device_bytes
         assert whole
@@ -231,10 +231,11 @@ def test_a_device_that_is_full_in_mid_answer_is_planned_anew_with_what_it_has(
 
 
 def test_one_that_has_no_room_for_a_layer_any_more_is_done_without(
-    node: Node, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Also where it was named; a model that is loaded then is refused."""
-    expected = text_of(node, prompt(0))[:2]
+    with loaded(path, device="cpu") as alone:
+        expected = text_of(alone, prompt(0))[:2]
     with loaded(path, device=CARD) as there:
         here = sim()
 
