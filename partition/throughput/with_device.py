@@ -158,7 +158,7 @@ class _Passing:
         between_s = max(own.step_s, self._link.step_s) + own.logit_s * self._wanted * spec.vocab
         between_s *= self._host.corrections.overhead
         tail = Tail(0.0, 0.0, fed, heads_s, logits_s, between_s)
-        speed = windowed_bytes_per_s(self._host) / read
+        speed = windowed_bytes_per_s(self._host) / (self._host.corrections.disk * read)
         piece_bytes = max(Disk().piece_bytes, self._read_bytes // _PIECES)
         disk = Disk(speed, self._plan.window_bytes, piece_bytes)
         found = alternate(layers, tail, self._carried_s(self._rows * spec.hidden), disk)
