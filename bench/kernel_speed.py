@@ -5,8 +5,9 @@
 
 One token is limited by memory: its matrices are fresh in turn, `--memory-mb` of them, so that no cache holds them.
 Many tokens are limited by arithmetic: one matrix, a multiplication and an addition counted as two operations.
-Attention of decodes reads all K and V once: GB/s of these, in turn with what memory gives to a plain read and with
-PyTorch (contiguous K and V of bfloat16, for i8 too, as it has no such type).
+Attention of decodes reads all K and V of a layer once, of layers in turn that no cache holds together: GB/s of these,
+in turn with what memory gives to plain reads of pieces and with PyTorch (contiguous K and V of bfloat16, for i8 too, as
+it has no such type).
 Every figure is a median with the least and the most of the repeats; SHOAL_KERNELS names the home to measure.
 """
 
@@ -19,7 +20,7 @@ import statistics
 import time
 
 import numpy as np
-from harness.machine import dram_read_gb_per_s
+from harness.machine import pieces_read_gb_per_s
 from inputs.decode_case import DecodeCase, set_torch_threads
 from inputs.random_weights import random_matrix
 
@@ -97,16 +98,16 @@ def attention(options: argparse.Namespace) -> None:
     case = DecodeCase(options.batch, options.context, heads, kv_heads, dim)
     results = []
     for name in options.attention.split(","):
-        native = case.native(name)
+        native, layers = case.native(name), case.layers(name)
         torch, torch_bytes = case.torch()
         for threads in map(int, options.threads.split(",")):
             kernels.set_threads(threads)
             set_torch_threads(threads)
             found: dict[str, list[float]] = {"gb_per_s": [], "memory_gb_per_s": [], "times_torch": []}
             for _ in range(options.repeat + 1):
-                took_s, torch_s = seconds(native, 3) / 3, seconds(torch, 3) / 3
+                took_s, torch_s = seconds(native, layers) / layers, seconds(torch, 3) / 3
                 found["gb_per_s"].append(case.kv_bytes(name) / took_s / 1e9)
-                found["memory_gb_per_s"].append(dram_read_gb_per_s(threads))
+                found["memory_gb_per_s"].append(pieces_read_gb_per_s(threads))
                 found["times_torch"].append(torch_s / took_s)
             spreads = {key: spread(values[1:]) for key, values in found.items()}
             results.append({"kv": name, "threads": threads, "torch_bytes": torch_bytes, **spreads})

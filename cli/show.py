@@ -110,14 +110,15 @@ def _memory(found: Outlook) -> Table:
 def _words(found: Outlook) -> Table:
     rows = facts()
     whole = format_bytes(found.weights_bytes)
-    if found.streamed_bytes:
+    if found.device or not found.streamed_bytes:
+        rows.add_row("weights", found.placed or f"all {whole} stay in memory")
+    else:
         stay = format_bytes(found.memory_bytes.weights)
         rows.add_row("weights", f"{stay} of {whole} stay in memory, the rest is streamed from disk")
+    if found.streamed_bytes:
         speed = f"{format_bytes(found.read_bytes_per_s)}/s, the disk's speed just now"
         read = f"{format_bytes(found.streamed_bytes)} at {speed}"
         rows.add_row("a token", f"about {found.step_s:.2g} s alone: {read}" if found.step_s else read)
-    else:
-        rows.add_row("weights", found.placed or f"all {whole} stay in memory")
     if found.device:
         rows.add_row(found.device, f"{format_bytes(found.device_bytes)} of its memory, with scratch")
         rows.add_row("speed", found.why or f"not predicted: nothing is known of how fast {found.device} is")

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from shoal.comm.errors import CommError
 from shoal.comm.messages import ErrorCode
-from shoal.engine.errors import NeverFits, QueueFull, RankLost
+from shoal.engine.errors import DeviceTooFull, NeverFits, QueueFull, RankLost
 from shoal.kernels.errors import HomeFull, HomeLost
 from shoal.models.errors import (
     CheckpointError,
@@ -43,6 +43,7 @@ _CODES: tuple[tuple[type[Exception], ErrorCode], ...] = (
     (BudgetExceeded, "resources"),
     (HomeFull, "resources"),
     (HomeLost, "internal"),
+    (DeviceTooFull, "resources"),
     (RankLost, "internal"),
     (PackPointless, "bad_request"),
     (PackError, "corrupt"),

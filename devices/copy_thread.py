@@ -53,15 +53,15 @@ class CopyThread:
         self._name = name
         self._waiting: Queue[Begun] = Queue(MOST_WAITING)
         self._lock = threading.Lock()
-        self._started = False
+        self.started = False
 
     def begin(self, begin: Callable[[], Any]) -> Begun:
         """Have a copy begun after those before it."""
         copy = Begun(begin)
         with self._lock:
-            if not self._started:
+            if not self.started:
                 threading.Thread(target=self._run, name=self._name, daemon=True).start()
-                self._started = True
+                self.started = True
         self._waiting.put(copy, timeout=BEGIN_LIMIT_S)
         return copy
 

@@ -169,10 +169,7 @@ class CudaDevice:
     def unlock(self, start: int) -> None:
         if not self._ranges.remove(start):
             return
-        with suppress(DeviceLost), self._calling():  # nothing is copied from there any more
-            _ = self._copies_begin.begin(lambda: None).event
-            self._staging.synchronize()
-            self._coming.synchronize()
+        self.settle()  # nothing is copied from there any more
         _cuda.cudart().cudaHostUnregister(start)  # a card that is lost may keep it until the process ends
 
     def copy_in(self, source: Array, target: DeviceArray, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
@@ -191,7 +188,19 @@ class CudaDevice:
             with lent:  # until it lies in page-locked memory, or in the driver's
                 return self._copy(self._staging, *ends, tuple(after), PACKET_BYTES)
 
-        return self._copies_begin.begin(begin) if self.pinned_bytes or lent is not HERE else begin()
+        # From the first one on that has to wait all go by the thread, so that they keep their order.
+        waits = self.pinned_bytes or lent is not HERE or self._copies_begin.started
+        return self._copies_begin.begin(begin) if waits else begin()
+
+    def settle(self) -> None:
+        with suppress(DeviceLost), self._calling():
+            _ = self._copies_begin.begin(lambda: None).event
+        with self._lock:
+            begun, self._copies = self._copies, []
+        with suppress(DeviceLost), self._calling():
+            for stream in (self._staging, self._coming, self._going):
+                stream.synchronize()
+        begun.clear()
 
     def copy_out(self, source: DeviceArray, target: Array, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
         return self._copy(self._going, source.inside, torch.from_numpy(target), after)

@@ -233,6 +233,11 @@ class OpenDevice(Protocol):
         from a disk does, and left when it has been. What that raises is raised by whoever needs the copy."""
         ...
 
+    def settle(self) -> None:
+        """Wait for all copies that were begun. Of what lies on the host nothing is kept for them any more, also where
+        the device is lost and they never end. What went wrong with one is raised by whoever needs it, not here."""
+        ...
+
     def copy_out(self, source: DeviceArray, target: Array, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
         """Begin to copy to a contiguous array of the host, when all `after` have ended. Until the copy has ended,
         nobody may change the source or look at the target."""

@@ -124,8 +124,11 @@ class DeviceHome(ComputeHome):
         return Matrix(w.type, there, w.rows, w.cols)
 
     def lock(self, all: Sequence[Bytes]) -> PageLocked | None:
-        # What lies beside locked pages passes through other memory: of what is locked in part, drivers copy nothing.
+        # What lies beside locked pages has to pass through other memory: drivers copy nothing that is locked in part.
         return PageLocked(self.device, all) if self.device.pinned_bytes else None
+
+    def settle(self) -> None:
+        self.device.settle()
 
     def pages(self, shape: tuple[int, int, int, int]) -> Any:
         made = self.device.allocate(shape, UINT8)

@@ -18,8 +18,10 @@ from shoal.partition.amounts import format_bytes
 
 from .errors import NotPageLocked
 
-PIECE_BYTES = 256 << 20  # that are locked together: where there is not enough for all, as many go without
-PAGE_BYTES = mmap.PAGESIZE
+LOCKED_AT_ONCE_BYTES = (
+    256 << 20
+)  # that are locked together: where there is not enough for all, as many go without
+SYSTEM_PAGE_BYTES = mmap.PAGESIZE
 
 
 class Locking(Protocol):
@@ -101,14 +103,14 @@ def _pieces(all: Iterable[Bytes]) -> Iterator[tuple[int, int]]:
     """(address, bytes) of the pages that these arrays lie in, each page once."""
     begin = end = 0
     for start, nbytes in sorted((it.ctypes.data, it.nbytes) for it in all if it.nbytes):
-        first = max(end, start // PAGE_BYTES * PAGE_BYTES)
+        first = max(end, start // SYSTEM_PAGE_BYTES * SYSTEM_PAGE_BYTES)
         if first > end:
             yield from _cut(begin, end)
             begin = first
-        end = max(end, -(-(start + nbytes) // PAGE_BYTES) * PAGE_BYTES)
+        end = max(end, -(-(start + nbytes) // SYSTEM_PAGE_BYTES) * SYSTEM_PAGE_BYTES)
     yield from _cut(begin, end)
 
 
 def _cut(begin: int, end: int) -> Iterator[tuple[int, int]]:
-    for start in range(begin, end, PIECE_BYTES):
-        yield start, min(PIECE_BYTES, end - start)
+    for start in range(begin, end, LOCKED_AT_ONCE_BYTES):
+        yield start, min(LOCKED_AT_ONCE_BYTES, end - start)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from math import ceil, prod
 from typing import Any, Literal, NamedTuple
@@ -165,6 +165,17 @@ class SimDevice:
         lent: AbstractContextManager[object] = HERE,
     ) -> DeviceEvent:
         return self._copy("stage", source, target.inside, after, lent)
+
+    def settle(self) -> None:
+        with self._lock:
+            for state in self._queues.values():
+                if self.lost:
+                    for copy in state.flying:
+                        copy.failed, copy.land, copy.after = DeviceLost(self.name, self.lost), None, ()
+                    state.flying.clear()
+                elif state.flying:
+                    with suppress(Exception):
+                        self._reach(state.flying[-1])
 
     def copy_out(self, source: DeviceArray, target: Array, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
         return self._copy("out", source.inside, target, after)

@@ -24,7 +24,7 @@ from shoal.offload.kv.disk_pages import FLUSH_LIMIT_S
 from shoal.offload.kv.prefix_cache import PrefixCache
 
 from .batch import Batch, Chunk
-from .errors import DeviceGone, RankLost
+from .errors import DeviceGone, DeviceTooFull, RankLost
 from .executor import Abandoned
 from .guess.drafter import Drafter
 from .learn.speeds import Speeds
@@ -181,8 +181,9 @@ class Engine:
             except RankLost as error:  # its texts go on with who is left: see `start_anew`
                 self.lost = error
                 raise
-            except (HomeLost, HomeFull) as error:  # as above, with less of the device, or without it
-                self.lost = DeviceGone(str(error))
+            except (HomeLost, HomeFull) as error:  # as above, without the device or with less of it
+                kind = DeviceGone if isinstance(error, HomeLost) else DeviceTooFull
+                self.lost = kind(str(error))
                 raise self.lost from error.with_traceback(None)  # whose frames have what the device had
             except Exception as error:
                 with self._changing() as events:

@@ -5,7 +5,8 @@ EngineError
 ├── QueueFull    too many run or wait
 ├── OrderError   an order that no sound rank 0 gives
 └── RankLost     a rank of the group is gone, and with it its part of all KV
-    └── DeviceGone  the device is gone, or full, that computed some blocks of this rank
+    └── DeviceGone  the device is gone that computed some blocks of this rank
+        └── DeviceTooFull  it has no room for what it was to compute
 """
 
 from __future__ import annotations
@@ -48,8 +49,13 @@ class RankLost(EngineError):
 
 
 class DeviceGone(RankLost):
-    """The device that computed some blocks of rank 0 is gone, with their weights and KV, or has no room for them."""
+    """The device that computed some blocks of rank 0 is gone, with their weights and KV."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(0, reason)
         self.args = (reason,)
+
+
+class DeviceTooFull(DeviceGone):
+    """The device that computes some blocks of rank 0 had no room in a step. What it holds is of no use any more: the
+    same step would fail again."""

@@ -120,13 +120,17 @@ class Executor:
         """What is not as it could be with weights that pass through a device, in one line."""
         return self._alternating.trouble if self._alternating is not None else ""
 
-    def let_go(self) -> None:
-        """Give the memory of weights and KV back. It runs no step any more."""
+    def close(self) -> None:
+        """End what runs in the background. It runs no step any more. Idempotent."""
         self.store.close()
-        self.store = ResidentStore({})
-        self._staging.let_go()
         if self._alternating is not None:
             self._alternating.let_go()
+
+    def let_go(self) -> None:
+        """Give the memory of weights and KV back, too."""
+        self.close()
+        self.store = ResidentStore({})
+        self._staging.let_go()
         self._alternating = None
         self.kv.let_go()
 

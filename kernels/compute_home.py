@@ -67,6 +67,11 @@ class HomeMemory(Protocol):
         again. None where that is of no use."""
         ...
 
+    def settle(self) -> None:
+        """Wait for all that is staged: nothing of the host is looked at for it any more, also where the home is lost.
+        Raises nothing of what went wrong with it."""
+        ...
+
     def pages(self, shape: tuple[int, int, int, int]) -> Bytes:
         """Zeros for K and V, uint8 (pages, layers, kv_heads, head_bytes)."""
         ...
@@ -134,8 +139,8 @@ class ComputeHome(HomeMemory, Protocol):
         """x @ w.T + bias for every matrix, (T, rows) each. x (T, cols) is normalised first, as by `rms_norm`, if a norm
         (cols,) is given.
 
-        Quantised weights are multiplied by x rounded to 16 bits (`reference.quantised_inputs`). If a row of x has a NaN
-        or an infinity, that row of the result is NaN.
+        Quantised weights are multiplied by x rounded to `all.input_bits` (`reference.quantised_inputs`). If a row of x
+        has a NaN or an infinity, that row of the result is NaN.
         """
         ...
 

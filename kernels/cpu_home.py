@@ -58,6 +58,9 @@ class CpuHome(ComputeHome, Protocol):
     def lock(self, all: Sequence[Bytes]) -> None:
         return  # weights are here
 
+    def settle(self) -> None:
+        return
+
     def pages(self, shape: tuple[int, int, int, int]) -> Bytes:
         return Arena().take(prod(shape)).reshape(shape)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from shoal.kernels import ComputeHome
+from shoal.kernels import NARROW_INPUTS, WIDE_INPUTS, ComputeHome
 from shoal.kernels.arrays import Floats, Hidden
 from shoal.kernels.attention_operands import HeadNorms, KvPages, Rotation, Scoring, Segments
 from shoal.kernels.routing import Routing
@@ -26,10 +26,13 @@ _KEPT_LENGTHS = 64  # dynamic NTK has a rope for every length of text
 
 
 class Transformer:
-    """Computes the blocks of one spec."""
+    """Computes the blocks of one spec. `narrow_inputs`: what quantised o and down multiply is rounded to 8 bits instead
+    of 16. Not that of a mixture's down: its routers would choose other experts too often (docs/ARCHITECTURE.md)."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, narrow_inputs: bool = False) -> None:
         self.spec = spec
+        self._o_bits = NARROW_INPUTS if narrow_inputs else WIDE_INPUTS
+        self._down_bits = self._o_bits if spec.moe is None else WIDE_INPUTS
         self._ropes: dict[int, list[Rope]] = {}  # by the length of the text that they are for
 
     def rotations(self, part: Part) -> list[Rotation]:
@@ -115,7 +118,7 @@ class Transformer:
         """Third part: what `look_back` gave → partial (T, C)."""
         if any(self.spec.o_margins):  # a shard's o has columns that belong to heads of other ranks
             mixed = home.pad(mixed, self.spec.o_margins)
-        return home.linears(mixed, weights.linears("o"))[0]
+        return home.linears(mixed, weights.linears("o", input_bits=self._o_bits))[0]
 
     @property
     def _normed_by_heads(self) -> bool:
@@ -125,7 +128,7 @@ class Transformer:
     def feed_forward(self, home: ComputeHome, weights: Weights, hidden: Hidden) -> Hidden:
         """Dense block: hidden (T, C) → partial (T, C)."""
         spec = self.spec
-        layer = weights.feed_forward(spec.activation)
+        layer = weights.feed_forward(spec.activation, down_bits=self._down_bits)
         return home.feed_forward(hidden, layer, self._pre_norm(weights), spec.norm_eps)
 
     def foresee(self, home: ComputeHome, weights: Weights, hidden: Hidden) -> list[int]:

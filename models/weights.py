@@ -15,7 +15,7 @@ Roles by kind of block (vectors are f32; those in brackets exist in some familie
     expert  matrix: gate, up (moe.ffn, hidden), down (hidden, moe.ffn)
     head    matrix: head (vocab, hidden)    vector: norm
 
-Quantised o and down (`NARROW`) multiply inputs that are rounded to 8 bits, all others to 16.
+Inputs of quantised matrices are rounded to 16 bits; those of o and down to 8 where the caller says so.
 """
 
 from __future__ import annotations
@@ -24,18 +24,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from shoal.kernels import (
-    NARROW_INPUTS,
     WIDE_INPUTS,
     Activation,
     ComputeHome,
     FeedForward,
+    InputBits,
     Linears,
     Matrix,
 )
 from shoal.kernels.arrays import Floats
-
-NARROW = frozenset({"o", "down", "shared_down"})
-"""Roles whose inputs lose nothing that can be told when 8 bits are left of them (docs/LOG.md has the perplexities)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +44,12 @@ class Weights:
 
     matrix: Mapping[str, Matrix] = field(default_factory=dict)
     vector: Mapping[str, Floats] = field(default_factory=dict)
-    _linears: dict[tuple[str, ...], Linears] = field(default_factory=dict, init=False, repr=False)
-    _feed_forward: dict[str, FeedForward] = field(default_factory=dict, init=False, repr=False)
+    _linears: dict[tuple[InputBits, tuple[str, ...]], Linears] = field(
+        default_factory=dict, init=False, repr=False
+    )
+    _feed_forward: dict[tuple[InputBits, str], FeedForward] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     def within(self, home: ComputeHome) -> Weights:
         """The same weights in the memory of a home; these are not needed any more. Raises HomeFull and HomeLost."""
@@ -61,21 +62,24 @@ class Weights:
         """The same weights, with the matrices that `bring` makes of them, and with vectors, if there are any."""
         return Weights({role: bring(matrix) for role, matrix in self.matrix.items()}, vectors or {})
 
-    def linears(self, *roles: str) -> Linears:
+    def linears(self, *roles: str, input_bits: InputBits = WIDE_INPUTS) -> Linears:
         """The matrices of these roles, each with its bias if it has one, as kernels take them; made once."""
-        made = self._linears.get(roles)
+        made = self._linears.get((input_bits, roles))
         if made is None:
             biases = [self.vector.get(f"{role}_bias") for role in roles]
-            bits = NARROW_INPUTS if NARROW.issuperset(roles) else WIDE_INPUTS
-            made = self._linears[roles] = Linears([self.matrix[role] for role in roles], biases, bits)
+            made = Linears([self.matrix[role] for role in roles], biases, input_bits)
+            self._linears[input_bits, roles] = made
         return made
 
-    def feed_forward(self, activation: Activation, prefix: str = "") -> FeedForward:
-        """Gate, up and down, their roles prefixed, as kernels take them; made once."""
-        made = self._feed_forward.get(prefix)
+    def feed_forward(
+        self, activation: Activation, prefix: str = "", down_bits: InputBits = WIDE_INPUTS
+    ) -> FeedForward:
+        """Gate, up and down, their roles prefixed, as kernels take them; made once. `down_bits`: of down's inputs."""
+        made = self._feed_forward.get((down_bits, prefix))
         if made is None:
-            enter, leave = self.linears(prefix + "gate", prefix + "up"), self.linears(prefix + "down")
-            made = self._feed_forward[prefix] = FeedForward(enter, leave, activation)
+            enter = self.linears(prefix + "gate", prefix + "up")
+            leave = self.linears(prefix + "down", input_bits=down_bits)
+            made = self._feed_forward[down_bits, prefix] = FeedForward(enter, leave, activation)
         return made
 
     @property

@@ -41,10 +41,7 @@ class Pinnings:
         self._experts, self._expert_bytes = len(experts), max(experts, default=0)
         self._active = moe.active if (moe := spec.moe) else 0
         self._active_here = moe.active * len(moe.own) / moe.experts if moe else 0.0  # of a token, on average
-        layers = sum(layer.moe for layer in spec.layers)
-        self._moe_layers = (
-            layers * self._experts / (layers * len(moe.own)) if moe else 0.0
-        )  # with all experts here
+        self._moe_layers = self._experts / max(1, len(moe.own)) if moe else 0.0  # with all their experts here
 
         @cache
         def pinned_bytes(kind: _Kind, count: int, leads: int) -> int:

@@ -11,11 +11,11 @@ What this machine's memory has no room for comes from its disk to the CPU, which
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from .hardware_guesses import KV_SHARE
+from .hardware_guesses import KV_SHARE, SCRATCH_SHARE
 from .memory_layout import LOADING_BYTES, PAGE_TOKENS, kv_page_bytes, staged_slot_bytes
 from .pinning import Pinnings
 from .plan import (
@@ -182,7 +182,33 @@ def plan_beside_disk(
     """As `plan_on_device`; what of the rest has no room in `memory_bytes` comes from disk to the CPU: layers through a
     window, experts into slots. model: as it is in a pack, the head in slices, an embedding that is tied to it without
     bytes."""
-    return longest([_beside_disk(wanted, model, room, memory_bytes) for wanted in contexts])
+    return with_longer_steps(
+        contexts, room, memory_bytes, lambda wanted: _beside_disk(wanted, model, room, memory_bytes)
+    )
+
+
+def with_longer_steps(
+    contexts: Sequence[Wanted],
+    room: DeviceRoom,
+    memory_bytes: int,
+    made: Callable[[Wanted], Plan | Misfit | NoRoomThere],
+) -> Plan | Misfit | NoRoomThere:
+    """The longest context with long steps, or else with such as are wanted."""
+    longer = longest([made(_longer_steps(wanted, room, memory_bytes)) for wanted in contexts])
+    return longer if isinstance(longer, Plan) else longest([made(wanted) for wanted in contexts])
+
+
+def _longer_steps(wanted: Wanted, room: DeviceRoom, memory_bytes: int) -> Wanted:
+    """With as much of prompts in one step as a share of both memories allows: what comes from disk comes once for
+    all of it."""
+    longest, most = wanted, max(wanted.chunk_tokens, wanted.context_tokens * wanted.sequences)
+    while longest.chunk_tokens < most:
+        tried = longest._replace(chunk_tokens=min(2 * longest.chunk_tokens, most))
+        here, there = scratch_bytes(tried), device_scratch_bytes(tried, room)
+        if SCRATCH_SHARE * here > memory_bytes or SCRATCH_SHARE * there > room.free_bytes:
+            break
+        longest = tried
+    return longest
 
 
 def _beside_disk(

@@ -82,6 +82,10 @@ class Plan:
     streamed_bytes: int = 0  # that one token alone reads from disk, if all experts are equally likely
     rival_threads: int = 0  # with which a token of one stream may be as quick, by predictions; 0: none
     ranks: int = 1
+    # What o and (but for mixtures) down multiply is rounded to 8 bits instead of 16, where they are quantised: this
+    # rank's CPU alone computes the model. In a group, or with a device, sums come in another order, and 8 bits make
+    # much of that.
+    narrow_inputs: bool = False
     overlap_rows: int = OVERLAP_ROWS  # in a group, steps of so many rows or more are computed in halves
     # Where rank 0 can compute without the others, they take part in steps of so many rows or more, and of so many
     # more for each page of K and V that has to pass between ranks.
@@ -249,7 +253,7 @@ class Plan:
         weights, pages = format_bytes(self.device_weights_bytes), format_bytes(self.device_kv_bytes)
         if self.passes:
             passing = format_bytes(sum(it.nbytes for it in self.blocks if it.passes))
-            disk = f", {format_bytes(self.cyclic_bytes)} of them from disk" if self.streams else ""
+            disk = f", {format_bytes(self.cyclic_bytes)} of them from disk" if self.cyclic_bytes else ""
             there = f"{weights} of weights on {self.device}, {passing} pass through it in every step"
             return f"{there}{disk} while the cpu attends"
         there = f"{self.there} on {self.device} with {weights} of weights and {pages} of KV"

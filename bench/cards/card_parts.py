@@ -32,10 +32,13 @@ from shoal.devices.opening import device_home
 from shoal.offload.budget import Budget
 from shoal.partition.memory_layout import PAGE_TOKENS, kv_page_bytes
 from shoal.partition.placement import device_scratch_bytes
-from shoal.partition.plan import least_kv_pages
+from shoal.partition.plan import Plan, least_kv_pages
 from shoal.partition.throughput.cost import cost
+from shoal.partition.throughput.laws import Rows
 from shoal.partition.throughput.prediction import Job
 from shoal.partition.throughput.profile import Device
+from shoal.partition.throughput.weights_of import Weighed
+from shoal.partition.throughput.with_device import device_step
 
 MEASURED_STEPS = 5
 
@@ -178,7 +181,27 @@ def _mixture(
     found["peak_bytes"], found["limit_bytes"] = opened.budget.peak_bytes, opened.budget.limit_bytes
     found["unpinned"] = opened.unpinned
     found["predicted"] = _predicted(engine, there, job)
+    if job.batch > 1:
+        found["bounds"] = bounds(weighed(engine._model.checkpoint, "keep"), engine._model.plan, there, job)
     return found
+
+
+def bounds(model: Weighed, plan: Plan, machine: Device | None, job: Job) -> dict[str, float]:
+    """Of a step in which each stream gets a token: seconds that it would take if nothing took any but products on the
+    card, the processor's attention, or reading K and V at memory's speed; and the bytes that come over the link. None
+    of them where blocks stay where they are: then these go on one after the other."""
+    if machine is None or not plan.passes:
+        return {}
+    before = job.prompt_tokens + job.new_tokens / 2
+    step = device_step(model, plan, machine.on(plan.threads), [Rows(job.batch, 1, before)], job.batch, None)
+    kv_bytes = job.batch * (before + 1) * kv_page_bytes(model.spec, plan.kv.dtype) / PAGE_TOKENS
+    return {
+        "come_bytes": float(sum(it.nbytes for it in plan.blocks if it.passes)),
+        "link_s": step.parts["link"],
+        "card_s": step.parts["compute"],
+        "attention_s": step.parts["memory"],
+        "kv_s": kv_bytes / machine.memory_bytes_per_s,
+    }
 
 
 def _offline(engine: Any, sizes: Sizes) -> dict[str, float]:

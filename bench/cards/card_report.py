@@ -11,6 +11,7 @@ from typing import Any
 AIMS = {"interactive": 5.0, "offline": 10.0}  # times as many tokens a second as the peer
 DENSE_AIM = 0.6  # of the card's memory bandwidth
 PREDICTED_AIM = 0.06
+SHARE_AIM = 0.8  # offline, of what the narrowest of link, card, attention and K and V allows
 
 
 def report(results: Mapping[str, Any]) -> list[str]:
@@ -24,7 +25,10 @@ def report(results: Mapping[str, Any]) -> list[str]:
         lines += _dense(parts["dense"], parts.get("copies"))
     for budget in ("16", "24"):
         for which in AIMS:
-            lines += _mixture(budget, which, parts.get(f"{which}-{budget}"), parts.get(f"peer-{budget}"))
+            its = parts.get(f"{which}-{budget}")
+            lines += _mixture(budget, which, its, parts.get(f"peer-{budget}"))
+            if its is not None and which == "offline":
+                lines += _share(its, parts.get("copies"))
     return lines
 
 
@@ -67,6 +71,25 @@ def _mixture(
     yield said
     rate = "tokens_per_s" if which == "interactive" else "whole_tokens_per_s"
     yield from _foreseen("  it", speed, ours["predicted"].get(rate))
+
+
+def _share(its: Mapping[str, Any], copies: Mapping[str, Any] | None) -> Iterator[str]:
+    """How much of a step is the longest of what goes on beside each other in it."""
+    known = its.get("bounds")
+    if not known:
+        yield "  no share of link, card, attention and KV: its weights do not pass, or nothing was tried"
+        return
+    copied = copies["bytes_per_s"].get("in, page-locked") if copies is not None else None
+    each = {
+        "the link": known["come_bytes"] / copied if copied else known["link_s"],
+        "the card": known["card_s"],
+        "the processor's attention": known["attention_s"],
+        "reading K and V": known["kv_s"],
+    }
+    narrowest = max(each, key=lambda name: each[name])
+    share = each[narrowest] / its["measured"]["token_s"]
+    others = ", ".join(f"{name} {seconds * 1e3:.3g} ms" for name, seconds in each.items())
+    yield f"  {share:.0%} of what {narrowest} allows ({_aimed(share, SHARE_AIM, '80%')}): {others}"
 
 
 def _crossover(its: Mapping[str, Any]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,11 +13,13 @@ from shoal.kernels.attention_operands import KvPages, Rotation, Scoring, Segment
 from shoal.partition.memory_layout import KV_FORMATS, PAGE_TOKENS, SCALE_BYTES
 
 Call = Callable[[], object]
+COLD_BYTES = 1 << 30  # of all layers: more than any cache holds
 
 
 @dataclass(frozen=True)
 class DecodeCase:
-    """One token each of `batch` sequences, which have `context` tokens."""
+    """One token each of `batch` sequences, which have `context` tokens. Calls take layer after layer, so that none
+    finds its K and V in a cache."""
 
     batch: int
     context: int
@@ -25,16 +28,19 @@ class DecodeCase:
     dim: int
 
     def kv_bytes(self, name: str) -> int:
-        """Bytes of all K and V."""
+        """Bytes of a layer's K and V."""
         kind = KV_FORMATS[name]
         token = 2 * self.kv_heads * (self.dim * kind.itemsize + (SCALE_BYTES if kind.scaled else 0))
         return self.batch * self.context * token
 
+    def layers(self, name: str) -> int:
+        return -(-COLD_BYTES // self.kv_bytes(name))
+
     def native(self, name: str) -> Call:
-        """Over pages of that type in random order."""
+        """Over pages of that type in random order, each with all layers, as a pool has them."""
         layout, source = kv_layout(name, self.dim), np.random.default_rng(0)
         each = -(-self.context // PAGE_TOKENS)
-        data = np.empty((self.batch * each, self.kv_heads, layout.head_bytes), np.uint8)
+        data = np.empty((self.batch * each, self.layers(name), self.kv_heads, layout.head_bytes), np.uint8)
         page = self._page(name, layout.head_bytes, layout.scales_at)
         for number in range(len(data)):
             data[number] = page
@@ -44,18 +50,20 @@ class DecodeCase:
         scoring = Scoring(Rotation(self.dim, False, np.cos(angles[0]), np.sin(angles[1])), self.dim**-0.5)
         q = source.standard_normal((self.batch, self.heads * self.dim), np.float32)
         k, v = source.standard_normal((2, self.batch, self.kv_heads * self.dim), np.float32)
-        kv, home = KvPages(layout, self.heads, data), kernels.home_of("cpu")
-        return lambda: home.attention(kv, segments, q, k, v, scoring)
+        home = kernels.home_of("cpu")
+        turn = itertools.cycle([KvPages(layout, self.heads, data[:, i]) for i in range(data.shape[1])])
+        return lambda: home.attention(next(turn), segments, q, k, v, scoring)
 
     def torch(self) -> tuple[Call, int]:
-        """Over contiguous K and V in bfloat16, and their bytes."""
+        """Over contiguous K and V in bfloat16, and the bytes of a layer."""
         import torch
 
         size = (self.batch, self.kv_heads, self.context, self.dim)
         k, v = torch.randn(size, dtype=torch.bfloat16), torch.randn(size, dtype=torch.bfloat16)
+        turn = itertools.cycle([(k.clone(), v.clone()) for _ in range(self.layers("bf16"))])
         q = torch.randn((self.batch, self.heads, 1, self.dim), dtype=torch.bfloat16)
         attend = torch.nn.functional.scaled_dot_product_attention
-        return lambda: attend(q, k, v, enable_gqa=True), 2 * k.numel() * k.element_size()
+        return lambda: attend(q, *next(turn), enable_gqa=True), 2 * k.numel() * k.element_size()
 
     def _page(
         self, name: str, head_bytes: int, scales_at: int

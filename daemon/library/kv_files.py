@@ -51,8 +51,8 @@ _Kept = TypeVar("_Kept", KvDisk, KvSlots)
 
 def fingerprint(checkpoint: Checkpoint, quant: Quant, plan: Plan) -> bytes:
     """32 bytes that differ if anything differs that a page of KV depends on: the model's files, the weights'
-    quantisation, the architecture and its ropes, and the layout of K and V in a page. (For which length of text ropes
-    are chosen is part of a page's digest.) Raises OSError."""
+    quantisation, the architecture and its ropes, whether inputs are narrow, and the layout of K and V in a page. (For
+    which length of text ropes are chosen is part of a page's digest.) Raises OSError."""
     ropes = checkpoint.spec.ropes
     files = [(str(path.resolve()), checkpoint.stamps[path]) for path in checkpoint.files]
     facts = (
@@ -70,6 +70,7 @@ def fingerprint(checkpoint: Checkpoint, quant: Quant, plan: Plan) -> bytes:
             for rope in ropes
             if rope.dynamic_factor
         ),
+        *(["narrow inputs"] if plan.narrow_inputs else []),
     )
     return blake2b(f"({', '.join(facts)})".encode(), digest_size=32).digest()
 

@@ -37,6 +37,7 @@ from shoal.offload.kv.prefix_cache import PrefixCache
 from shoal.partition.plan import Plan
 
 from .advice import advice_of
+from .device_rooms import let_idle_be
 from .grouping import GroupFailed, Grouping
 from .loaded_model import LoadedModel, release
 from .planning import least_bytes
@@ -139,7 +140,14 @@ class Assembly:
                 raise
             log.warning("%s: %s; it is loaded without", name, error)
             release(name, self.budget)
-        return self._read(name, path, replace(config, device=CPU), no_progress)
+            why = str(error)
+        return self._without_device(self._read(name, path, replace(config, device=CPU), no_progress), why)
+
+    def _without_device(self, main: Runnable, why: str) -> Runnable:
+        """The CPU computes it, and its device has no room for it."""
+        main.device_trouble = f"{why}, so the cpu computes"
+        let_idle_be(self.budget)
+        return main
 
     def _read(
         self,
@@ -156,9 +164,10 @@ class Assembly:
         their part."""
         if self.kv_files is None:
             config = replace(config, kv_disk_bytes=0)
+        full = ""
         while True:
             try:
-                return Runnable.read(
+                main = Runnable.read(
                     name,
                     f"model {name}",
                     path,
@@ -171,11 +180,12 @@ class Assembly:
                     reserve_bytes=reserve_bytes,
                     grouping=grouping,
                 )
+                return self._without_device(main, full) if full else main
             except (HomeLost, HomeFull) as error:
                 if isinstance(error, HomeFull):  # somebody else has taken memory that was free
                     if config.device != AUTO:
                         raise
-                    config = replace(config, device=CPU)
+                    config, full = replace(config, device=CPU), str(error)
                 log.warning("%s: %s; it is loaded without", name, error)
                 release(name, self.budget)
             except GroupFailed as error:

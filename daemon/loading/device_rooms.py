@@ -100,6 +100,12 @@ def device_room(
     return Chosen(room._replace(expert=figures.expert, laws=figures.laws if laws else None), trouble)
 
 
+def let_idle_be(budget: Budget) -> None:
+    """So it is with every device that was asked for."""
+    for name in budget.devices:
+        let_be(name, budget)
+
+
 def let_be(name: str, budget: Budget) -> None:
     """Of a device that computes no model of this ledger nothing stays page-locked."""
     if not budget.on(name).held_bytes:

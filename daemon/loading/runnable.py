@@ -144,7 +144,8 @@ class Runnable:
             budget.hold(purpose, peak_bytes)
             if room is not None and plan.device:
                 budget.on(room.name).hold(purpose, plan.device_bytes, f"{name} on device {room.name}")
-            transformer = Transformer(part.spec)
+            plan = replace(plan, narrow_inputs=group is None and not plan.device and machine.alone)
+            transformer = Transformer(part.spec, plan.narrow_inputs)
             kv = KvPool(part.spec, plan.kv, attention_homes(plan, home_of))
             if tight:
                 forget_files(checkpoint.files)
@@ -227,7 +228,7 @@ class Runnable:
 
     def close(self) -> None:
         """End what runs in the background, here and on other machines. Idempotent."""
-        self.executor.store.close()
+        self.executor.close()
         if self.group is not None:
             self.group.close()
 

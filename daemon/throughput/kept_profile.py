@@ -69,12 +69,14 @@ def read_kept(path: Path, key: str) -> Kept | None:
 
 
 def settled_for_others(path: Path, key: str) -> bool:
-    """Whether all was measured there for something else, such as more threads: worth more than what is brief."""
+    """Whether all was measured there for something else, such as more threads: worth more than what is brief. What was
+    measured in another form is of no use to anybody."""
     try:
         found = msgspec.json.decode(path.read_bytes(), type=_File)
     except (OSError, msgspec.MsgspecError):
         return False
-    return found.key != key and not (found.brief or found.disturbed)
+    now = found.key.startswith(f"{FORM} | ")
+    return now and found.key != key and not (found.brief or found.disturbed)
 
 
 def write_kept(path: Path, key: str, kept: Kept) -> None:

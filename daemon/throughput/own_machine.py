@@ -57,6 +57,11 @@ class OwnMachine:
         self._measuring: threading.Thread | None = None
 
     @property
+    def alone(self) -> bool:
+        """Whether it has nothing to do with a cluster yet."""
+        return self._alone()
+
+    @property
     def home(self) -> Home | None:
         """Where what was found out is kept, if anything is."""
         return Home(self._kept.parent) if self._kept is not None else None

@@ -49,9 +49,13 @@ class PassingWeights:
         return self._locked.trouble if self._locked is not None else ""
 
     def let_go(self) -> None:
-        """Nothing comes any more: give the memory on the device back, and that of the host to the system."""
+        """Nothing comes any more, also of what was begun for a step that never came: give the memory on the device
+        back, and that of the host to the system. Idempotent."""
+        if not self._rooms:
+            return
         self._there.clear()
         self._rooms, self._free, self._held, self._vectors = {}, {}, {}, {}
+        self._home.settle()
         if self._locked is not None:
             self._locked.release()
 

@@ -126,7 +126,11 @@ void few_tokens(const shoal::Weights& w, int64_t row0, int64_t rows, const Token
 constexpr int VECTORS = 4, TILE_BATCH = 3;  // 12 whole and 12 float sums, 4 weights and 1 input of 32 registers
 constexpr int64_t CHUNK = 256;
 #elif defined(__AVX2__)
+#if defined(__AVXVNNI__)
+constexpr int VECTORS = 2, TILE_BATCH = 6;  // a product takes five cycles, and two begin in each
+#else
 constexpr int VECTORS = 2, TILE_BATCH = 4;
+#endif
 constexpr int64_t CHUNK = 512;
 #else
 constexpr int VECTORS = 4, TILE_BATCH = 2;
@@ -225,7 +229,8 @@ using MultiplyTile = void (*)(const Tile<W, Scheme>*, int64_t, const Input<Schem
 template <class W, class Scheme>
 MultiplyTile<W, Scheme> multiply_tile_of(int64_t tokens) {
     static constexpr MultiplyTile<W, Scheme> all[] = {
-        multiply_tile<W, Scheme, 1>, multiply_tile<W, Scheme, 2>, multiply_tile<W, Scheme, (TILE_BATCH < 3 ? TILE_BATCH : 3)>,
+        multiply_tile<W, Scheme, 1>, multiply_tile<W, Scheme, 2>, multiply_tile<W, Scheme, least(3, TILE_BATCH)>,
+        multiply_tile<W, Scheme, least(4, TILE_BATCH)>, multiply_tile<W, Scheme, least(5, TILE_BATCH)>,
         multiply_tile<W, Scheme, TILE_BATCH>};
     return all[tokens - 1];
 }

@@ -10,7 +10,7 @@
 namespace {
 
 template <class T>
-INLINE T least(T a, T b) {
+INLINE constexpr T least(T a, T b) {
     return a < b ? a : b;
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,14 @@ import pytest
 from cards import card_parts, measure_card
 from cards.card_models import DENSE, MIXTURE, weights_bytes
 from cards.card_report import report
+from fakes.throughput.throughput_cases import device, spec, wanted, weighed
+
+from shoal.partition.plan import Plan
+from shoal.partition.spec import MoeSpec
+from shoal.partition.throughput.placing.device_ways import ways_through_device
+from shoal.partition.throughput.prediction import Job
+from shoal.partition.throughput.profile import Accelerator
+from shoal.partition.throughput.with_device import room_of
 
 SPEEDS = {"first_s": 0.1, "tokens_per_s": 60.0}
 RESULTS: dict[str, Any] = {
@@ -25,7 +34,8 @@ RESULTS: dict[str, Any] = {
     },
     "offline-16": {
         "plan": "a plan", "tried_s": 3.0, "load_s": 30.0, "peak_bytes": 17e9, "limit_bytes": 16e9, "unpinned": "",
-        "measured": {"tokens_per_s": 2000.0}, "predicted": {},
+        "measured": {"tokens_per_s": 2000.0, "token_s": 1.0}, "predicted": {},
+        "bounds": {"come_bytes": 42.5e9, "link_s": 0.9, "card_s": 0.2, "attention_s": 0.5, "kv_s": 0.4},
     },
     "peer-16": {"interactive": {"tokens_per_s": 6.0}, "offline": {"tokens_per_s": 500.0}},
     "offline-24": {"failed": "not done in 130 s"},
@@ -46,10 +56,16 @@ def test_what_is_said() -> None:
         "it: predicted 61 tokens/s, measured -2% (aim 6%: met)",
         "2000 tokens/s, Accelerate 500: 4 times (aim 10: MISSED)",
         "peak 17 GB, BEYOND its budget",
+        "85% of what the link allows (aim 80%: met): the link 850 ms, the card 200 ms, the processor's attention 500",
         "experts come: predicted from 100 tokens on, seen from 128 on",
         "64 tokens: 100.0 ms where they stay, 200.0 ms where they come",
     ):
         assert part in said, part
+    slow = RESULTS["offline-16"] | {"bounds": RESULTS["offline-16"]["bounds"] | {"come_bytes": 1e9}}
+    said = "\n".join(report(RESULTS | {"offline-16": slow}))
+    assert "50% of what the processor's attention allows (aim 80%: MISSED)" in said
+    del slow["bounds"]
+    assert "no share of link, card, attention and KV" in "\n".join(report({"offline-16": slow}))
     assert report({}) == []
     for name in RESULTS:
         report({name: RESULTS[name]})
@@ -88,3 +104,25 @@ def test_the_shapes_are_those_of_the_models() -> None:
     assert weights_bytes(MIXTURE) == pytest.approx(61e9, rel=0.01)
     assert weights_bytes(DENSE) == pytest.approx(4.9e9, rel=0.02)
     assert set(card_parts.LIMITS_S) == set(card_parts.PARTS)
+
+
+def test_what_bounds_a_step() -> None:
+    """What the schedule says of each, and K and V at memory's speed."""
+    model = weighed(spec(moe=MoeSpec(32, 4, 512, True), ffn=0))
+    card = Accelerator(
+        "gpu", 4e8, 1e12, 1e13, 1e9, step_s=0, layer_s=0, mixture_s=0, copy_s=0, scratch_bytes=0
+    )
+    machine = device(memory_bytes=8e9, accelerators=(card,))
+    job = Job(98, 32, 64)
+    asked = wanted(model.spec, sequences=64, kv_tokens=64 * 192)
+    (way,) = ways_through_device(model, [asked], room_of(card, ())._replace(gathers=False), 4 << 30)
+    assert isinstance(way.made, Plan)
+    found = card_parts.bounds(model, way.made, machine, job)
+    assert found["come_bytes"] == sum(it.nbytes for it in way.made.blocks if it.passes)
+    assert found["link_s"] == pytest.approx(found["come_bytes"] / 1e9)
+    assert found["kv_s"] == pytest.approx(64 * 115 * 8 * 2 * 4 * 64 * 2 / 20e9)
+    assert 0 < found["attention_s"] < found["link_s"]
+    assert found["card_s"] > 0
+    assert card_parts.bounds(model, way.made, None, job) == {}
+    stays = replace(way.made, blocks=tuple(replace(it, tier="gpu") for it in way.made.blocks))
+    assert card_parts.bounds(model, stays, machine, job) == {}

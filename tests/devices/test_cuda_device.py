@@ -6,6 +6,8 @@ import resource
 import threading
 import warnings
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from shoal.kernels.arrays import Bytes
 from shoal.kernels.huge_pages import mapped
 from shoal.kernels.reference import ReferenceHome
 from shoal.kernels.self_test import disagreements
+from shoal.offload.errors import StoreError
 from shoal.partition.placement import PINNED_BYTES
 
 F32 = np.dtype(np.float32)
@@ -295,6 +298,22 @@ def test_weights_that_are_locked_where_they_lie_are_copied_from_there(
     assert ways == ["host", "ring"] * 3
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_what_was_copied_from_is_not_kept(lost: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though nobody has waited for it, or ever can."""
+    device = pinned(monkeypatch)
+    source = np.zeros(2 * PACKET_BYTES, np.uint8)
+    there, kept = device.allocate(source.shape, source.dtype), weakref.ref(source)
+    device.stage_in(source, there)
+    assert device._copies_begin.begin(lambda: None).event is None
+    del source
+    assert kept() is not None
+    if lost:
+        device.lost = "the bus is gone"
+    device.settle()
+    assert kept() is None
+
+
 def test_a_card_that_is_lost_between_packets(monkeypatch: pytest.MonkeyPatch) -> None:
     device = pinned(monkeypatch)
     source = np.zeros(2 * PINNED_BYTES, np.uint8)
@@ -345,3 +364,49 @@ def test_what_torch_notes_of_an_old_driver_is_said(monkeypatch: pytest.MonkeyPat
 
 def test_the_probe_is_right_where_everything_is() -> None:
     cuda_device._probe(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_weights_that_come_from_a_disk_are_waited_for_by_another_thread(
+    pinned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who asks for a copy goes on; it is made when the bytes are there, and they are given back when they have been
+    taken. What cannot be read is the error of who needs it, and not the card's."""
+    device = cuda(monkeypatch)
+    if pinned:
+        monkeypatch.setattr(
+            cuda_device, "_page_locked", lambda nbytes: torch.zeros(nbytes, dtype=torch.uint8)
+        )
+        device.pin()
+    source, here, said = np.zeros(3 * PACKET_BYTES + 5, np.uint8), threading.Event(), []
+    there = device.allocate(source.shape, source.dtype)
+
+    @contextmanager
+    def lent() -> Iterator[None]:
+        said.append(threading.current_thread().name)
+        assert here.wait(10)
+        source[:] = np.arange(len(source)) % 251
+        yield
+        said.append("given back")
+        source[:] = 0
+
+    @contextmanager
+    def failing_disk() -> Iterator[None]:
+        raise StoreError("block 7 cannot be read")
+        yield
+
+    ended = device.stage_in(source, there, (), lent())
+    failed = device.stage_in(source, there, (), failing_disk())
+    other = np.full_like(source, 9)
+    elsewhere = device.allocate(source.shape, source.dtype)
+    again = device.stage_in(other, elsewhere)  # not before those
+    assert not np.array_equal(elsewhere.inside.numpy(), other)
+    here.set()
+    device.wait(ended)
+    assert said == ["shoal-copies-0", "given back"]
+    assert np.array_equal(there.inside.numpy(), np.arange(len(source)) % 251)
+    for _ in range(2):
+        with pytest.raises(StoreError, match=r"^block 7 cannot be read$"):
+            device.compute("x", WORK, lambda: 7, [failed])
+    assert device.compute("x", WORK, lambda: 7, [ended, again])[0] == 7
+    assert not device.lost

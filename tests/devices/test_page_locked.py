@@ -10,7 +10,7 @@ from fakes.on_device import sim
 
 from shoal.devices import page_locked
 from shoal.devices.errors import NotPageLocked
-from shoal.devices.page_locked import PAGE_BYTES, LockedRanges, PageLocked
+from shoal.devices.page_locked import SYSTEM_PAGE_BYTES, LockedRanges, PageLocked
 from shoal.devices.sim_device import LAUNCH_S, SimDevice
 from shoal.kernels.arrays import Bytes
 from shoal.kernels.huge_pages import mapped
@@ -26,21 +26,23 @@ def device(pinnable: int | None) -> SimDevice:
 @pytest.mark.parametrize("seed", range(5))
 def test_each_page_is_locked_once(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = random.Random(seed)
-    monkeypatch.setattr(page_locked, "PIECE_BYTES", 4 * PAGE_BYTES)
-    here, memory = device(None), mapped(64 * PAGE_BYTES)
+    monkeypatch.setattr(page_locked, "LOCKED_AT_ONCE_BYTES", 4 * SYSTEM_PAGE_BYTES)
+    here, memory = device(None), mapped(64 * SYSTEM_PAGE_BYTES)
     arrays: list[Bytes] = []
     for _ in range(10):
-        start, size = generator.randrange(60 * PAGE_BYTES), generator.randrange(3 * PAGE_BYTES)
+        start, size = generator.randrange(60 * SYSTEM_PAGE_BYTES), generator.randrange(3 * SYSTEM_PAGE_BYTES)
         arrays.append(memory[start : start + size])
     pages = {
         page
         for it in arrays
         if it.nbytes
-        for page in range(it.ctypes.data // PAGE_BYTES, (it.ctypes.data + it.nbytes - 1) // PAGE_BYTES + 1)
+        for page in range(
+            it.ctypes.data // SYSTEM_PAGE_BYTES, (it.ctypes.data + it.nbytes - 1) // SYSTEM_PAGE_BYTES + 1
+        )
     }
     locked = PageLocked(here, arrays)
     assert not locked.trouble
-    assert locked.nbytes == here.locked_bytes == PAGE_BYTES * len(pages)
+    assert locked.nbytes == here.locked_bytes == SYSTEM_PAGE_BYTES * len(pages)
     for it in arrays:
         assert here._ranges.some(it.ctypes.data, it.nbytes) or not it.nbytes
     for _ in range(2):
@@ -49,12 +51,12 @@ def test_each_page_is_locked_once(seed: int, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_as_much_as_the_system_lets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page_locked, "PIECE_BYTES", 4 * PAGE_BYTES)
-    memory = mapped(10 * PAGE_BYTES)[: 10 * PAGE_BYTES]
+    monkeypatch.setattr(page_locked, "LOCKED_AT_ONCE_BYTES", 4 * SYSTEM_PAGE_BYTES)
+    memory = mapped(10 * SYSTEM_PAGE_BYTES)[: 10 * SYSTEM_PAGE_BYTES]
     for more, locked_pages in ((0, 0), (7, 4), (9, 8), (10, 10)):
-        here = device(PINNED_BYTES + more * PAGE_BYTES)
+        here = device(PINNED_BYTES + more * SYSTEM_PAGE_BYTES)
         locked = PageLocked(here, [memory])
-        assert locked.nbytes == here.locked_bytes == locked_pages * PAGE_BYTES
+        assert locked.nbytes == here.locked_bytes == locked_pages * SYSTEM_PAGE_BYTES
         assert bool(locked.trouble) == (locked_pages < 10)
         if locked.trouble:
             said = (
@@ -68,23 +70,23 @@ def test_as_much_as_the_system_lets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_pages_that_are_locked_already_are_refused() -> None:
-    here, memory = device(None), mapped(4 * PAGE_BYTES)
+    here, memory = device(None), mapped(4 * SYSTEM_PAGE_BYTES)
     first = PageLocked(here, [memory[:100]])
     assert "locked already" in PageLocked(here, [memory[200:300]]).trouble
     with pytest.raises(NotPageLocked):
-        here.lock(memory.ctypes.data, PAGE_BYTES)
+        here.lock(memory.ctypes.data, SYSTEM_PAGE_BYTES)
     first.release()
     assert not PageLocked(here, [memory[200:300]]).trouble
 
 
 def test_what_nobody_refers_to_is_unlocked() -> None:
-    here, memory = device(None), mapped(4 * PAGE_BYTES)
+    here, memory = device(None), mapped(4 * SYSTEM_PAGE_BYTES)
     PageLocked(here, [memory])
     assert here.locked_bytes == 0
 
 
 def test_a_device_that_is_lost_unlocks_too() -> None:
-    here, memory = device(None), mapped(4 * PAGE_BYTES)
+    here, memory = device(None), mapped(4 * SYSTEM_PAGE_BYTES)
     locked = PageLocked(here, [memory])
     here.lose("it was pulled out")
     locked.release()
@@ -93,20 +95,23 @@ def test_a_device_that_is_lost_unlocks_too() -> None:
 
 def test_copies_from_there_have_the_links_speed() -> None:
     """Though there is none for others."""
-    here, memory = SimDevice("sim:test", 1 << 24, 1e9, 4e8, 8 * PAGE_BYTES), mapped(16 * PAGE_BYTES)
-    here.lock(memory.ctypes.data, 8 * PAGE_BYTES)
+    here, memory = (
+        SimDevice("sim:test", 1 << 24, 1e9, 4e8, 8 * SYSTEM_PAGE_BYTES),
+        mapped(16 * SYSTEM_PAGE_BYTES),
+    )
+    here.lock(memory.ctypes.data, 8 * SYSTEM_PAGE_BYTES)
     for start, speed in ((0, 1e9), (4, 4e8), (8, 4e8)):
-        source = memory[start * PAGE_BYTES : (start + 8) * PAGE_BYTES]
+        source = memory[start * SYSTEM_PAGE_BYTES : (start + 8) * SYSTEM_PAGE_BYTES]
         there = here.allocate(source.shape, np.dtype(np.uint8))
         before_s = here.now_s
         here.wait(here.stage_in(source, there))
-        assert here.now_s - before_s == pytest.approx(8 * PAGE_BYTES / speed + LAUNCH_S)
+        assert here.now_s - before_s == pytest.approx(8 * SYSTEM_PAGE_BYTES / speed + LAUNCH_S)
 
 
 def test_without_other_page_locked_memory_nothing_is() -> None:
     """Drivers copy nothing that is locked in part, and what lies beside locked pages has to go somehow."""
     _, home = sim()
-    assert home.lock([mapped(PAGE_BYTES)]) is None
+    assert home.lock([mapped(SYSTEM_PAGE_BYTES)]) is None
 
 
 def test_ranges() -> None:

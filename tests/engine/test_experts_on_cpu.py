@@ -15,6 +15,8 @@ from fakes.torch_on_host import torch_home, widely_rounded
 
 from shoal.devices.device import DeviceEvent
 from shoal.devices.sim_device import Scheduled, SimDevice
+from shoal.kernels import routing
+from shoal.kernels.arrays import Floats
 from shoal.kernels.homes import cpu
 from shoal.partition.spec import BlockId
 
@@ -101,6 +103,29 @@ def test_the_clock_is_that_of_the_schedule(running: Running, link: float, cpu_s:
         rest_s = sum(it.end_s - it.begin_s for it in computing[first + 1 + len(SHARED) : after + 1])
         took_s = computing[after].end_s - join.end_s
         assert took_s == pytest.approx(max(shared_s, away_s) + rest_s, rel=1e-9)
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["on the cpu", "on the device"])
+def test_one_expert_gets_everything(running: Running, there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others, in the other place, get nothing."""
+    favourite = 3
+
+    def skewed(scores: Floats, count: int, normalize: bool) -> routing.Routing:
+        rows = len(scores), 1
+        return routing.Routing.of(np.full(rows, favourite), np.ones(rows, np.float32))
+
+    monkeypatch.setattr(routing, "route", skewed)
+    monkeypatch.setattr(type(cpu()), "route", lambda _, *operands: skewed(*operands))
+    device, home = sim()
+
+    def placed(block: BlockId) -> bool:
+        return dense(block) or (block.kind == "expert" and (block.expert == favourite) is there)
+
+    executor = executor_of(running, with_blocks_on(running.plan, placed), home)
+    device.schedule.clear()
+    assert relative_error(logits(executor), logits(running.executor)) < APART
+    mixed = [it for it in of(device, "compute") if it.what == "experts"]
+    assert len(mixed) == (3 * LAYERS if there else 0)
 
 
 def test_what_leaves_together_is_there_when_somebody_has_waited_for_it() -> None:

@@ -14,7 +14,7 @@ import torch
 
 from shoal.devices import cuda_device
 from shoal.devices.cuda_device import CudaDevice
-from shoal.devices.page_locked import PAGE_BYTES
+from shoal.devices.page_locked import SYSTEM_PAGE_BYTES
 
 FREE_BYTES = 1 << 30
 
@@ -64,7 +64,7 @@ class Runtime:
         self.held: dict[int, int] = {}
 
     def cudaHostRegister(self, start: int, nbytes: int, flags: int) -> int:  # noqa: N802
-        pages = start % PAGE_BYTES or nbytes % PAGE_BYTES
+        pages = start % SYSTEM_PAGE_BYTES or nbytes % SYSTEM_PAGE_BYTES
         twice = any(at < start + nbytes and start < at + its for at, its in self.held.items())
         if pages or twice or sum(self.held.values()) + nbytes > self.most:
             return 1 if pages else 712 if twice else 2

@@ -33,14 +33,14 @@ def planned(checkpoint: Checkpoint, config: NodeConfig, memory_bytes: int) -> Pl
 class Running:
     """A checkpoint that is ready to compute, without scheduler or text."""
 
-    def __init__(self, path: Path, config: NodeConfig = FP32) -> None:
+    def __init__(self, path: Path, config: NodeConfig = FP32, narrow_inputs: bool = False) -> None:
         self.path = path
         with open_checkpoint(path) as checkpoint:
             self.plan = planned(checkpoint, config, 1 << 33)
             self.spec = checkpoint.spec
             self.kv = KvPool(self.spec, self.plan.kv)
             store = ResidentStore.load(self.plan, checkpoint)
-        model = Transformer(self.spec)
+        model = Transformer(self.spec, narrow_inputs)
         self.executor = Executor(model, self.plan, store, self.kv, Alone())
 
     def step(self, *parts: tuple[list[int], int, list[int]]) -> Floats:

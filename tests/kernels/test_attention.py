@@ -253,6 +253,36 @@ def test_long_texts_of_many_heads_in_spans(name: str, window: int | None) -> Non
     assert_close(late, truth, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("type", ["bf16", "i8"])
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("name", NATIVE)
+def test_bits_of_a_kv_head_do_not_depend_on_the_others(name: str, threads: int, type: str) -> None:
+    choose(name)
+    set_threads(threads)
+    heads, group, dim, length = (
+        30,
+        5,
+        16,
+        300,
+    )  # more rows than are computed together, of some heads at a time
+    shape = Shape(kv_heads=heads, group=group, dim=dim, type=type)
+    long, short = (
+        Text.random(shape, size, pages, seed=size) for size, pages in ((length, [4, 0, 2, 5, 1]), (40, [3]))
+    )
+    kv = shape.pages(6)
+    step(shape, kv, [(long, 0, length - 2), (short, 0, 38)])
+    out = np.concatenate(step(shape, kv, [(long, length - 2, length), (short, 38, 40)]))
+    for head in (0, 7, heads - 1):
+        own, wide = slice(head * dim, (head + 1) * dim), slice(head * group * dim, (head + 1) * group * dim)
+        alone = [
+            replace(text, q=text.q[:, wide], k=text.k[:, own], v=text.v[:, own]) for text in (long, short)
+        ]
+        one, its = replace(shape, kv_heads=1), replace(shape, kv_heads=1).pages(6)
+        step(one, its, [(alone[0], 0, length - 2), (alone[1], 0, 38)])
+        lone = np.concatenate(step(one, its, [(alone[0], length - 2, length), (alone[1], 38, 40)]))
+        assert np.array_equal(out[:, wide], lone)
+
+
 @pytest.mark.parametrize("type", sorted(KV_FORMATS))
 @pytest.mark.parametrize("name", HOMES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -18,9 +18,9 @@ from ...placement import (
     NoRoomThere,
     device_scratch_bytes,
     host_scratch,
-    longest,
     room_for_loading,
     with_head_there,
+    with_longer_steps,
 )
 from ...plan import (
     BlockPlan,
@@ -60,7 +60,6 @@ def _passing(
     wanted: Wanted, model: ModelBytes, room: DeviceRoom, memory_bytes: int, vectors_bytes: int
 ) -> Plan | Misfit | NoRoomThere:
     spec = wanted.spec
-
     plan = _through(wanted, with_head_there(model, spec), room, vectors_bytes)
     if isinstance(plan, NoRoomThere):
         return plan
@@ -112,7 +111,12 @@ def plan_passing_from_disk(
 ) -> Plan | Misfit | NoRoomThere:
     """As `plan_passing`; what has no room in `memory_bytes` passes through a window in it first. K and V get one
     `kv_share`-th of that. model: as for `plan_beside_disk`."""
-    return longest([_from_disk(wanted, model, room, memory_bytes, kv_share) for wanted in contexts])
+    return with_longer_steps(
+        contexts,
+        room._replace(gathers=False),
+        memory_bytes,
+        lambda wanted: _from_disk(wanted, model, room, memory_bytes, kv_share),
+    )
 
 
 def _from_disk(

@@ -352,6 +352,9 @@ def test_a_card_that_others_have_filled_meanwhile_is_done_without(
         assert status(node).device == ""
         assert len(text_of(node, prompt(0))[1]) == 24
         assert node.budget.on(CARD).held_bytes == 0
+        (said,) = status(node).warnings
+        assert said.startswith(f"device {CARD} is full: ")
+        assert said.endswith(", so the cpu computes")
     (line,) = (it.getMessage() for it in caplog.records if "is full" in it.getMessage())
     assert line.endswith("; it is loaded without")
     with pytest.raises(DaemonError, match="is full"):  # one that was named has to compute

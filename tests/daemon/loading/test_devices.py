@@ -283,18 +283,6 @@ def test_experts_come_for_prompts(mixture: Path, lost: bool, monkeypatch: pytest
         assert there.budget.on(name).held_bytes == found.device_bytes
 
 
-def test_a_full_device_is_an_error_and_the_node_goes_on(node: Node, path: Path) -> None:
-    expected = text_of(node, prompt(0))[:2]
-    with loaded(path, ROOMY) as there:
-        device = sim()
-        device.budget.limit_bytes = device.budget.held_bytes
-        with pytest.raises(DaemonError, match=r"^device sim:64MB is full: ") as refused:
-            text_of(there, prompt(0))
-        assert refused.value.code == "resources"
-        device.budget.limit_bytes = 64_000_000
-        assert text_of(there, prompt(0))[:2] == expected
-
-
 def test_kv_on_disk_comes_back_to_the_device(path: Path, tmp_path: Path) -> None:
     def run() -> tuple[tuple[str, list[int]], int]:
         with Node(replace(CONFIG, device=ROOMY), kv_root=tmp_path / "kv") as node:

@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from shoal.daemon.throughput import brief_profile, cache_laws, drift, fixed_costs, kernel_laws, own_machine
+from shoal.daemon.throughput import (
+    brief_profile,
+    cache_laws,
+    drift,
+    fixed_costs,
+    kept_profile,
+    kernel_laws,
+    own_machine,
+)
 from shoal.daemon.throughput.kept_profile import Kept, profile_key, read_kept, write_kept
 from shoal.daemon.throughput.own_machine import OwnMachine
 from shoal.partition.throughput.profile import CORRECTED, Profile, RowsLaw, unmeasured
@@ -28,6 +36,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         (kernel_laws, "POOL_BYTES", 8 << 20),
         (kernel_laws, "MOST_POOL_BYTES", 8 << 20),
         (cache_laws, "KEPT_BYTES", 1 << 20),
+        (cache_laws, "SIZES", sizes),
         (kernel_laws, "CONTEXTS", (64, 256)),
         (fixed_costs, "ANSWER_TOKENS", 8),
         (fixed_costs, "SWEPT_BYTES", 16 << 10),
@@ -43,6 +52,20 @@ def looked(machine: OwnMachine, *kinds: str, idle: bool = True) -> None:
     machine.look(lambda: idle, lambda: kinds)
     if (thread := machine._measuring) is not None:
         thread.join(30)
+
+
+@pytest.mark.parametrize("form", ["3 | ", f"{kept_profile.FORM} | "])
+def test_what_was_measured_in_an_older_form_is_replaced(tmp_path: Path, quick: None, form: str) -> None:
+    """As far as it can be; what holds on other threads is worth more than a brief look."""
+    kept = tmp_path / "profile.json"
+    write_kept(kept, f"{form}on other threads", Kept(Profile((unmeasured(1),))))
+    before = kept.read_bytes()
+    machine = OwnMachine(1, kept, tmp_path)
+    assert not machine.device.measured
+    looked(machine, "Q8_0")
+    assert machine.device.measured
+    assert (kept.read_bytes() != before) == (form == "3 | ")
+    assert OwnMachine(1, kept, tmp_path).device.measured == (form == "3 | ")
 
 
 def test_it_is_measured_between_requests_and_kept(tmp_path: Path, quick: None) -> None:
