@@ -14,7 +14,7 @@ import pytest
 from fakes import tiny
 from fakes.on_device import ROOMY, executor_of, logits, sim, with_blocks_on
 from fakes.running import FP32, Running, relative_error
-from fakes.torch_on_host import torch_home, widely_rounded
+from fakes.torch_on_host import torch_home
 
 from shoal.devices import sim_device
 from shoal.devices.device_home import DeviceHome
@@ -115,10 +115,7 @@ def test_parts_of_steps_have_them_come_once(tmp_path: Path, kv_type: str) -> Non
 
 @pytest.mark.parametrize("stored", IN_TORCH)
 @pytest.mark.parametrize("there", [dense, some_experts])
-def test_in_torch_they_are_the_same_but_for_rounding(
-    tmp_path: Path, stored: str, there: There, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    widely_rounded(monkeypatch)
+def test_in_torch_they_are_the_same_but_for_rounding(tmp_path: Path, stored: str, there: There) -> None:
     model, path = tiny.hf_model("qwen3_moe"), tmp_path / "m.gguf"
     running = Running(tiny.save_hf(model, path) if stored == "F32" else tiny.save_gguf(model, path, stored))
     home = torch_home()

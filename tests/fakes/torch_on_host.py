@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-import pytest
 import torch
 
 from shoal.devices.device import DeviceArray, DeviceEvent, DeviceMemory
@@ -18,7 +17,6 @@ from shoal.devices.sim_device import SimDevice
 from shoal.devices.torch_kernels import TorchKernels
 from shoal.kernels.arrays import Array
 from shoal.kernels.compute_home import HERE
-from shoal.models import weights
 
 
 class TorchOnHost(SimDevice):
@@ -52,8 +50,3 @@ def torch_home() -> DeviceHome:
         home.device.pin()
         return home
     return DeviceHome(TorchOnHost("sim:test", 1 << 30), TorchKernels())
-
-
-def widely_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on the CPU rounds no inputs to 8 bits. Torch rounds none, and logits are to show what else differs."""
-    monkeypatch.setattr(weights, "NARROW", frozenset())

@@ -13,7 +13,7 @@ import pytest
 from fakes import tiny
 from fakes.on_device import ROOMY, executor_of, logits, sim, with_blocks_passing
 from fakes.running import FP32, Running, relative_error
-from fakes.torch_on_host import torch_home, widely_rounded
+from fakes.torch_on_host import torch_home
 
 from shoal.devices.device_home import DeviceHome
 from shoal.devices.errors import DeviceFull, DeviceLost
@@ -84,10 +84,7 @@ def test_types_of_kv(tmp_path: Path, kv_type: str) -> None:
 
 
 @pytest.mark.parametrize("stored", ["F32", "Q4_0"])
-def test_in_torch_they_are_the_same_but_for_rounding(
-    tmp_path: Path, stored: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    widely_rounded(monkeypatch)
+def test_in_torch_they_are_the_same_but_for_rounding(tmp_path: Path, stored: str) -> None:
     model, path = tiny.hf_model("qwen2_moe"), tmp_path / "m.gguf"
     running = Running(tiny.save_hf(model, path) if stored == "F32" else tiny.save_gguf(model, path, stored))
     found = logits(executor_of(running, with_blocks_passing(running.plan), torch_home()))
