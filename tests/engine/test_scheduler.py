@@ -72,6 +72,24 @@ def test_a_crowd_does_not_wait_for_the_first_answers(step_s: float, over: float)
     assert slowest < 1.25 * (1 + FEW_TOGETHER * (SLOWDOWN - 1)) or longest_s < 1.25 * PATIENCE_S
 
 
+def test_a_prompt_that_nobody_wants_any_more_is_not_counted_in_a_crowd() -> None:
+    """Answers are slowed as one prompt may slow them, although there were sixteen for a step."""
+    subject = scheduler(pages=2000, chunk=64, sequences=17, queue=17)
+    engine = FakeEngine(subject, lambda rows: 0.01 * (1.0 + (rows - 1) * 0.2))
+    subject.submit(sequence(3, 1000))
+    for _ in range(20):
+        engine.step()
+    asked = [sequence(words(400, seed), 1000) for seed in range(16)]
+    for each in asked:
+        subject.submit(each)
+    for _ in range(3):
+        together = engine.step().rows
+    for each in asked[1:]:
+        subject.end(each, "cancelled")
+    alone = [engine.step().rows for _ in range(6)]
+    assert max(alone) - 1 < (together - 1) / 4
+
+
 def test_steps_too_short_for_the_clock_are_no_trouble() -> None:
     subject = scheduler(chunk=16)
     for length in (3, 40, 40):
