@@ -6,7 +6,7 @@ import pytest
 from fakes.fake_engine import PAGE, FakeEngine, check_pages, continuation, scheduler, sequence
 
 from shoal.engine.errors import NeverFits, QueueFull
-from shoal.engine.learn.pacing import FEW_TOGETHER, CROWD_STEP_S, SLOWDOWN
+from shoal.engine.learn.pacing import CROWD_STEP_S, FEW_TOGETHER, SLOWDOWN
 from shoal.engine.scheduler import Scheduler
 from shoal.engine.sequence import Ended, SequenceEvent
 

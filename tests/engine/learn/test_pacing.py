@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from shoal.engine.learn.pacing import FEW_TOGETHER, MOST_TOGETHER, CROWD_STEP_S, SLOWDOWN, Pacer
+from shoal.engine.learn.pacing import CROWD_STEP_S, FEW_TOGETHER, MOST_TOGETHER, SLOWDOWN, Pacer
 from shoal.engine.learn.step_cost import evenly
 
 SLOW_S = CROWD_STEP_S  # a step of answers alone that takes as long as a step with prompts may, where many wait
