@@ -7,7 +7,7 @@ import math
 from shoal.engine.learn.pacing import CROWD_STEP_S, FEW_TOGETHER, MOST_TOGETHER, SLOWDOWN, Pacer
 from shoal.engine.learn.step_cost import evenly
 
-SLOW_S = CROWD_STEP_S  # a step of answers alone that takes as long as a step with prompts may, where many wait
+SLOW_S = CROWD_STEP_S  # a step of answers alone that takes as long as a step of a crowd may
 QUICK_S = CROWD_STEP_S / 100
 
 
