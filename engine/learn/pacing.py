@@ -16,7 +16,7 @@ from .step_cost import StepSeconds, evenly
 SLOWDOWN = 2.5  # a step that also reads a prompt may take so many times one that does not, if people wait for answers
 FEW_TOGETHER = 4  # each of so many prompts may add as much to a step as one, however long that takes
 MOST_TOGETHER = 16  # each of so many may, as long as the step takes less than …
-PATIENCE_S = 1.0
+CROWD_STEP_S = 1.0
 _LOUDEST = (0.5, 2.0)  # by which a measurement may change what a token was found to take, before damping
 _REST_EVERY = 16  # steps with prompts; then comes one without, to measure again what they are compared with
 
@@ -76,4 +76,4 @@ class Pacer:
         """How long all of them may lengthen a step."""
         one_s = self._added * max(alone_s, 1e-9)
         few_s, all_s = (one_s * min(max(prompts, 1), most) for most in (FEW_TOGETHER, MOST_TOGETHER))
-        return max(few_s, min(all_s, PATIENCE_S - alone_s))
+        return max(few_s, min(all_s, CROWD_STEP_S - alone_s))

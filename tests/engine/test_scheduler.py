@@ -6,7 +6,7 @@ import pytest
 from fakes.fake_engine import PAGE, FakeEngine, check_pages, continuation, scheduler, sequence
 
 from shoal.engine.errors import NeverFits, QueueFull
-from shoal.engine.learn.pacing import FEW_TOGETHER, PATIENCE_S, SLOWDOWN
+from shoal.engine.learn.pacing import CROWD_STEP_S, FEW_TOGETHER, SLOWDOWN
 from shoal.engine.scheduler import Scheduler
 from shoal.engine.sequence import Ended, SequenceEvent
 
@@ -69,7 +69,7 @@ def test_a_crowd_does_not_wait_for_the_first_answers(step_s: float, over: float)
         slowest = max(slowest, cost_s(batch.rows) / cost_s(batch.decodes))
         longest_s = max(longest_s, cost_s(batch.rows))
     assert engine.now_s < over * step_s * 0.2 * 16 * 16
-    assert slowest < 1.25 * (1 + FEW_TOGETHER * (SLOWDOWN - 1)) or longest_s < 1.25 * PATIENCE_S
+    assert slowest < 1.25 * (1 + FEW_TOGETHER * (SLOWDOWN - 1)) or longest_s < 1.25 * CROWD_STEP_S
 
 
 def test_a_prompt_that_nobody_wants_any_more_is_not_counted_in_a_crowd() -> None:

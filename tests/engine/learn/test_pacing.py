@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-from shoal.engine.learn.pacing import FEW_TOGETHER, MOST_TOGETHER, PATIENCE_S, SLOWDOWN, Pacer
+from shoal.engine.learn.pacing import CROWD_STEP_S, FEW_TOGETHER, MOST_TOGETHER, SLOWDOWN, Pacer
 from shoal.engine.learn.step_cost import evenly
 
-SLOW_S = PATIENCE_S  # a step of answers alone that takes as long as a step with prompts may, where many wait
-QUICK_S = PATIENCE_S / 100
+SLOW_S = CROWD_STEP_S  # a step of answers alone that takes as long as a step of a crowd may
+QUICK_S = CROWD_STEP_S / 100
 
 
 def test_the_first_budget_is_what_a_row_is_thought_to_cost() -> None:
@@ -50,12 +50,12 @@ def test_many_prompts_may_add_more_where_nobody_waits_long_for_a_token() -> None
     assert pacer.budget(9, QUICK_S) == 90
     assert pacer.budget(100, QUICK_S) == MOST_TOGETHER * 10
     pacer = Pacer(512, evenly(0.15))
-    alone_s = PATIENCE_S / (1 + 8 * (SLOWDOWN - 1))  # with eight prompts a step takes as long as it may
+    alone_s = CROWD_STEP_S / (1 + 8 * (SLOWDOWN - 1))  # with eight prompts a step takes as long as it may
     as_thought(pacer, alone_s)
     assert pacer.budget(100, alone_s) in (79, 80)  # it rounds down
-    pacer.note(80, PATIENCE_S, 100, alone_s)
+    pacer.note(80, CROWD_STEP_S, 100, alone_s)
     assert pacer.budget(1, alone_s) in (9, 10)
-    pacer.note(80, 1.5 * PATIENCE_S, 100, alone_s)
+    pacer.note(80, 1.5 * CROWD_STEP_S, 100, alone_s)
     assert pacer.budget(1, alone_s) < 9
 
 
