@@ -82,9 +82,7 @@ class Plan:
     streamed_bytes: int = 0  # that one token alone reads from disk, if all experts are equally likely
     rival_threads: int = 0  # with which a token of one stream may be as quick, by predictions; 0: none
     ranks: int = 1
-    # What o and (but for mixtures) down multiply is rounded to 8 bits instead of 16, where they are quantised: this
-    # rank's CPU alone computes the model. In a group, or with a device, sums come in another order, and 8 bits make
-    # much of that.
+    # Inputs of o and of a dense model's down have 8 bits: this rank's CPU computes it alone (docs/ARCHITECTURE.md).
     narrow_inputs: bool = False
     overlap_rows: int = OVERLAP_ROWS  # in a group, steps of so many rows or more are computed in halves
     # Where rank 0 can compute without the others, they take part in steps of so many rows or more, and of so many

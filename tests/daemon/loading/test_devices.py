@@ -60,6 +60,8 @@ def loaded(
     machine: OwnMachine | None = None,
     **more: object,
 ) -> Node:
+    # Of a cluster: alone the CPU would round inputs to 8 bits, and its texts would not be a device's.
+    machine = machine or OwnMachine(1, alone=lambda: False)
     node = Node(replace(CONFIG, device=device, **more), packs=packs, machine=machine)  # type: ignore[arg-type]
     node.load(Load(model=str(path)))
     return node
@@ -179,14 +181,14 @@ def test_experts_that_were_used_often_are_placed_at_load(
         (model,) = node._models
         return model.executor.experts._homes.items()
 
-    with loaded(mixture, name, machine=OwnMachine(1, kept)) as node:
+    with loaded(mixture, name, machine=OwnMachine(1, kept, alone=lambda: False)) as node:
         first = there()
         for _ in range(3):
             assert [text_of(node, prompt(i))[:2] for i in range(2)] == expected
         (model,) = node._models
         uses, plan = model.executor.experts.counts.uses, model.plan
     (file,) = (tmp_path / "experts").iterdir()
-    with loaded(mixture, name, machine=OwnMachine(1, kept)) as node:
+    with loaded(mixture, name, machine=OwnMachine(1, kept, alone=lambda: False)) as node:
         assert sum(uses.get(it, 0) for it in there()) > sum(uses.get(it, 0) for it in first)
         assert len(there()) == len(first)
         (model,) = node._models
@@ -195,7 +197,7 @@ def test_experts_that_were_used_often_are_placed_at_load(
         assert "12 of 18 experts" in status(node).plan
         assert [text_of(node, prompt(i))[:2] for i in range(2)] == expected
     file.write_text("[]")
-    with loaded(mixture, name, machine=OwnMachine(1, kept)) as node:
+    with loaded(mixture, name, machine=OwnMachine(1, kept, alone=lambda: False)) as node:
         assert there() == first
     assert sum("how often experts were used is not known" in it.getMessage() for it in caplog.records) == 1
 

@@ -54,7 +54,8 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def loaded(path: Path | str, packs: Packs | None = None, **more: Any) -> Node:
-    node = Node(replace(MANY, **more), packs=packs)
+    # Of a cluster: alone the CPU would round inputs to 8 bits, and its texts would not be a device's.
+    node = Node(replace(MANY, **more), packs=packs, machine=OwnMachine(1, alone=lambda: False))
     node.load(Load(model=str(path)))
     return node
 
