@@ -134,6 +134,9 @@ class Scheduler:
     def _leave(self, sequence: Sequence) -> None:
         sequence.ended = True
         self.admission.leave(sequence)
+        if sequence.running and sequence.remaining > 1:  # not read: it does not count as one of a crowd
+            for other in self.running:
+                other.crowd = 0
         (self.running if sequence.running else self.waiting).remove(sequence)
         sequence.running = False
 

@@ -16,15 +16,15 @@ from .step_cost import StepSeconds, evenly
 SLOWDOWN = 2.5  # a step that also reads a prompt may take so many times one that does not, if people wait for answers
 FEW_TOGETHER = 4  # each of so many prompts may add as much to a step as one, however long that takes
 MOST_TOGETHER = 16  # each of so many may, as long as the step takes less than …
-PATIENCE_S = 1.0
-_LOUDEST = (0.5, 2.0)  # by which one measurement may change what a token is thought to take, before damping
+CROWD_STEP_S = 1.0
+_LOUDEST = (0.5, 2.0)  # by which a measurement may change what a token was found to take, before damping
 _REST_EVERY = 16  # steps with prompts; then comes one without, to measure again what they are compared with
 
 
 class Pacer:
     """A budget of at most `most` tokens. A step may take `slowdown` times one without prompts. The first value is what
-    steps are `expected` to allow, one row of them an answer's. `prompts` is how many wait to be read, `alone_s` what
-    the step would take without any."""
+    steps are `expected` to allow, one row of them an answer's, to a few prompts at most. `prompts` is how many wait to
+    be read, `alone_s` what the step would take without any."""
 
     def __init__(self, most: int, expected: StepSeconds | None = None, slowdown: float = SLOWDOWN) -> None:
         seconds = expected or evenly()
@@ -50,25 +50,30 @@ class Pacer:
         self._since_rest += 1
         if math.isinf(self._added):
             return
-        added_s = self._added_s(prompts, alone_s)
-        allowed = self._allowed(prompts, alone_s)
-        self._token_s = self._token_s or added_s / allowed
+        added_s, each_s = self._added_s(prompts, alone_s), self._each_s(alone_s)
         # Fewer tokens than allowed say nothing about more.
-        if tokens >= allowed or seconds > alone_s + added_s:
-            change = (seconds - alone_s) / tokens / self._token_s
-            token_s = self._token_s * min(max(change, _LOUDEST[0]), _LOUDEST[1]) ** 0.5
-            least_s = min(self._token_s, added_s / self._most)  # it would not be tried whether less is true
-            self._token_s = min(max(token_s, least_s), added_s)
+        if tokens >= self._allowed(prompts, alone_s) or seconds > alone_s + added_s:
+            change = (seconds - alone_s) / tokens / each_s
+            if (
+                self._token_s or change < 1
+            ):  # a guess that was too low is given up at once, whatever came between
+                change = min(max(change, _LOUDEST[0]), _LOUDEST[1]) ** 0.5
+            least_s = min(each_s, added_s / self._most)  # it would not be tried whether less is true
+            self._token_s = min(max(each_s * change, least_s), added_s)
 
     def _allowed(self, prompts: int, alone_s: float) -> int:
         if math.isinf(self._added):
             return self._most
-        added_s = self._added_s(prompts, alone_s)
-        each_s = self._token_s or self._added_s(1, alone_s) / self._first
-        return int(min(max(added_s / each_s, 1), self._most))
+        if not self._token_s:  # many together would make a wrong guess a long step
+            prompts = min(prompts, FEW_TOGETHER)
+        return int(min(max(self._added_s(prompts, alone_s) / self._each_s(alone_s), 1), self._most))
+
+    def _each_s(self, alone_s: float) -> float:
+        """How long a token is thought to lengthen a step."""
+        return self._token_s or self._added_s(1, alone_s) / self._first
 
     def _added_s(self, prompts: int, alone_s: float) -> float:
         """How long all of them may lengthen a step."""
         one_s = self._added * max(alone_s, 1e-9)
         few_s, all_s = (one_s * min(max(prompts, 1), most) for most in (FEW_TOGETHER, MOST_TOGETHER))
-        return max(few_s, min(all_s, PATIENCE_S - alone_s))
+        return max(few_s, min(all_s, CROWD_STEP_S - alone_s))

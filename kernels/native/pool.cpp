@@ -1,9 +1,9 @@
 // The thread pool: who runs the jobs of a kernel, and when threads sleep.
 //
 // Workers spin for some tens of microseconds after the last job, because the next kernel of a step
-// usually follows at once, and then sleep on a condition variable: an idle process burns nothing. The
-// calling thread works too. The pool is never destroyed (threads may outlive static objects) and a
-// forked child starts with a fresh one.
+// usually follows at once, let others run instead for some hundreds, and then sleep on a condition
+// variable: an idle process burns nothing. The calling thread works too. The pool is never destroyed
+// (threads may outlive static objects) and a forked child starts with a fresh one.
 #include <pthread.h>
 #include <sched.h>
 #include <stdlib.h>

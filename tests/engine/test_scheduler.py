@@ -6,7 +6,7 @@ import pytest
 from fakes.fake_engine import PAGE, FakeEngine, check_pages, continuation, scheduler, sequence
 
 from shoal.engine.errors import NeverFits, QueueFull
-from shoal.engine.learn.pacing import FEW_TOGETHER, PATIENCE_S, SLOWDOWN
+from shoal.engine.learn.pacing import CROWD_STEP_S, FEW_TOGETHER, SLOWDOWN
 from shoal.engine.scheduler import Scheduler
 from shoal.engine.sequence import Ended, SequenceEvent
 
@@ -48,7 +48,7 @@ def test_prompts_slow_decodes_only_so_far(token_s: float) -> None:
     assert rows.count(1) <= 1 + len(rows) // 16
 
 
-@pytest.mark.parametrize(("step_s", "over"), [(1.0, 1.35), (0.01, 1.2)])
+@pytest.mark.parametrize(("step_s", "over"), [(1.0, 1.35), (0.01, 1.25)])
 def test_a_crowd_does_not_wait_for_the_first_answers(step_s: float, over: float) -> None:
     """Of sixteen prompts four fit into the first step. The others have their first tokens in little more time than
     reading takes, and answers that run meanwhile are slowed by no more than four prompts may slow them, or get a token
@@ -69,7 +69,25 @@ def test_a_crowd_does_not_wait_for_the_first_answers(step_s: float, over: float)
         slowest = max(slowest, cost_s(batch.rows) / cost_s(batch.decodes))
         longest_s = max(longest_s, cost_s(batch.rows))
     assert engine.now_s < over * step_s * 0.2 * 16 * 16
-    assert slowest < 1.25 * (1 + FEW_TOGETHER * (SLOWDOWN - 1)) or longest_s < 1.25 * PATIENCE_S
+    assert slowest < 1.25 * (1 + FEW_TOGETHER * (SLOWDOWN - 1)) or longest_s < 1.25 * CROWD_STEP_S
+
+
+def test_a_prompt_that_nobody_wants_any_more_is_not_counted_in_a_crowd() -> None:
+    """Answers are slowed as one prompt may slow them, although there were sixteen for a step."""
+    subject = scheduler(pages=2000, chunk=64, sequences=17, queue=17)
+    engine = FakeEngine(subject, lambda rows: 0.01 * (1.0 + (rows - 1) * 0.2))
+    subject.submit(sequence(3, 1000))
+    for _ in range(20):
+        engine.step()
+    asked = [sequence(words(400, seed), 1000) for seed in range(16)]
+    for each in asked:
+        subject.submit(each)
+    for _ in range(3):
+        together = engine.step().rows
+    for each in asked[1:]:
+        subject.end(each, "cancelled")
+    alone = [engine.step().rows for _ in range(6)]
+    assert max(alone) - 1 < (together - 1) / 4
 
 
 def test_steps_too_short_for_the_clock_are_no_trouble() -> None:

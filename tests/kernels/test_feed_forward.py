@@ -11,8 +11,11 @@ from inputs.random_weights import random_matrix
 
 from shoal import kernels
 from shoal.kernels import (
+    NARROW_INPUTS,
+    WIDE_INPUTS,
     Activation,
     FeedForward,
+    InputBits,
     Linears,
     OperandError,
     Routes,
@@ -43,6 +46,7 @@ def layer(
     biases: bool = False,
     seed: int = 0,
     activation: Activation = "silu",
+    leave_bits: InputBits = WIDE_INPUTS,
 ) -> FeedForward:
     gate, up, down = (
         random_matrix(kind, rows, cols, seed=seed + i, scale=0.02 if kind.block_weights < 256 else 2e-4)
@@ -51,7 +55,10 @@ def layer(
         )
     )
     made = [randn(w.rows, seed=seed + w.rows) if biases else None for w in (gate, up, down)]
-    return FeedForward(Linears((gate, up), made[:2]), Linears((down,), made[2:]), activation)
+    return FeedForward(Linears((gate, up), made[:2]), Linears((down,), made[2:], leave_bits), activation)
+
+
+each_bits = pytest.mark.parametrize("leave_bits", [WIDE_INPUTS, NARROW_INPUTS])
 
 
 def assert_near(got: Floats, truth: Floats, tolerance: float = 1e-4) -> None:
@@ -77,16 +84,21 @@ def test_linears_of_one_input_are_those_one_by_one(home: str) -> None:
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("biases", [False, True])
-def test_feed_forward_is_that_of_the_reference(activation: Activation, biases: bool) -> None:
+@each_bits
+def test_feed_forward_is_that_of_the_reference(
+    activation: Activation, biases: bool, leave_bits: InputBits
+) -> None:
+    """A last bit may round an input of down the other way: of 8 bits some inputs in a thousand, by 1/127."""
+    tolerance = 1e-4 if leave_bits == WIDE_INPUTS else 1e-3
     for kinds in ((Q4_K, Q4_K, Q6_K), (Q8_0, Q4_0, F32), (F32, F32, Q8_0), (F16, Q8_0, F16)):
-        made = layer(kinds, biases=biases, activation=activation)
+        made = layer(kinds, biases=biases, activation=activation, leave_bits=leave_bits)
         for norm in (randn(256, seed=9), None):
             for tokens in (1, 5, 100):
                 x = randn(tokens, 256)
                 truth = TRUTH.feed_forward(x, made, norm, 1e-5)
                 for name in NATIVE:
                     choose(name)
-                    assert_near(cpu().feed_forward(x, made, norm, 1e-5), truth)
+                    assert_near(cpu().feed_forward(x, made, norm, 1e-5), truth, tolerance)
 
 
 def definition(activation: Activation, gates: Floats) -> Floats:
@@ -114,11 +126,12 @@ def test_activations_at_extremes(home: str, activation: Activation) -> None:
 
 @pytest.mark.parametrize("kinds", [(Q4_K, Q4_K, Q6_K), (Q4_0, Q6_K, Q8_0), (Q4_K, Q8_0, Q4_K)])
 @pytest.mark.parametrize("name", NATIVE)
+@each_bits
 def test_no_bit_of_a_layer_depends_on_batch_or_threads(
-    name: str, kinds: tuple[WeightType, WeightType, WeightType]
+    name: str, kinds: tuple[WeightType, WeightType, WeightType], leave_bits: InputBits
 ) -> None:
     choose(name)
-    made, norm, x = layer(kinds), randn(256), randn(120, 256)
+    made, norm, x = layer(kinds, leave_bits=leave_bits), randn(256), randn(120, 256)
     alone = np.concatenate([cpu().feed_forward(x[t : t + 1], made, norm, 1e-5) for t in range(120)])
     for threads in (1, 2, 3):
         kernels.set_threads(threads)
@@ -140,9 +153,17 @@ def routes_of(choices: list[list[int]], factors: Floats) -> tuple[list[int], Rou
 
 
 @settings(deadline=None, max_examples=15)
-@given(data=st.data(), tokens=st.sampled_from([1, 2, 7, 30, 150]), threads=st.integers(1, 3))
-def test_experts_together_are_those_one_by_one(data: st.DataObject, tokens: int, threads: int) -> None:
-    experts = [layer((Q4_0, Q8_0, Q4_0), 64, 96, biases=True, seed=10 * i) for i in range(5)]
+@given(
+    data=st.data(),
+    tokens=st.sampled_from([1, 2, 7, 30, 150]),
+    threads=st.integers(1, 3),
+    leave_bits=st.sampled_from([WIDE_INPUTS, NARROW_INPUTS]),
+)
+def test_experts_together_are_those_one_by_one(
+    data: st.DataObject, tokens: int, threads: int, leave_bits: InputBits
+) -> None:
+    kinds = (Q4_0, Q8_0, Q4_0)
+    experts = [layer(kinds, 64, 96, biases=True, seed=10 * i, leave_bits=leave_bits) for i in range(5)]
     choice = st.permutations(range(5)).map(lambda order: list(order)[:2])
     choices = data.draw(st.lists(choice, min_size=tokens, max_size=tokens))
     factors, x = np.random.default_rng(tokens).random((tokens, 2), np.float32), randn(tokens, 64)
@@ -155,7 +176,7 @@ def test_experts_together_are_those_one_by_one(data: st.DataObject, tokens: int,
         kernels.set_threads(threads)
         got = zeros(tokens, 64)
         cpu().experts(x, layers, routes, got)
-        assert_near(got, truth)
+        assert_near(got, truth, 1e-4 if leave_bits == WIDE_INPUTS else 2e-3)
         cut[:] = 0
         for i, layer_ in enumerate(layers):  # in calls of one each
             mine = slice(routes.starts[i], routes.starts[i + 1])
