@@ -28,6 +28,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         (kernel_laws, "POOL_BYTES", 8 << 20),
         (kernel_laws, "MOST_POOL_BYTES", 8 << 20),
         (cache_laws, "KEPT_BYTES", 1 << 20),
+        (cache_laws, "SIZES", sizes),
         (kernel_laws, "CONTEXTS", (64, 256)),
         (fixed_costs, "ANSWER_TOKENS", 8),
         (fixed_costs, "SWEPT_BYTES", 16 << 10),

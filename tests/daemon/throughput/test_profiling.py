@@ -30,6 +30,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         (kernel_laws, "POOL_BYTES", 24 << 20),
         (kernel_laws, "MOST_POOL_BYTES", 24 << 20),
         (cache_laws, "KEPT_BYTES", 1 << 20),
+        (cache_laws, "SIZES", sizes),
         (kernel_laws, "CONTEXTS", (64, 256)),
         (profiling, "WEIGHT_TYPES", kinds),
         (disk_laws, "READ_S", 0.02),
