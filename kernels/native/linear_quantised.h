@@ -131,7 +131,7 @@ void few_tokens(const shoal::Weights& w, int64_t row0, int64_t rows, const Token
 
 // CHUNK: columns unpacked at once, for the first-level cache.
 #if defined(__AVX512F__)
-constexpr int VECTORS = 4, TILE_BATCH = 3;  // 12 whole and 12 float sums, 4 weights and 1 input of 32 registers
+constexpr int VECTORS = 2, TILE_BATCH = 6;  // 12 whole and 12 float sums, 2 weights and 1 input of 32 registers
 constexpr int64_t CHUNK = 256;
 #elif defined(__AVX2__)
 constexpr int VECTORS = 2, TILE_BATCH = 4;
@@ -211,10 +211,12 @@ void multiply_tile(const Tile<W>* w, int64_t blocks, const Input* const* x, bool
             for (int i = 0; i < QUADS<W>; i++) {
 #pragma GCC unroll 2
                 for (int half = 0; half < Many::HALVES; half++) {
+                    Many::Half rows[VECTORS];
+                    for (int v = 0; v < VECTORS; v++) rows[v] = held(w->halves[run * QUADS<W> + i][half][v]);
 #pragma GCC unroll 8
                     for (int t = 0; t < T; t++) {
                         for (int v = 0; v < VECTORS; v++) {
-                            sum[t][v] = Many::mac(sum[t][v], w->halves[run * QUADS<W> + i][half][v], q[t] + 8 * i, half);
+                            sum[t][v] = Many::mac(sum[t][v], rows[v], q[t] + 8 * i, half);
                         }
                     }
                 }
@@ -239,8 +241,14 @@ using MultiplyTile = void (*)(const Tile<W>*, int64_t, const Input* const*, bool
 
 template <class W>
 MultiplyTile<W> multiply_tile_of(int64_t tokens) {
-    static constexpr MultiplyTile<W> all[] = {multiply_tile<W, 1>, multiply_tile<W, 2>, multiply_tile<W, (TILE_BATCH < 3 ? TILE_BATCH : 3)>,
-                                              multiply_tile<W, TILE_BATCH>};
+    static constexpr MultiplyTile<W> all[] = {
+        multiply_tile<W, 1>,
+        multiply_tile<W, 2>,
+        multiply_tile<W, (TILE_BATCH < 3 ? TILE_BATCH : 3)>,
+        multiply_tile<W, (TILE_BATCH < 4 ? TILE_BATCH : 4)>,
+        multiply_tile<W, (TILE_BATCH < 5 ? TILE_BATCH : 5)>,
+        multiply_tile<W, TILE_BATCH>,
+    };
     return all[tokens - 1];
 }
 
