@@ -241,7 +241,7 @@ shoal::Status attend(const shoal::Attention& a, float* out) {
     const int64_t group = a.kv.heads / a.kv.kv_heads, dim = a.kv.head_dim, heads = a.kv.kv_heads;
     shoal::Turn turn;
     const int threads = turn.threads();
-    Attending w{a, out, Layout(dim, Cell::bytes, Cell::scaled), group};
+    Attending w{a, out, Layout(dim, Cell::bytes, Cell::scaled), group, 0, 0, 0, nullptr, nullptr, nullptr, nullptr, nullptr, 0};
     int64_t pieces = 0, looks = 0, part_floats = 0, work = 0;
     each_piece(w, [&](const Piece&) { pieces++; });
     each_tile(w, [&](const Look& l, int64_t sees) { work += heads * w.work(l, sees); });
