@@ -82,17 +82,15 @@ class Plan:
     streamed_bytes: int = 0  # that one token alone reads from disk, if all experts are equally likely
     rival_threads: int = 0  # with which a token of one stream may be as quick, by predictions; 0: none
     ranks: int = 1
-    # Inputs of o and of a dense model's down have 8 bits: this rank's CPU computes it alone (docs/ARCHITECTURE.md).
-    narrow_inputs: bool = False
+    narrow_inputs: bool = False  # of o and of a dense model's down, 8 bits: this CPU computes it alone
     overlap_rows: int = OVERLAP_ROWS  # in a group, steps of so many rows or more are computed in halves
     # Where rank 0 can compute without the others, they take part in steps of so many rows or more, and of so many
     # more for each page of K and V that has to pass between ranks.
     group_rows: int = 1
     page_rows: int = 0
     device_scratch_bytes: int = 0  # that a step needs on the device besides weights and KV
-    # In steps of so many tokens or more, experts that lie with the CPU come to the device, so many at once; 0 = never.
-    staged_tokens: int = 0
-    staged_experts: int = 0
+    staged_tokens: int = 0  # in steps of so many, experts that lie with the CPU come to the device; 0 = never
+    staged_experts: int = 0  # so many at once
     why: str = ""  # a device takes part, or none does, where that was a choice
 
     @property
@@ -306,8 +304,8 @@ class Wanted(NamedTuple):
 
 def wanted_by(plan: Plan, spec: ModelSpec) -> Wanted:
     """What the plan was asked for, with as much KV as memory allows."""
-    its = plan.chunk_tokens, plan.sequences, plan.guesses, plan.threads
-    return Wanted(spec, plan.context_tokens, None, plan.kv.dtype, *its)
+    its = plan.kv.dtype, plan.chunk_tokens, plan.sequences, plan.guesses, plan.threads
+    return Wanted(spec, plan.context_tokens, None, *its)
 
 
 def scratch_bytes(wanted: Wanted, part_tokens: int | None = None) -> int:
@@ -322,16 +320,15 @@ def step_numbers(wanted: Wanted, part_tokens: int | None = None) -> int:
     kernels copy K and V of a layer and make a mask."""
     spec, moe = wanted.spec, wanted.spec.moe
     ffn = max(spec.ffn, moe.ffn, moe.shared_ffn) if moe else spec.ffn
-    # q, q rotated and the result of attention; k and v.
-    heads = (3 * spec.heads + 2 * spec.kv_heads) * spec.head_dim
+    heads = (3 * spec.heads + 2 * spec.kv_heads) * spec.head_dim  # q, q rotated, attention's result; k and v
     decoded = wanted.sequences + wanted.guesses
     rows = wanted.chunk_tokens + decoded
     part = rows if part_tokens is None else min(rows, part_tokens)
     # The input of a block and its sum; with experts also the inputs and outputs of all of them.
     whole = (5 if moe else 3) * rows * spec.hidden
     inside = part * (spec.hidden + 3 * ffn + heads)
-    # Where they are gathered, those of all ranks are there, and their whole.
-    logits = decoded * (2 * wanted.whole_vocab if wanted.whole_vocab > spec.vocab else spec.vocab)
+    gathered = wanted.whole_vocab > spec.vocab  # those of all ranks are there, and their whole
+    logits = decoded * (2 * wanted.whole_vocab if gathered else spec.vocab)
     if wanted.native:
         spans = -(-wanted.context_tokens // SPAN_TOKENS) * spec.heads * spec.head_dim
         attention = min(part * spans, SPANS_BYTES // 4)
