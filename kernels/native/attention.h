@@ -211,11 +211,11 @@ void each_look(const Attending& w, int64_t large, Visit visit) {
     each_tile(w, [&](Look l, int64_t sees) {
         const int64_t heads = w.a.kv.kv_heads, rows = w.rows(l), work = w.work(l, sees);
         const int64_t floats = l.spans * Result::floats(heads * rows, w.layout.wide);
-        l.by_span = l.spans > 1 && heads * work > large && part_floats + floats <= MOST_PART_FLOATS;
+        const int64_t fit = least(heads, most<int64_t>(LOOK_ROWS / rows, 1));
+        l.by_span = l.spans > 1 && fit * work > large && part_floats + floats <= MOST_PART_FLOATS;
         if (l.by_span) part_floats += floats;
         const int64_t job_work = l.by_span ? w.work(l, least(sees, SPAN)) : work;
-        const int64_t room = least(LOOK_ROWS / rows, large / job_work);
-        const int64_t groups = ceil_div(heads, most<int64_t>(room, 1));
+        const int64_t groups = ceil_div(heads, most<int64_t>(least(fit, large / job_work), 1));
         for (int64_t i = 0; i < groups; i++) {
             l.kv_head = (int32_t)(heads * i / groups);
             l.heads = (int32_t)(heads * (i + 1) / groups) - l.kv_head;
@@ -241,7 +241,7 @@ shoal::Status attend(const shoal::Attention& a, float* out) {
     const int64_t group = a.kv.heads / a.kv.kv_heads, dim = a.kv.head_dim, heads = a.kv.kv_heads;
     shoal::Turn turn;
     const int threads = turn.threads();
-    Attending w{a, out, Layout(dim, Cell::bytes, Cell::scaled), group};
+    Attending w{a, out, Layout(dim, Cell::bytes, Cell::scaled), group, 0, 0, 0, nullptr, nullptr, nullptr, nullptr, nullptr, 0};
     int64_t pieces = 0, looks = 0, part_floats = 0, work = 0;
     each_piece(w, [&](const Piece&) { pieces++; });
     each_tile(w, [&](const Look& l, int64_t sees) { work += heads * w.work(l, sees); });

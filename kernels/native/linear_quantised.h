@@ -123,7 +123,7 @@ void few_tokens(const shoal::Weights& w, int64_t row0, int64_t rows, const Token
 
 // CHUNK: columns unpacked at once, for the first-level cache.
 #if defined(__AVX512F__)
-constexpr int VECTORS = 4, TILE_BATCH = 3;  // 12 whole and 12 float sums, 4 weights and 1 input of 32 registers
+constexpr int VECTORS = 2, TILE_BATCH = 6;  // 12 whole and 12 float sums, 2 weights and 1 input of 32 registers
 constexpr int64_t CHUNK = 256;
 #elif defined(__AVX2__)
 #if defined(__AVXVNNI__)
@@ -197,11 +197,12 @@ void multiply_tile(const Tile<W, Scheme>* w, int64_t blocks, const Input<Scheme>
             for (int i = 0; i < W::QUADS; i++) {
 #pragma GCC unroll 2
                 for (int half = 0; half < Scheme::HALVES; half++) {
+                    typename Scheme::Half rows[VECTORS];
+                    for (int v = 0; v < VECTORS; v++) rows[v] = held(w->halves[run * W::QUADS + i][half][v]);
 #pragma GCC unroll 8
                     for (int t = 0; t < T; t++) {
                         for (int v = 0; v < VECTORS; v++) {
-                            const char* four = q[t] + Scheme::QUAD * i;
-                            sum[t][v] = Scheme::mac(sum[t][v], w->halves[run * W::QUADS + i][half][v], four, half);
+                            sum[t][v] = Scheme::mac(sum[t][v], rows[v], q[t] + Scheme::QUAD * i, half);
                         }
                     }
                 }

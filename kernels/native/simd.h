@@ -53,6 +53,15 @@ INLINE V done(V v) {
     return v;
 }
 
+// v, in a register from here on. GCC would read it from memory again for each use.
+template <class V>
+INLINE V held(V v) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(v));
+#endif
+    return v;
+}
+
 // p, of which the compiler forgets what lies there, so that it reads where it computes. Else it reads all that a loop
 // uses again before the loop, and keeps it on the stack.
 template <class T>
