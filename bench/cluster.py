@@ -52,6 +52,7 @@ class Machine:
             raise SystemExit(f"{' '.join(arguments)}: {done.stderr}")
         if found := re.search(r"pid (\d+)", done.stderr):
             self.pid = int(found[1])
+            _schedule_as_us(self.pid)
         return done.stdout
 
     def serve(self, more: Sequence[str]) -> None:
@@ -65,6 +66,14 @@ class Machine:
     def close(self) -> None:
         with suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGTERM)
+
+
+def _schedule_as_us(pid: int) -> None:
+    """A daemon that detaches has a session, and on Linux with it a scheduling group of usual priority: beside others it
+    would take twice as long as what it is compared with."""
+    with suppress(OSError):
+        nice = Path("/proc/self/autogroup").read_text().split()[-1]
+        Path(f"/proc/{pid}/autogroup").write_text(nice)
 
 
 @contextmanager

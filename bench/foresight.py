@@ -22,7 +22,8 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -130,6 +131,7 @@ def alone_foretold(cell: Cell, path: Path, profile: Profile) -> Way | None:
     plan = make_plan(model, config, room)
     if isinstance(plan, Misfit):
         return None
+    plan = replace(plan, narrow_inputs=True)  # as of a machine that is in no cluster
     found = cost(model, plan, profile.head, job)
     whole = round_bytes(model, plan, job.batch * job.context_tokens)
     held = TAKEN_BYTES + model.tokenizer_bytes + plan.peak_bytes
@@ -339,15 +341,21 @@ def report(foretold: list[Foretold], found: list[Measured]) -> None:
         )
         print(f"{it.name:72} token {it.token:+5.0%} (as it is {it.absolute:+5.0%}), first {it.ttft:+5.0%}, "
               f"{peaks}{said}")  # fmt: skip
-    for kind in ("token", "ttft"):
-        figures = summary(verdicts, kind)  # type: ignore[arg-type]
-        print(kind, ", ".join(f"{name} {value:.3g}" for name, value in figures.items()))
+    kinds = ["all", *sorted({it.kind for it in verdicts})]
+    for part in ("token", "ttft"):
+        for kind in kinds:
+            counted = [it for it in verdicts if kind in ("all", it.kind)]
+            _show(f"{part}, {kind}", summary(counted, part))  # type: ignore[arg-type]
     for name, figures in (
         ("memory", memory_summary(verdicts)),
         ("choices", ranked(alternatives(by_cell, found))),
     ):
-        print(name, ", ".join(f"{what} {value:.3g}" for what, value in figures.items()))
-    print("wanted:", ", ".join(f"{name} {value:g}" for name, value in WANTED.items()))
+        _show(name, figures)
+    _show("wanted", WANTED)
+
+
+def _show(name: str, figures: Mapping[str, float]) -> None:
+    print(f"{name:28}", ", ".join(f"{what} {value:.3g}" for what, value in figures.items()))
 
 
 def main() -> None:

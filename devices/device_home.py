@@ -88,7 +88,6 @@ class DeviceHome(ComputeHome):
         """What plans count with."""
         device, kernels = self.device, self._kernels
         limit_bytes = device.budget.limit_bytes
-        free_bytes = max(0, free_bytes - (limit_bytes - device.budget.room_bytes))
         return DeviceRoom(device.name, free_bytes, kernels.scratch_bytes, kernels.gathers, limit_bytes)
 
     # --- what stays ------------------------------------------------------------------------------------------

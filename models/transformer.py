@@ -20,19 +20,21 @@ from shoal.partition.spec import ModelSpec
 
 from .rope import Rope, joined
 from .step import Part
-from .weights import Weights
+from .weights import Weights, narrow_roles
 
 _KEPT_LENGTHS = 64  # dynamic NTK has a rope for every length of text
 
 
 class Transformer:
     """Computes the blocks of one spec. `narrow_inputs`: what quantised o and down multiply is rounded to 8 bits instead
-    of 16. Not that of a mixture's down: its routers would choose other experts too often (docs/ARCHITECTURE.md)."""
+    of 16 (`narrow_roles`)."""
 
     def __init__(self, spec: ModelSpec, narrow_inputs: bool = False) -> None:
         self.spec = spec
-        self._o_bits = NARROW_INPUTS if narrow_inputs else WIDE_INPUTS
-        self._down_bits = self._o_bits if spec.moe is None else WIDE_INPUTS
+        narrow = narrow_roles(spec) if narrow_inputs else ()
+        self._o_bits, self._down_bits = (
+            NARROW_INPUTS if role in narrow else WIDE_INPUTS for role in ("o", "down")
+        )
         self._ropes: dict[int, list[Rope]] = {}  # by the length of the text that they are for
 
     def rotations(self, part: Part) -> list[Rotation]:

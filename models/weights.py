@@ -33,6 +33,13 @@ from shoal.kernels import (
     Matrix,
 )
 from shoal.kernels.arrays import Floats
+from shoal.partition.spec import ModelSpec
+
+
+def narrow_roles(spec: ModelSpec) -> frozenset[str]:
+    """Whose inputs lose nothing that can be told when 8 bits are left of them. Not those of a mixture's down: its
+    routers would choose other experts too often (docs/ARCHITECTURE.md)."""
+    return frozenset({"o", "down"} if spec.moe is None else {"o"})
 
 
 @dataclass(frozen=True, eq=False)

@@ -297,6 +297,7 @@ class Wanted(NamedTuple):
     # Of a vocabulary that is cut: how many rows there are whose logits this rank gathers, and its tokenizer knows; 0 if
     # another rank does. None: it is not cut.
     vocab: int | None = None
+    narrow_inputs: bool = False
 
     @property
     def whole_vocab(self) -> int:
@@ -360,6 +361,7 @@ def plan_of(wanted: Wanted, blocks: Iterable[BlockPlan], kv_pages: int, scratch_
         guesses=wanted.guesses,
         threads=wanted.threads,
         scratch_bytes=scratch_bytes,
+        narrow_inputs=wanted.narrow_inputs,
     )
 
 

@@ -46,6 +46,15 @@ class Cell(NamedTuple):
         by = f"{self.ranks} × {self.threads}" if self.ranks > 1 else str(self.threads)
         return f"{self.model} {self.quant}, {by} threads, {job}, {where}"
 
+    @property
+    def kind(self) -> str:
+        """Cells of a kind are summed up together."""
+        if self.ranks > 1:
+            return "groups"
+        if self.memory:
+            return "streamed"
+        return "in memory, 1 stream" if self.batch == 1 else f"in memory, {self.batch} streams"
+
 
 @dataclass
 class Floors:
@@ -122,6 +131,7 @@ class Verdict(NamedTuple):
     as it is."""
 
     name: str
+    kind: str
     void: bool
     token: float
     ttft: float
@@ -140,6 +150,7 @@ def verdict(foretold: Foretold, measured: Measured) -> Verdict:
     speed = measured.cell.batch / measured.token_s * token_times
     return Verdict(
         measured.cell.name,
+        measured.cell.kind,
         foretold.void(measured),
         token,
         measured.ttft_s / foretold.ttft_s / ttft_times - 1,

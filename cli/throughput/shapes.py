@@ -89,8 +89,13 @@ def _element(shape: Drawn) -> str:
             turned = f' transform="rotate(-90 {x:g} {y:g})"' if upwards else ""
             return (
                 f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" fill="{colour}" '
-                f'font-size="{size:g}"{turned}>{escape(text)}</text>'
+                f'font-size="{size:g}"{turned}>{escape(_legible(text))}</text>'
             )
+
+
+def _legible(text: str) -> str:
+    """Without what no document may have: names of files may have any bytes."""
+    return "".join(it if it.isprintable() else "\N{REPLACEMENT CHARACTER}" for it in text)
 
 
 def _listed(points: Sequence[Point]) -> str:
@@ -131,7 +136,7 @@ def _painted(picture: Image, shape: Drawn, scale: int) -> Image:
         case Dot(point, radius, colour):
             draw.circle(at(point), radius * scale, colour)
         case Words(point, text, anchor, colour, size, upwards):
-            font = ImageFont.load_default(size * scale)
+            text, font = _legible(text), ImageFont.load_default(size * scale)
             side = _ANCHORS[anchor] + "s"
             if not upwards:
                 draw.text(at(point), text, colour, font, side)

@@ -138,14 +138,14 @@ class Assembly:
             lacks = isinstance(error, HomeFull) or error.code == "resources"
             if not (lacks and config.names_device):
                 raise
-            log.warning("%s: %s; it is loaded without", name, error)
+            said = f"{error.message if isinstance(error, DaemonError) else error}; it is loaded without"
+            log.warning("%s: %s", name, said)
             release(name, self.budget)
-            why = str(error)
-        return self._without_device(self._read(name, path, replace(config, device=CPU), no_progress), why)
+        return self._without_device(self._read(name, path, replace(config, device=CPU), no_progress), said)
 
-    def _without_device(self, main: Runnable, why: str) -> Runnable:
-        """The CPU computes it, and its device has no room for it."""
-        main.device_trouble = f"{why}, so the cpu computes"
+    def _without_device(self, main: Runnable, said: str) -> Runnable:
+        """The CPU computes it, as its device has no room for it: what is said of that."""
+        main.device_trouble = said
         let_idle_be(self.budget)
         return main
 
@@ -185,7 +185,7 @@ class Assembly:
                 if isinstance(error, HomeFull):  # somebody else has taken memory that was free
                     if config.device != AUTO:
                         raise
-                    config, full = replace(config, device=CPU), str(error)
+                    config, full = replace(config, device=CPU), f"{error}; it is loaded without"
                 log.warning("%s: %s; it is loaded without", name, error)
                 release(name, self.budget)
             except GroupFailed as error:

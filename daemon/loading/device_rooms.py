@@ -83,7 +83,7 @@ def device_room(
     ledger = budget.on(name, there.budget.limit_bytes)
     troubles = [_pinned(there, budget), there.budget.trouble]
     figures, kept = DeviceFigures(), machine.home.devices if machine.home is not None else None
-    free_bytes = home.room(ledger.free_bytes).free_bytes
+    free_bytes = max(0, min(ledger.limit_bytes, there.budget.room_bytes) - ledger.held_bytes)
     with suppress(HomeLost):
         figures = device_figures(home, model, free_bytes, kept, laws=laws)
     lacks = ""
@@ -92,10 +92,11 @@ def device_room(
     elif auto and figures.laws is None:
         free = format_bytes(free_bytes)
         lacks = f"{name} is left alone: {free} of its memory are free, too little to try how fast it is"
+        lacks = "; ".join(filter(None, (lacks, there.budget.trouble)))
     if lacks:
         let_be(name, budget)
         return Chosen(None, lacks)
-    room = home.room(ledger.free_bytes + idle_bytes)
+    room = home.room(free_bytes + idle_bytes)
     trouble = "; ".join(filter(None, troubles))
     return Chosen(room._replace(expert=figures.expert, laws=figures.laws if laws else None), trouble)
 

@@ -18,8 +18,9 @@ import msgspec
 from msgspec import Struct
 
 from shoal.daemon.installed import package_version
+from shoal.daemon.memory import return_freed
 from shoal.daemon.private_files import keep
-from shoal.engine.errors import DeviceGone
+from shoal.engine.errors import DeviceGone, DeviceTooFull
 from shoal.kernels.errors import HomeFull, HomeLost
 from shoal.kernels.types import WEIGHT_TYPES
 from shoal.models.regular_files import read_regular
@@ -74,6 +75,8 @@ def device_figures(
     if known is not None and not _lacks(known.figures, bool(expert), laws=laws):
         return _as_named(known.figures, home)
     found = DeviceFigures(_expert(home, expert, free_bytes), _laws(home, all, free_bytes) if laws else None)
+    if _lacks(found, bool(expert), laws=laws):
+        return_freed()  # what was begun may hang on an error
     if file is not None and found != DeviceFigures():
         others = sorted((it for it in kept if it.key != key), key=lambda it: -it.tried_s)
         keep(file, _File([_Kept(key, time.time(), found), *others[: _MOST_KEPT - 1]]))
@@ -129,7 +132,7 @@ def _laws(home: DeviceHome, shapes: list[Shape], free_bytes: int) -> Accelerator
         return None
     try:
         speed, calls = device_speed(home, shapes), device_overheads(home)
-    except HomeFull:
+    except (HomeFull, DeviceTooFull):
         return None
     except DeviceGone as error:  # in a step
         raise HomeLost(str(error)) from error

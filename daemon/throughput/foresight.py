@@ -147,7 +147,8 @@ def foresee(
         raise DaemonError(
             "bad_request", f"`ranks={asked.ranks}`: must be from 1 to {there}, the devices of the profile"
         )
-    wanted = asks(job, context, usual.chunk_tokens, usual.max_sequences, usual.max_guesses)
+    its = job, context, usual.chunk_tokens, usual.max_sequences, usual.max_guesses
+    wanted = asks(*its, narrow_inputs=len(profile.devices) == 1)
     choices = Choices(asked.kv_type, asked.threads, asked.ranks, usual.wires)
     found = solve(models, wanted, profile, job, choices)
     chosen = found.chosen

@@ -20,9 +20,12 @@ from typing import NamedTuple
 import numpy as np
 
 from shoal.kernels import (
+    NARROW_INPUTS,
     WEIGHT_TYPES,
+    WIDE_INPUTS,
     ComputeHome,
     FeedForward,
+    InputBits,
     Linears,
     Matrix,
     Routes,
@@ -68,6 +71,10 @@ SIZES = (
     SizeClass("attention", 8 << 20, 4096, "linears"),
     SizeClass("ffn", 20 << 20, 4096, "gated"),
 )
+NARROW_SIZES = tuple(
+    it._replace(form="linears") for it in SIZES[2:]
+)  # of matrices whose inputs may be narrow
+NARROW_ROWS = (1, 4, 16, 64, 256)
 EXPERTS = 6  # in one call; with many rows …
 EXPERTS_OF_LONG = 2  # … so many
 
@@ -142,6 +149,9 @@ def table_rounds(
                     log.warning(said, kind.name)
                 break
             laws += (table(home, pool, kind, size, calls_s, done) for size in SIZES)
+            laws += (
+                table(home, pool, kind, size, calls_s, done, NARROW_INPUTS) for size in narrow_sizes(kind)
+            )
         rounds.append(laws)
     return rounds
 
@@ -153,13 +163,19 @@ def table(
     size: SizeClass,
     calls_s: float,
     done: Callable[[str], None],
+    input_bits: InputBits = WIDE_INPUTS,
 ) -> RowsLaw:
     """Of one type and size. `calls_s`: of each call is not the weights'."""
-    points = []
-    for rows in ROWS:
+    points, counts = [], ROWS if input_bits == WIDE_INPUTS else NARROW_ROWS
+    for rows in counts:
         done(f"{kind.name}, {size.name}")
-        points.append(_point(home, pool, kind, size, rows, calls_s))
-    return RowsLaw(kind.name, points[0][1], ROWS, tuple(byte_s for byte_s, _ in points))
+        points.append(_point(home, pool, kind, size, rows, calls_s, input_bits))
+    return RowsLaw(kind.name, points[0][1], counts, tuple(byte_s for byte_s, _ in points), input_bits)
+
+
+def narrow_sizes(kind: WeightType) -> Sequence[SizeClass]:
+    """Of which tables with narrow inputs are made."""
+    return NARROW_SIZES if kind.quantised else ()
 
 
 def middle(rounds: Sequence[Sequence[RowsLaw]]) -> tuple[RowsLaw, ...]:
@@ -193,7 +209,13 @@ def _alike(rounds: Sequence[Sequence[RowsLaw]]) -> Iterator[list[RowsLaw]]:
 
 
 def _point(
-    home: ComputeHome, pool: Pool, kind: WeightType, size: SizeClass, rows: int, calls_s: float
+    home: ComputeHome,
+    pool: Pool,
+    kind: WeightType,
+    size: SizeClass,
+    rows: int,
+    calls_s: float,
+    input_bits: InputBits,
 ) -> tuple[float, float]:
     """(seconds for each byte of weights, bytes of one matrix)"""
     nbytes = min(size.nbytes, MANY_ROWS_BYTES) if rows >= MANY_ROWS else size.nbytes
@@ -212,7 +234,8 @@ def _point(
 
     def call() -> Callable[[], object]:
         if size.form == "linears":
-            return partial(home.linears, x, Linears((pool.matrix(kind, high, size.cols),)))
+            linears = Linears((pool.matrix(kind, high, size.cols),), input_bits=input_bits)
+            return partial(home.linears, x, linears)
         if size.form == "gated":
             return partial(home.feed_forward, x, gated())
         return partial(home.experts, x, [gated() for _ in range(count)], routes, into)

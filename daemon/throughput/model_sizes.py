@@ -14,6 +14,7 @@ from shoal.kernels.types import WEIGHT_TYPES, WeightType
 from shoal.models.checkpoint.bare_config import BareConfig
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shoal.models.checkpoint.weight_source import Described
+from shoal.models.weights import narrow_roles
 from shoal.offload.kv.disk_pages import buffer_bytes
 from shoal.offload.pack.layout import layout
 from shoal.offload.pack.manifest import Quant, Source
@@ -49,10 +50,12 @@ def weighed(model: Described, quant: Quant) -> Weighed:
     extents = {BlockId("embed"): 0} if spec.vocab else {}
     seen: dict[tuple[object, ...], tuple[Product, ...]] = {}
     for item in manifest.blocks:
-        key = tuple(tensor[:3] for tensor in item.tensors.values())
+        roles = narrow_roles(spec) if item.block.kind != "expert" else ()
+        key = tuple((*tensor[:3], role in roles) for role, tensor in item.tensors.items())
         if key not in seen:
             seen[key] = tuple(
-                Product(kind, rows, cols, _TYPES[kind].matrix_bytes(rows, cols)) for kind, rows, cols in key
+                Product(kind, rows, cols, _TYPES[kind].matrix_bytes(rows, cols), narrow)
+                for kind, rows, cols, narrow in key
             )
         products[item.block] = seen[key]
         extents[item.block] = item.nbytes

@@ -36,6 +36,8 @@ from .fixed_costs import ANSWER_TOKENS, overheads
 from .kept_profile import Kept, profile_key, read_kept, write_kept
 from .kernel_laws import (
     CONTEXTS,
+    NARROW_ROWS,
+    NARROW_SIZES,
     ROUNDS,
     ROWS,
     SIZES,
@@ -91,7 +93,9 @@ def measure(threads: int, place: Path, progress: Progress = no_progress) -> Prof
             "resources", "measuring takes up to 1 GB of memory, and less is free", "end something else"
         )
     began_s = time.monotonic()
-    steps = (ROUNDS + 1) * len(WEIGHT_TYPES) * len(SIZES) * len(ROWS) + 2 * len(KV_FORMATS) * len(CONTEXTS)
+    quantised = sum(kind.quantised for kind in WEIGHT_TYPES)
+    tables = len(WEIGHT_TYPES) * len(SIZES) * len(ROWS) + quantised * len(NARROW_SIZES) * len(NARROW_ROWS)
+    steps = (ROUNDS + 1) * tables + 2 * len(KV_FORMATS) * len(CONTEXTS)
     steps += ANSWER_TOKENS + ROUNDS * (len(READS) + 1 + len(PARTS)) + 1
     at = 0
 

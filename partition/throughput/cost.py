@@ -164,12 +164,12 @@ def _step(
 ) -> _Step:
     """A step of these segments that gives logits for `wanted` rows. `share`: see `distinct_experts`. With a device of
     which nothing is known, as if the CPU computed all."""
+    tokens = sum(segment.alike * (segment.before + segment.rows) for segment in segments)
+    device = device.going_round(round_bytes(model, plan, tokens))
     if any(it.name == plan.device for it in device.accelerators):
         there = device_step(model, plan, device, segments, wanted, share)
         return _Step(there.seconds, there.stall_s, there.parts)
     rows = sum(segment.alike * segment.rows for segment in segments)
-    tokens = sum(segment.alike * (segment.before + segment.rows) for segment in segments)
-    device = device.going_round(round_bytes(model, plan, tokens))
     pieces = Pieces(model, plan, device, segments, share)
     tier = {it.block: it.nbytes if it.tier == "disk" else 0 for it in plan.blocks}
     overheads = device.overheads

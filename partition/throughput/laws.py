@@ -14,6 +14,7 @@ from ..spec import ModelSpec
 from .profile import ANY, AttentionLaw, Device, RowsLaw
 from .weights_of import Product
 
+_WIDE = 16  # bits of inputs, where nothing else is said
 _LAW_ROWS = 64  # of a chunk, with which attention of prompts is measured
 ATTENTION_SHARE = 0.5  # of a device's operations per second that attention reaches, where no law was measured
 
@@ -58,11 +59,14 @@ def as_it_ran(device: Device, share: Share) -> Share:
     return Share(memory_s + learnt.compute * (share.seconds - share.memory_s), memory_s)
 
 
-def product(device: Device, matrix: Product, rows: float) -> Share:
+def product(device: Device, matrix: Product, rows: float, *, narrow: bool = False) -> Share:
     """Multiplying `rows` rows by a matrix. By the tables of its type, between those of the next smaller and the next
-    larger matrices that were measured; beyond the last number of rows each costs as much as the last ones did."""
+    larger matrices that were measured; beyond the last number of rows each costs as much as the last ones did.
+    `narrow`: the plan has narrow inputs."""
     memory_s = matrix.nbytes / device.memory_bytes_per_s
-    own = [law for law in device.products if law.kind == matrix.kind]
+    found = [law for law in device.products if law.kind == matrix.kind]
+    few = [law for law in found if law.input_bits < _WIDE] if narrow and matrix.narrow else []
+    own = few or [law for law in found if law.input_bits == _WIDE]
     laws = own or [law for law in device.products if law.kind == ANY]
     if laws:
         seconds = matrix.nbytes * _byte_s(sorted(laws, key=_nbytes), matrix.nbytes, rows)
@@ -87,8 +91,8 @@ def _at_rows(law: RowsLaw, rows: float) -> float:
     return law.byte_s[-1] * rows / last if rows > last else interpolated(rows, law.rows, law.byte_s)
 
 
-def products(device: Device, matrices: Sequence[Product], rows: float) -> Share:
-    return sum((product(device, matrix, rows) for matrix in matrices), NOTHING)
+def products(device: Device, matrices: Sequence[Product], rows: float, *, narrow: bool = False) -> Share:
+    return sum((product(device, matrix, rows, narrow=narrow) for matrix in matrices), NOTHING)
 
 
 def attention(

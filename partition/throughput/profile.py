@@ -37,12 +37,13 @@ _FOLLOW = 0.2  # how much of what was measured goes into it each time
 class RowsLaw:
     """What multiplying with weights of one stored type takes, by the rows that are multiplied at once. A table and no
     line, because kernels change their method at certain rows. `nbytes`: of the matrices that were measured. `byte_s`:
-    seconds for each byte of weights, with so many `rows`."""
+    seconds for each byte of weights, with so many `rows`. `input_bits`: to how many the rows are rounded."""
 
     kind: str  # 'Q4_K', or ANY
     nbytes: float
     rows: tuple[int, ...]
     byte_s: tuple[float, ...]
+    input_bits: int = 16
 
 
 @dataclass(frozen=True)
@@ -246,10 +247,10 @@ class Device:
         share = self.caches.share(nbytes) if self.caches else 1.0
         if self.caches is None or share >= 1:
             return self
-        kept = {(law.kind, law.nbytes, law.rows): law.byte_s for law in self.caches.products}
+        kept = {replace(law, byte_s=()): law.byte_s for law in self.caches.products}
         products, far_s, near_s = [], 0.0, 0.0
         for law in self.products:
-            near = kept.get((law.kind, law.nbytes, law.rows), law.byte_s)
+            near = kept.get(replace(law, byte_s=()), law.byte_s)
             both = zip(near, law.byte_s, strict=True)
             made = replace(law, byte_s=tuple(min(far, it + share * (far - it)) for it, far in both))
             products.append(made)

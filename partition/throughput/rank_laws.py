@@ -50,7 +50,9 @@ class RankLaws:
         share = cut / (spec.heads + spec.kv_heads)
         before = max(0.0, context - (rows + 1) / 2)
         for kind, layers in self._model.layer_kinds.items():
-            seen_s = attention(self._device, spec, self._kv_type, rows, before, kind.window).seconds
+            seen_s = attention(
+                self._with_round(portion.heads), spec, self._kv_type, rows, before, kind.window
+            ).seconds
             attn_s += layers * (self._products_s(kind.attention, share, rows) + portion.heads * seen_s)
             if kind.expert:
                 fed_s = self._mixture_s(kind.dense, kind.expert, portion, rows, crowd)

@@ -133,9 +133,11 @@ def contended(
     uses: Sequence[Use],
     mixtures: Mapping[int, Experts],
     between_s: float,
+    disk: float = 1.0,
 ) -> Lap:
     """The step as the window and the cache of experts make it, while disk and processor take speed from each other as
-    long as both work. `mixtures`: experts on disk, by the place of the use that waits for them."""
+    long as both work. `mixtures`: experts on disk, by the place of the use that waits for them;
+    `disk`: how many times longer that takes than it was measured to."""
     compute_s = sum(use.compute_s for use in uses)
     found = Lap(compute_s + between_s, 0.0, 0.0)
     if not (mixtures or any(use.nbytes for use in uses)):
@@ -147,11 +149,11 @@ def contended(
         for place, use in enumerate(uses):
             waited_s = 0.0
             if (its := mixtures.get(place)) is not None:
-                speed = windowed_bytes_per_s(device, its.nbytes) / read
+                speed = windowed_bytes_per_s(device, its.nbytes) / (disk * read)
                 waited_s, disk_s = expert_waits(its.slower(computed), speed)
                 experts_disk_s += disk_s
             contended.append(use._replace(compute_s=use.compute_s * computed + waited_s))
-        passing = lap(contended, window_bytes, windowed_bytes_per_s(device) / read, between_s)
+        passing = lap(contended, window_bytes, windowed_bytes_per_s(device) / (disk * read), between_s)
         found = passing._replace(disk_s=passing.disk_s + experts_disk_s)
         slower = together(device, compute_s * computed / found.step_s, found.disk_s / found.step_s)
     return found

@@ -74,14 +74,23 @@ Asks = Callable[[Weighed, str, int], Sequence[Wanted]]
 """(model, kv_type, threads) → what a plan is asked for, once with each context that would do, the longest first."""
 
 
-def asks(job: Job, context_tokens: int | None, chunk_tokens: int, sequences: int, guesses: int) -> Asks:
+def asks(
+    job: Job,
+    context_tokens: int | None,
+    chunk_tokens: int,
+    sequences: int,
+    guesses: int,
+    *,
+    narrow_inputs: bool = False,
+) -> Asks:
     """For a job: K and V of its streams and no more."""
     context = context_tokens or job.context_tokens
     tokens = job.batch * -(-context // PAGE_TOKENS) * PAGE_TOKENS
 
     def wanted(model: Weighed, kv_type: str, threads: int) -> list[Wanted]:
         streams = max(sequences, job.batch)
-        return [Wanted(model.spec, context, tokens, kv_type, chunk_tokens, streams, guesses, threads)]
+        its = context, tokens, kv_type, chunk_tokens, streams, guesses, threads
+        return [Wanted(model.spec, *its, narrow_inputs=narrow_inputs)]
 
     return wanted
 
@@ -162,6 +171,7 @@ def _with_devices(model: Weighed, asking: Sequence[Wanted], device: Device, job:
     takes long steps. Only what has no room otherwise comes from disk."""
     more = beside_bytes(model, asking[0].kv_type)
     memory_bytes = max(0, int(device.memory_bytes) - more)
+    asking = [it._replace(narrow_inputs=False) for it in asking]
     long = [it._replace(chunk_tokens=max(it.chunk_tokens, PASSING_TOKENS)) for it in asking]
     for its in device.accelerators:
         room = room_of(its, expert_of(model))

@@ -97,7 +97,8 @@ class Pieces:
         if not rows:
             return NOTHING
         whole, rest = divmod(rows, self._plan.part_tokens)
-        found = products(self._device, matrices, rest) if rest else NOTHING
-        return (
-            found + products(self._device, matrices, self._plan.part_tokens).times(whole) if whole else found
-        )
+        narrow = self._plan.narrow_inputs
+        found = products(self._device, matrices, rest, narrow=narrow) if rest else NOTHING
+        if whole:
+            found += products(self._device, matrices, self._plan.part_tokens, narrow=narrow).times(whole)
+        return found

@@ -51,7 +51,7 @@ class LayerTurn(NamedTuple):
     feeding: Feeding | None = None
 
 
-class Coming(NamedTuple):
+class ComingBlock(NamedTuple):
     """A block on its way to the device: seconds of its copy, and how many bytes of it pass through the window first (0:
     it is in memory)."""
 
@@ -63,7 +63,7 @@ class Layer(NamedTuple):
     """`comes`: what comes of each piece of its weights, in this order; pieces that stay are not there. `turns`: of each
     group."""
 
-    comes: Mapping[PassingPiece, Sequence[Coming]]
+    comes: Mapping[PassingPiece, Sequence[ComingBlock]]
     turns: tuple[LayerTurn, ...]
 
 
@@ -97,11 +97,11 @@ class Alternation(NamedTuple):
     disk_s: float = 0.0
 
 
-NO_DISK = Disk()
+_NO_DISK = Disk()
 
 
 def alternate(
-    layers: Sequence[Layer], tail: Tail, enters_s: float = 0.0, disk: Disk = NO_DISK
+    layers: Sequence[Layer], tail: Tail, enters_s: float = 0.0, disk: Disk = _NO_DISK
 ) -> Alternation:
     """A step in the long run. `enters_s`: until its rows have come to the device."""
     clock = _Clock(layers, disk)
@@ -112,7 +112,7 @@ def alternate(
 
 
 def step_ends(
-    layers: Sequence[Layer], tail: Tail, enters_s: float, steps: int, disk: Disk = NO_DISK
+    layers: Sequence[Layer], tail: Tail, enters_s: float, steps: int, disk: Disk = _NO_DISK
 ) -> list[float]:
     """When each of so many steps ends, before the first of which nothing has come."""
     clock = _Clock(layers, disk)

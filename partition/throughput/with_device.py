@@ -25,7 +25,17 @@ from .laws import (
 from .placing.device_cost import DeviceStep, staying_step
 from .prediction import Binding
 from .profile import Accelerator, Device
-from .two_groups import Alternation, Coming, Disk, Feeding, Layer, LayerTurn, PassingPiece, Tail, alternate
+from .two_groups import (
+    Alternation,
+    ComingBlock,
+    Disk,
+    Feeding,
+    Layer,
+    LayerTurn,
+    PassingPiece,
+    Tail,
+    alternate,
+)
 from .weights_of import LayerKind, Product, Weighed
 
 _NUMBER_BYTES = 4  # of hidden states, scores, logits
@@ -148,14 +158,14 @@ class _Passing:
         between_s = max(own.step_s, self._link.step_s) + own.logit_s * self._wanted * spec.vocab
         between_s *= self._host.corrections.overhead
         tail = Tail(0.0, 0.0, fed, heads_s, logits_s, between_s)
-        speed = windowed_bytes_per_s(self._host) / read
+        speed = windowed_bytes_per_s(self._host) / (self._host.corrections.disk * read)
         piece_bytes = max(Disk().piece_bytes, self._read_bytes // _PIECES)
         disk = Disk(speed, self._plan.window_bytes, piece_bytes)
         found = alternate(layers, tail, self._carried_s(self._rows * spec.hidden), disk)
         calls_s = between_s + (last + 1) * groups * self._calls_s
         return found, calls_s, found.host_s - between_s
 
-    def _comes(self, layer: int, kind: LayerKind) -> dict[PassingPiece, list[Coming]]:
+    def _comes(self, layer: int, kind: LayerKind) -> dict[PassingPiece, list[ComingBlock]]:
         """What passes of a layer, from memory or from disk."""
         feeding, *experts = self._model.spec.ffn_blocks(layer)
         pieces: dict[PassingPiece, Sequence[BlockId]] = {"attn": [BlockId("attn", layer)]}
@@ -169,8 +179,8 @@ class _Passing:
         }
         return {piece: _merged(its) for piece, its in found.items() if its}
 
-    def _coming(self, its: BlockPlan) -> Coming:
-        return Coming(its.nbytes / self._link.host_bytes_per_s, its.nbytes if its.tier == "disk" else 0)
+    def _coming(self, its: BlockPlan) -> ComingBlock:
+        return ComingBlock(its.nbytes / self._link.host_bytes_per_s, its.nbytes if its.tier == "disk" else 0)
 
     def _turn(self, kind: LayerKind, rows: float, groups: int, *, fed: bool) -> LayerTurn:
         spec, there = self._model.spec, self._there
@@ -226,12 +236,12 @@ class _Passing:
         return self._link.copy_s + nbytes / self._link.host_bytes_per_s
 
 
-def _merged(all: Sequence[Coming]) -> list[Coming]:
+def _merged(all: Sequence[ComingBlock]) -> list[ComingBlock]:
     """What comes from memory one behind the other is as one."""
-    merged: list[Coming] = []
+    merged: list[ComingBlock] = []
     for its in all:
         if merged and not its.disk_bytes and not merged[-1].disk_bytes:
-            merged[-1] = Coming(merged[-1].copy_s + its.copy_s)
+            merged[-1] = ComingBlock(merged[-1].copy_s + its.copy_s)
         else:
             merged.append(its)
     return merged

@@ -119,3 +119,11 @@ def test_ways_are_compared_as_with_the_same_floors() -> None:
     foretold[found[2].cell] = replace(FORETOLD, cell=found[2].cell)
     (each,) = alternatives(foretold, found).values()
     assert each[0].measured_s == pytest.approx(each[1].measured_s / 2)
+
+
+def test_cells_are_summed_up_by_kind() -> None:
+    kinds = [
+        it.kind
+        for it in (CELL, CELL._replace(batch=4), CELL._replace(memory=1), CELL._replace(memory=1, ranks=2))
+    ]
+    assert kinds == ["in memory, 1 stream", "in memory, 4 streams", "streamed", "groups"]

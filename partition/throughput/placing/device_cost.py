@@ -115,7 +115,8 @@ class _DeviceStep:
         if not self._plan.streams:
             return DeviceStep(self._seconds, parts)
         between_s = self._seconds - self._used_s
-        found = contended(machine, self._plan.window_bytes, self._uses, self._mixtures, between_s)
+        window_bytes, slower = self._plan.window_bytes, machine.corrections.disk
+        found = contended(machine, window_bytes, self._uses, self._mixtures, between_s, slower)
         parts["disk"] = found.disk_s
         seconds = max(found.step_s, found.disk_s)
         return DeviceStep(seconds, parts, max(0.0, seconds - self._seconds))

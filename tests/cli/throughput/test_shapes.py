@@ -52,6 +52,14 @@ def test_an_area_lets_through_what_is_below() -> None:
     assert picture.getpixel((10, 15)) == WHITE
 
 
+@pytest.mark.parametrize("text", ["b\udcffd", "b\x1b\x01d", "\u043c\u4e2d", "a < b & c"])
+def test_names_of_files_may_have_any_bytes(text: str) -> None:
+    words = Words((10, 20), text)
+    (found,) = ElementTree.fromstring(svg(100, 50, [words])).iter("{http://www.w3.org/2000/svg}text")
+    assert len(found.text or "") == len(text)
+    assert dark(painted(words))
+
+
 def test_a_dot_is_round() -> None:
     picture = painted(Dot((50, 25), 10, "#00aa00"))
     assert picture.getpixel((50, 25)) == pytest.approx((0, 170, 0), abs=3)

@@ -40,3 +40,19 @@ def test_the_least_memory_is_that_of_the_ledger(model: Path, kv_type: str) -> No
         plan = plan_within_budget(opened, known, config, budget, extra_bytes=extra)
         assert not isinstance(plan, Shortfall)
         assert peak_bytes(known, plan) == plan.peak_bytes + PROCESS_BYTES + extra
+
+
+@pytest.mark.parametrize(("family", "down"), [("qwen2", True), ("olmoe", False)])
+def test_which_inputs_may_be_narrow(family: str, down: bool, tmp_path: Path) -> None:
+    """Those of o, and of a dense model's down."""
+    from fakes import tiny
+
+    with described(tiny.save_gguf(tiny.hf_model(family), tmp_path / "tiny.gguf", type="Q8_0")) as checkpoint:
+        known = weighed(checkpoint, "keep")
+    narrow = {
+        block.kind: [place for place, it in enumerate(its) if it.narrow]
+        for block, its in known.products.items()
+    }
+    assert len(narrow.pop("attn")) == 1
+    assert len(narrow.pop("ffn", [])) == down
+    assert not any(narrow.values())

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 from fakes import tiny
-from fakes.clocked_disk import ClockedDisk, ClockedStore, sim_behind_disk
 from fakes.on_device import executor_of, sim, with_blocks_passing
 from fakes.running import Running
+from fakes.throughput.clocked_disk import ClockedDisk, ClockedStore, sim_behind_disk
 
 from shoal.devices import sim_device
 from shoal.devices.sim_device import Scheduled, SimDevice
@@ -21,7 +21,7 @@ from shoal.models.step import Step
 from shoal.partition.plan import BlockPlan, Plan
 from shoal.partition.spec import BlockId
 from shoal.partition.throughput.two_groups import (
-    Coming,
+    ComingBlock,
     Disk,
     Feeding,
     Layer,
@@ -102,17 +102,17 @@ def measured(
     blocks = {it.block: it for it in plan.blocks}
     matrices = {"attn": 4, "ffn": 3, "router": 5 if moe and moe.shared_gated else 1, "expert": 3}
 
-    def coming(all: Sequence[BlockId]) -> list[Coming]:
+    def coming(all: Sequence[BlockId]) -> list[ComingBlock]:
         its = [blocks[block] for block in all if blocks[block].passes]
         return [
-            Coming(took.copies("stage", matrices[it.block.kind]), it.nbytes if it.tier == "disk" else 0)
+            ComingBlock(took.copies("stage", matrices[it.block.kind]), it.nbytes if it.tier == "disk" else 0)
             for it in its
         ]
 
-    comes: list[dict[PassingPiece, list[Coming]]] = []
+    comes: list[dict[PassingPiece, list[ComingBlock]]] = []
     for layer in range(LAYERS):
         feeding, *experts = spec.ffn_blocks(layer)
-        pieces: dict[PassingPiece, list[Coming]] = {"attn": coming([BlockId("attn", layer)])}
+        pieces: dict[PassingPiece, list[ComingBlock]] = {"attn": coming([BlockId("attn", layer)])}
         if moe:
             pieces |= {"router": coming([feeding]), "experts": coming(experts)}
         else:

@@ -20,6 +20,7 @@ from shoal.partition.throughput.prediction import Job
 from shoal.partition.throughput.profile import (
     SWEPT_LAYER_BYTES,
     AttentionLaw,
+    CacheLaw,
     Contention,
     Device,
     Profile,
@@ -40,9 +41,13 @@ TABLES = tuple(
 )
 SEEN = AttentionLaw("f16", (64, 2048), (4e-11, 2e-11), (2e-11, 1e-11))
 MEASURED = device(products=TABLES, attention=(SEEN,))
+NEAR = tuple(replace(law, byte_s=tuple(it / 2 for it in law.byte_s)) for law in TABLES)
+CACHED = replace(MEASURED, caches=CacheLaw((10 * MB, 1000 * MB), (0.0, 1.0), NEAR))
 
 
-@pytest.mark.parametrize("machine", [device(), MEASURED], ids=["as written", "tables"])
+@pytest.mark.parametrize(
+    "machine", [device(), MEASURED, CACHED], ids=["as written", "tables", "tables and caches"]
+)
 @pytest.mark.parametrize(
     "model", [DENSE, MIXED, SHARED, WINDOWED], ids=["dense", "mixed", "shared", "windows"]
 )
@@ -143,3 +148,13 @@ def test_a_disk_takes_what_it_takes_through_a_window_while_others_compute() -> N
     busy = RankLaws(device(contention=Contention(0.8, 0.5)), DENSE, "f16").disk(half, held, 1, 1.0, own)
     assert busy.least_s > least.least_s
     assert 1.0 < busy.slower <= 1 / 0.8
+
+
+def test_caches_keep_more_of_a_part_than_of_the_whole() -> None:
+    """Of half of the model they keep more, so half of it takes less than half as long."""
+    laws = RankLaws(CACHED, DENSE, "f16")
+    whole, half = (laws.times(Portion.even(DENSE.spec, share), 1, 1, 1.0) for share in (1.0, 0.5))
+    bare = RankLaws(MEASURED, DENSE, "f16")
+    far, near = (bare.times(Portion.even(DENSE.spec, share), 1, 1, 1.0) for share in (1.0, 0.5))
+    assert whole.ffn_s < far.ffn_s
+    assert half.ffn_s / whole.ffn_s < near.ffn_s / far.ffn_s

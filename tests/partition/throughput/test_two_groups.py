@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.partition.throughput.two_groups import (
-    Coming,
+    ComingBlock,
     Feeding,
     Layer,
     LayerTurn,
@@ -26,8 +26,8 @@ def layers(groups: int, device_s: float, weights_s: float, host_s: float) -> lis
     feeding = Feeding(0.0, 0.0, 0.0, 0.0, 0.0, 0.9 * device_s / groups, 0.0)
     turn = LayerTurn(0.1 * device_s / groups, 0.0, host_s / groups, 0.0, 0.0, 0.0, feeding)
     last = turn._replace(feeding=None)
-    comes: dict[PassingPiece, list[Coming]] = {
-        "attn": [Coming(0.1 * weights_s)], "router": [Coming(0.0)], "experts": [Coming(0.9 * weights_s)]
+    comes: dict[PassingPiece, list[ComingBlock]] = {
+        "attn": [ComingBlock(0.1 * weights_s)], "router": [ComingBlock(0.0)], "experts": [ComingBlock(0.9 * weights_s)]
     }  # fmt: skip
     return [Layer(comes, ((turn if it < LAYERS - 1 else last),) * groups) for it in range(LAYERS)]
 

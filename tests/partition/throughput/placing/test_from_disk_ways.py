@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from shoal.partition.plan import Misfit, Plan
 from shoal.partition.spec import MoeSpec
 from shoal.partition.throughput.alone import AS_QUICK, best_plan, usual_job
-from shoal.partition.throughput.cost import batch_tokens_per_s, cost
+from shoal.partition.throughput.cost import batch_tokens_per_s, cost, round_bytes
 from shoal.partition.throughput.laws import THROUGH_WINDOW
 from shoal.partition.throughput.placing.device_ways import (
     expert_of,
@@ -23,7 +23,17 @@ from shoal.partition.throughput.placing.device_ways import (
     with_device_or_alone,
 )
 from shoal.partition.throughput.prediction import Job
-from shoal.partition.throughput.profile import Accelerator, Contention, Device, Overheads, Profile
+from shoal.partition.throughput.profile import (
+    ANY,
+    Accelerator,
+    CacheLaw,
+    Contention,
+    Corrections,
+    Device,
+    Overheads,
+    Profile,
+    RowsLaw,
+)
 from shoal.partition.throughput.solve import asks, solve
 from shoal.partition.throughput.weights_of import Weighed
 from shoal.partition.throughput.with_device import room_of
@@ -84,6 +94,33 @@ def test_passing_takes_what_takes_longest(
         assert found.binding == "disk"
         assert found.parts["disk"] == pytest.approx(each["disk"])
         assert 0.5 < found.stall_share <= 1
+
+
+def test_what_running_taught_of_the_disk_counts_beside_a_device() -> None:
+    """As it does without one: else the device would be taken for what the disk does."""
+    for model, memory in ((DENSE, 400), (MIXED, 160)):
+        for name, plan in plans(model, card(), memory * MB).items():
+            machine = replace(MACHINE, disk_bytes_per_s=READ / 10, accelerators=(card(),))
+            learnt = replace(machine, corrections=Corrections(disk=2.0))
+            took, longer = (cost(model, plan, it, Job(1, 2, 2)) for it in (machine, learnt))
+            assert took.binding == "disk"
+            assert longer.token_s == pytest.approx(2 * took.token_s, rel=0.1), name
+            assert longer.parts["disk"] == pytest.approx(2 * took.parts["disk"], rel=0.01), name
+
+
+def test_what_caches_keep_of_the_processors_part_counts_beside_a_device() -> None:
+    """As it does of all of the model without one."""
+    far, near = RowsLaw(ANY, 1.0, (1, 256), (5e-11, 1e-9)), RowsLaw(ANY, 1.0, (1, 256), (1e-11, 1e-9))
+    plan = plan_with_device(MIXED, [wanted(MIXED.spec)], room_of(card(), expert_of(MIXED)), 1 << 30, MACHINE)
+    assert isinstance(plan, Plan)
+    here = round_bytes(MIXED, plan, 0)
+    assert 0 < here < MIXED.weights_bytes
+    took = []
+    for kept in (1, here):  # of which more than that comes from memory
+        caches = CacheLaw((int(kept), int(2 * kept)), (0.0, 1.0), (near,))
+        machine = replace(MACHINE, products=(far,), caches=caches, accelerators=(card(),))
+        took.append(cost(MIXED, plan, machine, Job(1, 2, distinct=1.0)).parts["memory"])
+    assert took[1] < 0.5 * took[0]
 
 
 def test_what_stays_there_is_not_read() -> None:

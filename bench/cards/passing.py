@@ -1,7 +1,7 @@
 """Weights that pass through a device whose link is slow, in real time: a step against the longest of what goes on
 beside each other in it, and against what was predicted.
 
-    python bench/passing.py MODEL.gguf [MODEL.gguf …] [--links 0.5,1,2] [--rows 4,32] [--disk] [--steps 5] [--json]
+    python bench/cards/passing.py MODEL.gguf… [--links 0.5,1,2] [--rows 4,32] [--disk] [--steps 5]
 
 The device is played by this machine's processor, as the simulated one is; but weights come by a thread of their own
 that keeps to so many GB/s of real time (`--links`). What the device and the processor compute takes both of them
