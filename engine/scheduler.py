@@ -151,9 +151,10 @@ class Scheduler:
         decodes = sum(sequence.running for sequence in decoding)
         prompts = [s for s in sorted(self.running, key=self.admission.turn) if s not in decoding]
         reads = self.speeds.most_reads(decodes, self.cache.free_pages)
-        for sequence in prompts:  # the last of a crowd is read as fast as the first
-            sequence.crowd = max(sequence.crowd, len(prompts))
-        crowd = max((sequence.crowd for sequence in prompts), default=0)
+        unread = [sequence.remaining for sequence in prompts]
+        for sequence in prompts:  # the last of a crowd is read as fast as the first; one far longer is not
+            sequence.crowd = max(sequence.crowd, sum(unread) // max(unread))
+        crowd = max([len(prompts), *(sequence.crowd for sequence in prompts)])
         room = _Room(self.speeds.prompt_tokens(decodes, crowd), reads)
         parts = [part for sequence in prompts if (part := self._part(sequence, room))]
         # Whoever waits for a first token comes before those that get a token with every step.

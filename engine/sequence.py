@@ -53,7 +53,7 @@ class Sequence:
     cached_tokens: int = 0  # of the prompt; they did not have to be computed
     drafted_tokens: int = 0  # guessed ahead
     accepted_tokens: int = 0  # guessed right
-    crowd: int = 0  # how many prompts were read beside its own at most, with it
+    crowd: int = 0  # how many prompts as long as the longest were to be read at once at most, it among them
     preemptions: int = 0
     restarts: int = 0  # how often it was computed anew from its first token: preempted, or with other ropes
     running: bool = False  # False: it waits, or has ended

@@ -72,6 +72,29 @@ def test_a_crowd_does_not_wait_for_the_first_answers(step_s: float, over: float)
     assert slowest < 1.25 * (1 + FEW_TOGETHER * (SLOWDOWN - 1)) or longest_s < 1.25 * CROWD_STEP_S
 
 
+def test_a_long_prompt_is_no_crowd_because_it_came_with_short_ones() -> None:
+    """Once these are read, their answers are slowed as one prompt may slow them."""
+    subject = scheduler(pages=2000, chunk=64, sequences=17, queue=17)
+
+    def cost_s(rows: int) -> float:
+        return 0.01 * (1.0 + (rows - 1) * 0.2)
+
+    engine = FakeEngine(subject, cost_s)
+    subject.submit(sequence(3, 1000))
+    for _ in range(20):
+        engine.step()
+    asked = [sequence(words(length, seed), 1500) for seed, length in enumerate([5] * 15 + [1200])]
+    for each in asked:
+        subject.submit(each)
+    slow = []
+    while asked[-1].remaining > 1:
+        batch = engine.step()
+        if batch.decodes == 16 and batch.rows > 16:
+            slow.append(cost_s(batch.rows) / cost_s(16))
+    assert len(slow) > 20
+    assert sorted(slow)[len(slow) * 9 // 10] < 1.25 * SLOWDOWN
+
+
 def test_a_prompt_that_nobody_wants_any_more_is_not_counted_in_a_crowd() -> None:
     """Answers are slowed as one prompt may slow them, although there were sixteen for a step."""
     subject = scheduler(pages=2000, chunk=64, sequences=17, queue=17)
