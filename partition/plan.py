@@ -304,8 +304,8 @@ class Wanted(NamedTuple):
 
 def wanted_by(plan: Plan, spec: ModelSpec) -> Wanted:
     """What the plan was asked for, with as much KV as memory allows."""
-    its = plan.kv.dtype, plan.chunk_tokens, plan.sequences, plan.guesses, plan.threads
-    return Wanted(spec, plan.context_tokens, None, *its)
+    its = plan.chunk_tokens, plan.sequences, plan.guesses, plan.threads
+    return Wanted(spec, plan.context_tokens, None, plan.kv.dtype, *its)
 
 
 def scratch_bytes(wanted: Wanted, part_tokens: int | None = None) -> int:
@@ -321,8 +321,7 @@ def step_numbers(wanted: Wanted, part_tokens: int | None = None) -> int:
     spec, moe = wanted.spec, wanted.spec.moe
     ffn = max(spec.ffn, moe.ffn, moe.shared_ffn) if moe else spec.ffn
     heads = (3 * spec.heads + 2 * spec.kv_heads) * spec.head_dim  # q, q rotated, attention's result; k and v
-    decoded = wanted.sequences + wanted.guesses
-    rows = wanted.chunk_tokens + decoded
+    rows = wanted.chunk_tokens + (decoded := wanted.sequences + wanted.guesses)
     part = rows if part_tokens is None else min(rows, part_tokens)
     # The input of a block and its sum; with experts also the inputs and outputs of all of them.
     whole = (5 if moe else 3) * rows * spec.hidden
@@ -333,8 +332,8 @@ def step_numbers(wanted: Wanted, part_tokens: int | None = None) -> int:
         spans = -(-wanted.context_tokens // SPAN_TOKENS) * spec.heads * spec.head_dim
         attention = min(part * spans, SPANS_BYTES // 4)
     else:
-        mask = min(part, wanted.chunk_tokens)
-        attention = wanted.context_tokens * (2 * spec.kv_heads * spec.head_dim + mask)
+        seen = 2 * spec.kv_heads * spec.head_dim + min(part, wanted.chunk_tokens)  # and a mask
+        attention = wanted.context_tokens * seen
     return whole + inside + attention + logits
 
 
