@@ -70,8 +70,8 @@ class Matrix:
 class Linears:
     """Matrices that one call multiplies by the same input, each with its bias, float32 (rows,), or None.
 
-    `input_bits`: to how many the input of quantised weights is rounded. `prepared` holds what each home works out about
-    them when it first uses them.
+    `input_bits`: to how many the input of quantised weights is rounded, for each or for all alike; kept for each.
+    `prepared` holds what each home works out about them when it first uses them.
     """
 
     __slots__ = ("biases", "cols", "input_bits", "matrices", "prepared")
@@ -80,7 +80,7 @@ class Linears:
         self,
         matrices: Sequence[Matrix],
         biases: Sequence[Floats | None] = (),
-        input_bits: InputBits = WIDE_INPUTS,
+        input_bits: InputBits | Sequence[InputBits] = WIDE_INPUTS,
     ) -> None:
         self.matrices = tuple(matrices)
         biases = biases or (None,) * len(self.matrices)
@@ -88,7 +88,8 @@ class Linears:
             bias if bias is None or bias.flags.c_contiguous else np.ascontiguousarray(bias) for bias in biases
         )
         self.cols = self.matrices[0].cols
-        self.input_bits = input_bits
+        bits = [input_bits] * len(self.matrices) if isinstance(input_bits, int) else input_bits
+        self.input_bits: tuple[InputBits, ...] = tuple(bits)
         self.prepared: dict[object, Any] = {}
         for matrix, bias in zip(self.matrices, self.biases, strict=True):
             if matrix.cols != self.cols:

@@ -310,9 +310,9 @@ def _structure(w: Matrix, bias: Floats | None, input_bits: int) -> _Linear:
 
 def _structures(*parts: Linears) -> ctypes.Array[_Linear]:
     all = [
-        _structure(w, bias, part.input_bits)
+        _structure(w, bias, bits)
         for part in parts
-        for w, bias in zip(part.matrices, part.biases, strict=True)
+        for w, bias, bits in zip(part.matrices, part.biases, part.input_bits, strict=True)
     ]
     return (_Linear * len(all))(*all)
 

@@ -148,7 +148,8 @@ def _tiles(w: Matrix) -> Iterator[tuple[int, Tensor]]:
 def _linears(x: Tensor, all: Linears, norm: Floats | None = None, eps: float = 0.0) -> list[Tensor]:
     if norm is not None:
         x = _normed(x, norm, eps)
-    return [_linear(x, w, bias, all.input_bits) for w, bias in zip(all.matrices, all.biases, strict=True)]
+    each = zip(all.matrices, all.biases, all.input_bits, strict=True)
+    return [_linear(x, w, bias, bits) for w, bias, bits in each]
 
 
 def _linear(x: Tensor, w: Matrix, bias: Floats | None, input_bits: InputBits) -> Tensor:

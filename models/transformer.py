@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from shoal.kernels import NARROW_INPUTS, WIDE_INPUTS, ComputeHome
+from shoal.kernels import ComputeHome
 from shoal.kernels.arrays import Floats, Hidden
 from shoal.kernels.attention_operands import HeadNorms, KvPages, Rotation, Scoring, Segments
 from shoal.kernels.routing import Routing
@@ -31,10 +31,7 @@ class Transformer:
 
     def __init__(self, spec: ModelSpec, narrow_inputs: bool = False) -> None:
         self.spec = spec
-        narrow = narrow_roles(spec) if narrow_inputs else ()
-        self._o_bits, self._down_bits = (
-            NARROW_INPUTS if role in narrow else WIDE_INPUTS for role in ("o", "down")
-        )
+        self._narrow = narrow_roles(spec) if narrow_inputs else frozenset[str]()
         self._ropes: dict[int, list[Rope]] = {}  # by the length of the text that they are for
 
     def rotations(self, part: Part) -> list[Rotation]:
@@ -120,7 +117,7 @@ class Transformer:
         """Third part: what `look_back` gave → partial (T, C)."""
         if any(self.spec.o_margins):  # a shard's o has columns that belong to heads of other ranks
             mixed = home.pad(mixed, self.spec.o_margins)
-        return home.linears(mixed, weights.linears("o", input_bits=self._o_bits))[0]
+        return home.linears(mixed, weights.linears("o", narrow=self._narrow))[0]
 
     @property
     def _normed_by_heads(self) -> bool:
@@ -130,7 +127,7 @@ class Transformer:
     def feed_forward(self, home: ComputeHome, weights: Weights, hidden: Hidden) -> Hidden:
         """Dense block: hidden (T, C) → partial (T, C)."""
         spec = self.spec
-        layer = weights.feed_forward(spec.activation, down_bits=self._down_bits)
+        layer = weights.feed_forward(spec.activation, narrow=self._narrow)
         return home.feed_forward(hidden, layer, self._pre_norm(weights), spec.norm_eps)
 
     def foresee(self, home: ComputeHome, weights: Weights, hidden: Hidden) -> list[int]:
@@ -172,7 +169,10 @@ class Transformer:
         (T, C). weights: of all experts, or of some."""
         routing = routing.among(weights)
         if routing.used:
-            layers = [weights[expert].feed_forward(self.spec.activation) for expert in routing.used]
+            layers = [
+                weights[expert].feed_forward(self.spec.activation, narrow=self._narrow)
+                for expert in routing.used
+            ]
             home.experts(x, layers, routing.routes, partial)
 
     def leave(self, home: ComputeHome, weights: Weights, total: Hidden) -> Hidden:

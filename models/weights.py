@@ -15,7 +15,7 @@ Roles by kind of block (vectors are f32; those in brackets exist in some familie
     expert  matrix: gate, up (moe.ffn, hidden), down (hidden, moe.ffn)
     head    matrix: head (vocab, hidden)    vector: norm
 
-Inputs of quantised matrices are rounded to 16 bits; those of o and down to 8 where the caller says so.
+Inputs of quantised matrices are rounded to 16 bits; of some roles to 8 where the caller says so.
 """
 
 from __future__ import annotations
@@ -24,22 +24,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from shoal.kernels import (
+    NARROW_INPUTS,
     WIDE_INPUTS,
     Activation,
     ComputeHome,
     FeedForward,
-    InputBits,
     Linears,
     Matrix,
 )
 from shoal.kernels.arrays import Floats
 from shoal.partition.spec import ModelSpec
 
+_NO_ROLES = frozenset[str]()
+
 
 def narrow_roles(spec: ModelSpec) -> frozenset[str]:
     """Whose inputs lose nothing that can be told when 8 bits are left of them. Not those of a mixture's down: its
     routers would choose other experts too often (docs/ARCHITECTURE.md)."""
-    return frozenset({"o", "down"} if spec.moe is None else {"o"})
+    return frozenset({"o", "gate", "down"} if spec.moe is None else {"o", "gate"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,10 +53,10 @@ class Weights:
 
     matrix: Mapping[str, Matrix] = field(default_factory=dict)
     vector: Mapping[str, Floats] = field(default_factory=dict)
-    _linears: dict[tuple[InputBits, tuple[str, ...]], Linears] = field(
+    _linears: dict[tuple[frozenset[str], tuple[str, ...]], Linears] = field(
         default_factory=dict, init=False, repr=False
     )
-    _feed_forward: dict[tuple[InputBits, str], FeedForward] = field(
+    _feed_forward: dict[tuple[frozenset[str], str], FeedForward] = field(
         default_factory=dict, init=False, repr=False
     )
 
@@ -69,24 +71,26 @@ class Weights:
         """The same weights, with the matrices that `bring` makes of them, and with vectors, if there are any."""
         return Weights({role: bring(matrix) for role, matrix in self.matrix.items()}, vectors or {})
 
-    def linears(self, *roles: str, input_bits: InputBits = WIDE_INPUTS) -> Linears:
-        """The matrices of these roles, each with its bias if it has one, as kernels take them; made once."""
-        made = self._linears.get((input_bits, roles))
+    def linears(self, *roles: str, narrow: frozenset[str] = _NO_ROLES) -> Linears:
+        """The matrices of these roles, each with its bias if it has one, as kernels take them; made once. Inputs of
+        those that are `narrow` have 8 bits."""
+        made = self._linears.get((narrow, roles))
         if made is None:
             biases = [self.vector.get(f"{role}_bias") for role in roles]
-            made = Linears([self.matrix[role] for role in roles], biases, input_bits)
-            self._linears[input_bits, roles] = made
+            bits = [NARROW_INPUTS if role in narrow else WIDE_INPUTS for role in roles]
+            made = Linears([self.matrix[role] for role in roles], biases, bits)
+            self._linears[narrow, roles] = made
         return made
 
     def feed_forward(
-        self, activation: Activation, prefix: str = "", down_bits: InputBits = WIDE_INPUTS
+        self, activation: Activation, prefix: str = "", narrow: frozenset[str] = _NO_ROLES
     ) -> FeedForward:
-        """Gate, up and down, their roles prefixed, as kernels take them; made once. `down_bits`: of down's inputs."""
-        made = self._feed_forward.get((down_bits, prefix))
+        """Gate, up and down, their roles prefixed, as kernels take them; made once. `narrow`: as of `linears`."""
+        made = self._feed_forward.get((narrow, prefix))
         if made is None:
-            enter = self.linears(prefix + "gate", prefix + "up")
-            leave = self.linears(prefix + "down", input_bits=down_bits)
-            made = self._feed_forward[down_bits, prefix] = FeedForward(enter, leave, activation)
+            enter = self.linears(prefix + "gate", prefix + "up", narrow=narrow)
+            leave = self.linears(prefix + "down", narrow=narrow)
+            made = self._feed_forward[narrow, prefix] = FeedForward(enter, leave, activation)
         return made
 
     @property

@@ -71,9 +71,6 @@ SIZES = (
     SizeClass("attention", 8 << 20, 4096, "linears"),
     SizeClass("ffn", 20 << 20, 4096, "gated"),
 )
-NARROW_SIZES = tuple(
-    it._replace(form="linears") for it in SIZES[2:]
-)  # of matrices whose inputs may be narrow
 NARROW_ROWS = (1, 4, 16, 64, 256)
 EXPERTS = 6  # in one call; with many rows …
 EXPERTS_OF_LONG = 2  # … so many
@@ -174,8 +171,8 @@ def table(
 
 
 def narrow_sizes(kind: WeightType) -> Sequence[SizeClass]:
-    """Of which tables with narrow inputs are made."""
-    return NARROW_SIZES if kind.quantised else ()
+    """Of which tables with narrow inputs are made, one matrix in each call: no block has such inputs only."""
+    return [it._replace(form="linears") for it in SIZES[1:]] if kind.quantised else []
 
 
 def middle(rounds: Sequence[Sequence[RowsLaw]]) -> tuple[RowsLaw, ...]:

@@ -50,8 +50,7 @@ def weighed(model: Described, quant: Quant) -> Weighed:
     extents = {BlockId("embed"): 0} if spec.vocab else {}
     seen: dict[tuple[object, ...], tuple[Product, ...]] = {}
     for item in manifest.blocks:
-        roles = narrow_roles(spec) if item.block.kind != "expert" else ()
-        key = tuple((*tensor[:3], role in roles) for role, tensor in item.tensors.items())
+        key = tuple((*tensor[:3], role in narrow_roles(spec)) for role, tensor in item.tensors.items())
         if key not in seen:
             seen[key] = tuple(
                 Product(kind, rows, cols, _TYPES[kind].matrix_bytes(rows, cols), narrow)

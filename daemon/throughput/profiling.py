@@ -37,7 +37,6 @@ from .kept_profile import Kept, profile_key, read_kept, write_kept
 from .kernel_laws import (
     CONTEXTS,
     NARROW_ROWS,
-    NARROW_SIZES,
     ROUNDS,
     ROWS,
     SIZES,
@@ -48,6 +47,7 @@ from .kernel_laws import (
     laid_out_bytes_per_s,
     memory_bytes_per_s,
     middle,
+    narrow_sizes,
     table_rounds,
 )
 
@@ -93,8 +93,8 @@ def measure(threads: int, place: Path, progress: Progress = no_progress) -> Prof
             "resources", "measuring takes up to 1 GB of memory, and less is free", "end something else"
         )
     began_s = time.monotonic()
-    quantised = sum(kind.quantised for kind in WEIGHT_TYPES)
-    tables = len(WEIGHT_TYPES) * len(SIZES) * len(ROWS) + quantised * len(NARROW_SIZES) * len(NARROW_ROWS)
+    narrow = sum(len(narrow_sizes(kind)) for kind in WEIGHT_TYPES)
+    tables = len(WEIGHT_TYPES) * len(SIZES) * len(ROWS) + narrow * len(NARROW_ROWS)
     steps = (ROUNDS + 1) * tables + 2 * len(KV_FORMATS) * len(CONTEXTS)
     steps += ANSWER_TOKENS + ROUNDS * (len(READS) + 1 + len(PARTS)) + 1
     at = 0

@@ -58,7 +58,8 @@ class Pieces:
             used = self._used(rows)
             moe = self._model.spec.moe
             assert moe is not None
-            each = products(self._device, kind.expert, max(1.0, rows * moe.active / used))
+            rows_each, narrow = max(1.0, rows * moe.active / used), self._plan.narrow_inputs
+            each = products(self._device, kind.expert, rows_each, narrow=narrow)
             self._known[key] = each.times(used)
         return self._known[key]
 

@@ -87,6 +87,7 @@ def test_a_budget_holds_the_process_and_leaves_the_machine_usable(monkeypatch) -
     monkeypatch.setattr(memory, "_free_bytes", lambda: 8000 * MB)
     monkeypatch.setattr(cgroup, "room_bytes", lambda: None)
     monkeypatch.setattr(memory, "private_bytes", lambda: 150 * MB)
+    monkeypatch.setattr(memory, "_runtimes", {})
     asked = memory.budget_of(1000 * MB)
     assert asked.limit_bytes == 1000 * MB
     assert (

@@ -6,7 +6,7 @@ import resource
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -366,18 +366,13 @@ def test_the_probe_is_right_where_everything_is() -> None:
     cuda_device._probe(torch.device("cpu"))
 
 
-@pytest.mark.parametrize("pinned", [True, False])
+@pytest.mark.parametrize("card", [pinned, cuda])
 def test_weights_that_come_from_a_disk_are_waited_for_by_another_thread(
-    pinned: bool, monkeypatch: pytest.MonkeyPatch
+    card: Callable[[pytest.MonkeyPatch], CudaDevice], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who asks for a copy goes on; it is made when the bytes are there, and they are given back when they have been
     taken. What cannot be read is the error of who needs it, and not the card's."""
-    device = cuda(monkeypatch)
-    if pinned:
-        monkeypatch.setattr(
-            cuda_device, "_page_locked", lambda nbytes: torch.zeros(nbytes, dtype=torch.uint8)
-        )
-        device.pin()
+    device = card(monkeypatch)
     source, here, said = np.zeros(3 * PACKET_BYTES + 5, np.uint8), threading.Event(), []
     there = device.allocate(source.shape, source.dtype)
 

@@ -51,7 +51,7 @@ def answered(directory: Path, device: str) -> dict[str, Any]:
 def test_answers_are_those_of_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHOAL_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(device_ways, "AS_QUICK", 0.0)  # of two placements the later one
-    model = tiny.save_gguf(tiny.hf_model("qwen2_moe"), tmp_path / "m.gguf", type="Q8_0")
+    model = tiny.save_gguf(tiny.hf_model("qwen2_moe"), tmp_path / "m.gguf", type="F16")
     bodies = [
         {
             "model": str(model),

@@ -23,6 +23,7 @@ from shoal.daemon.library.packs import Packs
 from shoal.daemon.loading.loaded_model import LoadedModel
 from shoal.daemon.model_name import Reference
 from shoal.daemon.node import Node
+from shoal.daemon.throughput.own_machine import OwnMachine
 from shoal.engine import leader
 from shoal.engine.order import Order
 from shoal.engine.order_bytes import order_bytes
@@ -136,7 +137,8 @@ def test_rows_are_read_from_every_kind_of_pack(
     )
     path = tiny.save_gguf(model, tmp_path / "tiny.gguf")
     config = replace(ROOMY, shard_disk_bytes=shard_disk_bytes)
-    with Node(config, packs=Packs(Home(tmp_path))) as node:
+    machine = OwnMachine(1, alone=lambda: False)  # which rounds inputs as a group does
+    with Node(config, packs=Packs(Home(tmp_path)), machine=machine) as node:
         node.load(Load(model=str(Reference(str(path), quant))))
         expected = text_of(node, prompt(0))[1]
     with Cluster(tmp_path, config, workers=1, choosing=evenly) as cluster:
