@@ -394,6 +394,7 @@ def test_weights_that_come_from_a_disk_are_waited_for_by_another_thread(
     failed = device.stage_in(source, there, (), failing_disk())
     other = np.full_like(source, 9)
     elsewhere = device.allocate(source.shape, source.dtype)
+    elsewhere.inside.fill_(0)
     again = device.stage_in(other, elsewhere)  # not before those
     assert not np.array_equal(elsewhere.inside.numpy(), other)
     here.set()

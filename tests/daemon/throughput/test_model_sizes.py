@@ -42,9 +42,9 @@ def test_the_least_memory_is_that_of_the_ledger(model: Path, kv_type: str) -> No
         assert peak_bytes(known, plan) == plan.peak_bytes + PROCESS_BYTES + extra
 
 
-@pytest.mark.parametrize(("family", "down"), [("qwen2", True), ("olmoe", False)])
-def test_which_inputs_may_be_narrow(family: str, down: bool, tmp_path: Path) -> None:
-    """Those of o, and of a dense model's down."""
+@pytest.mark.parametrize(("family", "feeding", "count"), [("qwen2", "ffn", 2), ("olmoe", "expert", 1)])
+def test_which_inputs_may_be_narrow(family: str, feeding: str, count: int, tmp_path: Path) -> None:
+    """Those of o and gate, and of a dense model's down."""
     from fakes import tiny
 
     with described(tiny.save_gguf(tiny.hf_model(family), tmp_path / "tiny.gguf", type="Q8_0")) as checkpoint:
@@ -54,5 +54,5 @@ def test_which_inputs_may_be_narrow(family: str, down: bool, tmp_path: Path) -> 
         for block, its in known.products.items()
     }
     assert len(narrow.pop("attn")) == 1
-    assert len(narrow.pop("ffn", [])) == down
+    assert len(narrow.pop(feeding)) == count
     assert not any(narrow.values())
