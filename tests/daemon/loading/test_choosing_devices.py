@@ -61,6 +61,8 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def loaded(path: Path, machine: OwnMachine | None = None, **more: Any) -> Node:
+    # Of a cluster: alone the CPU would round inputs to 8 bits, and its texts would not be a device's.
+    machine = machine or OwnMachine(1, alone=lambda: False)
     node = Node(replace(CONFIG, **more), machine=machine)
     node.load(Load(model=str(path)))
     return node
@@ -69,6 +71,13 @@ def loaded(path: Path, machine: OwnMachine | None = None, **more: Any) -> Node:
 def status(node: Node) -> ModelStatus:
     (found,) = node.status().models
     return found
+
+
+@pytest.fixture
+def node(path: Path) -> Iterator[Node]:
+    """Whose texts are to be a device's."""
+    with loaded(path, device="cpu") as node:
+        yield node
 
 
 def test_it_is_taken_where_it_is_quicker(node: Node, path: Path) -> None:

@@ -84,6 +84,13 @@ def whole_bytes(path: Path | str, packs: Packs | None = None) -> int:
         return status(node).device_bytes
 
 
+@pytest.fixture
+def node(path: Path) -> Iterator[Node]:
+    """Whose texts are to be a device's."""
+    with loaded(path, "cpu") as node:
+        yield node
+
+
 def test_answers_are_those_of_the_cpu(node: Node, path: Path) -> None:
     expected = [text_of(node, prompt(i))[:2] for i in range(3)]
     with loaded(path, ROOMY) as there:

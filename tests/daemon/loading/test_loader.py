@@ -24,7 +24,7 @@ from shoal.daemon.loading.advice import advice_of
 from shoal.daemon.loading.assembly import Assembly
 from shoal.daemon.loading.grouping import Judgement, Unseated
 from shoal.daemon.loading.planning import make_plan
-from shoal.daemon.memory import PROCESS
+from shoal.daemon.memory import PROCESS, RUNTIMES
 from shoal.daemon.node import Node
 from shoal.daemon.request import DEFAULT_SAMPLING, sampling_of
 from shoal.daemon.throughput.model_sizes import weighed
@@ -91,7 +91,7 @@ def test_a_draft_model_stays_until_another_is_asked_for(node: Node, path: Path, 
         node.load(Load(model=str(path), ranks=2))
     assert "drafts by small.gguf" in node.status().models[0].plan
     node.unload(Unload())
-    assert node.budget.held_bytes == node.budget.held_by(PROCESS)
+    assert node.budget.held_bytes == node.budget.held_by(PROCESS) + node.budget.held_by(RUNTIMES)
 
 
 def test_a_loaded_model_can_be_kept(node: Node, path: Path, tmp_path: Path) -> None:
