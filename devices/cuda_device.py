@@ -158,9 +158,7 @@ class CudaDevice:
             runtime = _cuda.cudart()
             said = runtime.cudaHostRegister(start, nbytes, 0)
         if int(said):
-            with suppress(
-                RuntimeError
-            ):  # the next call would be told of it, so that is one that nobody needs
+            with suppress(RuntimeError):  # the next call is told of it, so it is one that nobody needs
                 torch.zeros(1, device=self._device)
             why = runtime.cudaGetErrorString(said)
             raise NotPageLocked(f"of {format_bytes(nbytes)} more the driver says: {why}{_memlock(nbytes)}")

@@ -18,9 +18,7 @@ from shoal.partition.amounts import format_bytes
 
 from .errors import NotPageLocked
 
-LOCKED_AT_ONCE_BYTES = (
-    256 << 20
-)  # that are locked together: where there is not enough for all, as many go without
+LOCKED_AT_ONCE_BYTES = 256 << 20  # where there is not enough for all, as many go without
 SYSTEM_PAGE_BYTES = mmap.PAGESIZE
 
 

@@ -165,9 +165,8 @@ def _linear(x: Tensor, w: Matrix, bias: Floats | None, input_bits: InputBits) ->
 def _quantised(x: Tensor, bits: InputBits) -> Tensor:
     groups = x.reshape(x.shape[0], x.shape[1] // INPUT_GROUP, INPUT_GROUP)  # (T, cols / 32, 32)
     largest = groups.abs().amax(-1, keepdim=True)
-    most = torch.full_like(
-        largest, _MOST_INPUT[bits]
-    )  # a tensor: torch may divide by a plain number less exactly
+    # A tensor: torch may divide by a plain number less exactly.
+    most = torch.full_like(largest, _MOST_INPUT[bits])
     zeros = largest < SMALLEST_INPUT
     scale = (largest / most).masked_fill(zeros, 0).masked_fill(~largest.isfinite(), torch.nan)
     inverse = (most / largest).masked_fill(zeros, 0)

@@ -54,9 +54,7 @@ class Pacer:
         # Fewer tokens than allowed say nothing about more.
         if tokens >= self._allowed(prompts, alone_s) or seconds > alone_s + added_s:
             change = (seconds - alone_s) / tokens / each_s
-            if (
-                self._token_s or change < 1
-            ):  # a guess that was too low is given up at once, whatever came between
+            if self._token_s or change < 1:  # a guess that was too low is given up at once
                 change = min(max(change, _LOUDEST[0]), _LOUDEST[1]) ** 0.5
             least_s = min(each_s, added_s / self._most)  # it would not be tried whether less is true
             self._token_s = min(max(each_s * change, least_s), added_s)
