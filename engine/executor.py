@@ -235,7 +235,7 @@ class Executor:
         block, home = placed
         with self.store.acquire(block) as weights:
             for part in range(len(rows)):
-                partial = self.model.feed_forward(home, weights, self._next(rows, part))
+                partial = self.model.feed_forward(home, block.layer, weights, self._next(rows, part))
                 self._leave(home, weights, rows, part, partial)
 
     def _mix(self, placed: Placed, rows: Sequence[Hidden], come: bool) -> None:
@@ -307,7 +307,7 @@ class Executor:
                 if coming:
                     experts = self._staging.brought(experts, coming, number)
                 for x, (_, routing, _), partial in zip(normed, routed, partials, strict=True):
-                    self.model.mix(there, experts, x, routing, partial)
+                    self.model.mix(there, group[0].layer, experts, x, routing, partial)
         return partials
 
     def _next(self, rows: Sequence[Hidden], part: int) -> Hidden:

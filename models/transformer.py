@@ -26,12 +26,15 @@ _KEPT_LENGTHS = 64  # dynamic NTK has a rope for every length of text
 
 
 class Transformer:
-    """Computes the blocks of one spec. `narrow_inputs`: what quantised o and down multiply is rounded to 8 bits instead
-    of 16 (`narrow_roles`)."""
+    """Computes the blocks of one spec. `narrow_inputs`: what some quantised matrices multiply is rounded to 8 bits
+    instead of 16 (`narrow_roles`)."""
 
     def __init__(self, spec: ModelSpec, narrow_inputs: bool = False) -> None:
         self.spec = spec
-        self._narrow = narrow_roles(spec) if narrow_inputs else frozenset[str]()
+        self._narrow = [
+            narrow_roles(spec, layer) if narrow_inputs else frozenset[str]()
+            for layer in range(len(spec.layers))
+        ]
         self._ropes: dict[int, list[Rope]] = {}  # by the length of the text that they are for
 
     def rotations(self, part: Part) -> list[Rotation]:
@@ -70,7 +73,7 @@ class Transformer:
         ranks, which norms over all heads need."""
         q, k, v = self.asked(home, weights, hidden, allreduce)
         mixed = self.look_back(home, layer, weights, q, k, v, segments, rotations, kv)
-        return self.attended(home, weights, mixed)
+        return self.attended(home, layer, weights, mixed)
 
     def asked(
         self, home: ComputeHome, weights: Weights, hidden: Hidden, allreduce: Callable[[Hidden], Hidden]
@@ -113,22 +116,22 @@ class Transformer:
         scoring = Scoring(rotations[kind.rope], spec.attention_scale, kind.window, norms)
         return home.attention(kv, segments, q, k, v, scoring)
 
-    def attended(self, home: ComputeHome, weights: Weights, mixed: Hidden) -> Hidden:
+    def attended(self, home: ComputeHome, layer: int, weights: Weights, mixed: Hidden) -> Hidden:
         """Third part: what `look_back` gave → partial (T, C)."""
         if any(self.spec.o_margins):  # a shard's o has columns that belong to heads of other ranks
             mixed = home.pad(mixed, self.spec.o_margins)
-        return home.linears(mixed, weights.linears("o", narrow=self._narrow))[0]
+        return home.linears(mixed, weights.linears("o", narrow=self._narrow[layer]))[0]
 
     @property
     def _normed_by_heads(self) -> bool:
         """Whether attention itself normalises q and k."""
         return self.spec.qk_norm == "head" and self.spec.qkv_clip is None
 
-    def feed_forward(self, home: ComputeHome, weights: Weights, hidden: Hidden) -> Hidden:
+    def feed_forward(self, home: ComputeHome, layer: int, weights: Weights, hidden: Hidden) -> Hidden:
         """Dense block: hidden (T, C) → partial (T, C)."""
         spec = self.spec
-        layer = weights.feed_forward(spec.activation, narrow=self._narrow)
-        return home.feed_forward(hidden, layer, self._pre_norm(weights), spec.norm_eps)
+        made = weights.feed_forward(spec.activation, narrow=self._narrow[layer])
+        return home.feed_forward(hidden, made, self._pre_norm(weights), spec.norm_eps)
 
     def foresee(self, home: ComputeHome, weights: Weights, hidden: Hidden) -> list[int]:
         """The experts that this router would choose for hidden (T, C) of an earlier layer, the likeliest first.
@@ -160,6 +163,7 @@ class Transformer:
     def mix(
         self,
         home: ComputeHome,
+        layer: int,
         weights: Mapping[int, Weights],
         x: Hidden,
         routing: Routing,
@@ -170,7 +174,7 @@ class Transformer:
         routing = routing.among(weights)
         if routing.used:
             layers = [
-                weights[expert].feed_forward(self.spec.activation, narrow=self._narrow)
+                weights[expert].feed_forward(self.spec.activation, narrow=self._narrow[layer])
                 for expert in routing.used
             ]
             home.experts(x, layers, routing.routes, partial)

@@ -38,10 +38,15 @@ from shoal.partition.spec import ModelSpec
 _NO_ROLES = frozenset[str]()
 
 
-def narrow_roles(spec: ModelSpec) -> frozenset[str]:
-    """Whose inputs lose nothing that can be told when 8 bits are left of them. Not those of a mixture's down: its
-    routers would choose other experts too often (docs/ARCHITECTURE.md)."""
-    return frozenset({"o", "gate", "down"} if spec.moe is None else {"o", "gate"})
+_WIDE_SHARE = 8  # of a mixture's layers, the first of so many
+
+
+def narrow_roles(spec: ModelSpec, layer: int) -> frozenset[str]:
+    """Whose inputs lose nothing that can be told when 8 bits are left of them. Not those of a mixture's down, nor of
+    its first layers: the routers after them would choose other experts too often (docs/ARCHITECTURE.md)."""
+    if spec.moe is None:
+        return frozenset({"o", "gate", "down"})
+    return frozenset({"o", "gate"}) if layer * _WIDE_SHARE >= len(spec.layers) else _NO_ROLES
 
 
 @dataclass(frozen=True, eq=False)

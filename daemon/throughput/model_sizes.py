@@ -50,7 +50,8 @@ def weighed(model: Described, quant: Quant) -> Weighed:
     extents = {BlockId("embed"): 0} if spec.vocab else {}
     seen: dict[tuple[object, ...], tuple[Product, ...]] = {}
     for item in manifest.blocks:
-        key = tuple((*tensor[:3], role in narrow_roles(spec)) for role, tensor in item.tensors.items())
+        roles = narrow_roles(spec, item.block.layer)
+        key = tuple((*tensor[:3], role in roles) for role, tensor in item.tensors.items())
         if key not in seen:
             seen[key] = tuple(
                 Product(kind, rows, cols, _TYPES[kind].matrix_bytes(rows, cols), narrow)

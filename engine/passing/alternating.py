@@ -91,7 +91,7 @@ class Alternating:
                 self._cpu, attention.layer, here, q, k, v, part.segments, rotations, kv
             )
             mixed = carried(mixed, self._cpu, self.home)
-            self._add(hidden, there, self._model.attended(self.home, there, mixed))
+            self._add(hidden, there, self._model.attended(self.home, attention.layer, there, mixed))
             self._passing.lent(attention)
             if blocks is not self._layers[-1]:
                 self._feed(blocks, hidden)
@@ -102,12 +102,13 @@ class Alternating:
         block = blocks[1]
         home, there = self.home, self._passing.lend(block)
         if block.kind != "router":
-            self._add(hidden, there, self._model.feed_forward(home, there, hidden))
+            self._add(hidden, there, self._model.feed_forward(home, block.layer, there, hidden))
             return
         partial = home.zeros_like(hidden)
         x, routing, shared = self._model.route(home, there, hidden)
         used = [BlockId("expert", block.layer, expert) for expert in routing.used]
-        self._model.mix(home, {it.expert: self._passing.lend(it) for it in used}, x, routing, partial)
+        experts = {it.expert: self._passing.lend(it) for it in used}
+        self._model.mix(home, block.layer, experts, x, routing, partial)
         if shared is not None:
             home.add(partial, shared)
         self._add(hidden, there, partial)

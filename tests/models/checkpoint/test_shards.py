@@ -77,12 +77,12 @@ class Member:
 
     def feed_forward(self, layer: int, hidden: Floats) -> Floats:
         if not self.spec.layers[layer].moe:
-            return self.model.feed_forward(self.home, self.read("ffn", layer), hidden)
+            return self.model.feed_forward(self.home, layer, self.read("ffn", layer), hidden)
         assert self.spec.moe is not None
         x, routing, shared = self.model.route(self.home, self.read("router", layer), hidden)
         partial = np.zeros_like(x) if shared is None else shared
         experts = {expert: self.read("expert", layer, expert) for expert in self.spec.moe.own}
-        self.model.mix(self.home, experts, x, routing, partial)
+        self.model.mix(self.home, layer, experts, x, routing, partial)
         return partial
 
     def head(self, hidden: Floats) -> Floats:
