@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import pydoc_data.topics
+import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -48,6 +49,7 @@ _FAILURES = (
     DaemonError,
     RuntimeError,
     OSError,
+    subprocess.SubprocessError,
 )
 _EMBEDDINGS = ("token_embd.weight", "model.embed_tokens.weight")
 
@@ -85,7 +87,7 @@ def main(
 
 def measure(row: Row, default_model: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The results of one row."""
-    path = model_path(row, default_model, options.models)
+    path = model_path(row, default_model, options)
     text = options.text.read_text(encoding="utf-8") if options.text else prose()
     only = frozenset(options.engines.split(",")) if options.engines else frozenset()
     run = Run(path, options.threads, options.rounds, options.peer_python, text, only=only)
@@ -107,8 +109,17 @@ def measure(row: Row, default_model: Path, options: argparse.Namespace) -> dict[
     }
 
 
-def model_path(row: Row, default_model: Path, directory: Path) -> Path:
-    """The row's model, written if it is not there. Raises SyntheticError."""
+def model_path(row: Row, default_model: Path, options: argparse.Namespace) -> Path:
+    """The row's model, written if it is not there. Raises SyntheticError and CalledProcessError."""
+    directory: Path = options.models
+    if row.type:
+        script = [options.peer_python, Path(__file__).with_name("inputs") / "requantise.py", default_model]
+        return synthetic.kept(
+            directory / f"{default_model.stem}.{row.type}.gguf",
+            lambda path: subprocess.run(
+                [*script, path, row.type], check=True, capture_output=True, timeout=600
+            ),
+        )
     if row.model == DEFAULT_MODEL:
         return default_model
     if row.model == WIDE_MODEL:

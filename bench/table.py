@@ -33,7 +33,8 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
     machine = result["machine"]
     yield (
         f"{machine['cores']} × {machine['cpu']} ({', '.join(machine['flags'])}"
-        f"{', virtual' if machine['virtual'] else ''}), {machine['memory_gb']} GB, {machine['system']}."
+        f"{', virtual' if machine['virtual'] else ''}), {machine['memory_gb']} GB, {machine['system']}"
+        f"{'; Shoal with SHOAL_KERNELS=' + machine['kernels'] if 'kernels' in machine else ''}."
     )
     yield ""
     on_disk = any(row.get("disk_gb_per_s") for row in result["rows"].values())

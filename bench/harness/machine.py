@@ -41,6 +41,7 @@ def describe() -> dict[str, Any]:
     """Facts that do not change between runs on one machine."""
     facts = _cpu_facts()
     flags = set(facts.get("flags", facts.get("Features", "")).split())
+    kernels = os.environ.get("SHOAL_KERNELS")
     return {
         "cpu": facts.get("model name", platform.processor() or platform.machine()),
         "flags": [flag for flag in _FLAGS if flag in flags],
@@ -48,6 +49,7 @@ def describe() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        **({"kernels": kernels} if kernels else {}),  # chosen by hand
     }
 
 

@@ -20,6 +20,7 @@ class Row:
     scenario: Scenario
     sizes: Sizes = field(default_factory=Sizes)
     form: Literal["gguf", "directory", "hollow"] = "gguf"
+    type: str = ""  # the model is the default one, requantised by llama.cpp
     # Least ratios, by the beginning of a figure's name.
     must: Mapping[str, float] = field(default_factory=dict)
 
@@ -29,6 +30,7 @@ ROWS = (
     Row("speed-llama", "llama-1.1b", scenarios.speed, Sizes(new=32)),
     Row("speed-qwen2", "qwen2-0.5b", scenarios.speed, Sizes(new=32)),
     Row("speed-moe", "olmoe-half", scenarios.speed, Sizes(new=32)),
+    Row("speed-llama-3b", "llama-3b-q4_k_m", scenarios.speed, Sizes(new=16)),
     Row("long", DEFAULT_MODEL, scenarios.long_context, Sizes(prompt=7680, new=24)),
     Row(
         "long-plain",
@@ -39,6 +41,7 @@ ROWS = (
     Row("streams", DEFAULT_MODEL, scenarios.speed, Sizes(prompt=128, new=24, streams=16)),
     Row("streams-llama", "llama-1.1b", scenarios.speed, Sizes(prompt=128, new=16, streams=16)),
     Row("streams-moe", "olmoe-half", scenarios.speed, Sizes(prompt=128, new=16, streams=16)),
+    Row("streams-llama-3b", "llama-3b-q4_k_m", scenarios.speed, Sizes(prompt=128, new=8, streams=16)),
     Row("batch", DEFAULT_MODEL, batch_scenarios.offline, Sizes(prompt=97, new=32, streams=32, requests=500)),
     Row(
         "batch-moe", "olmoe-half", batch_scenarios.offline, Sizes(prompt=97, new=32, streams=32, requests=500)
@@ -54,6 +57,12 @@ ROWS = (
     Row("quality-moe", "olmoe-half", scenarios.quality),
 )
 
+TYPES = ("Q4_K_M", "Q4_0", "Q5_K_M", "Q6_K", "Q8_0", "IQ4_NL")  # the default model has Q4_1
+ROWS += tuple(
+    Row(f"{name}-{type}", f"smollm2-{type.lower()}", scenarios.speed, sizes, type=type)
+    for name, sizes in (("speed", Sizes()), ("streams", Sizes(prompt=128, new=24, streams=16)))
+    for type in TYPES
+)
 
 # What Linux reads ahead by default; machines in data centres often have other settings.
 AHEAD_KB = 128

@@ -241,6 +241,20 @@ SHAPES = {
             tied=True,
         ),
         Shape(
+            name="llama-3b-q4_k_m",  # Llama-3.2-3B as most people have it, with the vocabulary of SmolLM2
+            arch="llama",
+            mix="Q4_K_M",
+            layers=28,
+            hidden=3072,
+            heads=24,
+            kv_heads=8,
+            ffn=8192,
+            vocab=49152,
+            context=8192,
+            rope_base=500000.0,
+            tied=True,
+        ),
+        Shape(
             name="mistral-7b",  # Mistral-7B-v0.3
             arch="llama",
             mix="Q4_K_M",
