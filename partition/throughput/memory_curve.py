@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from ..plan import Misfit, Plan, Wanted
 from .alone import USUAL, ways
-from .cost import beside_bytes, cost
+from .cost import cost
+from .peak import beside_bytes
 from .prediction import Job
 from .profile import Device
 from .weights_of import Weighed

@@ -18,8 +18,9 @@ from ..memory_layout import PAGE_TOKENS
 from ..plan import Misfit, Plan, Wanted
 from ..sum_cost import Wire
 from .alone import USUAL, WINDOWS, best, ways
-from .cost import beside_bytes, cost
+from .cost import cost
 from .group_plans import Groups
+from .peak import beside_bytes
 from .placing.device_ways import expert_of, ways_from_disk, ways_through_device, ways_with_device
 from .prediction import Job, Prediction
 from .profile import Device, Profile
