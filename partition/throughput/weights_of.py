@@ -76,6 +76,11 @@ class Weighed:
         """All ways to keep some of its blocks in memory."""
         return Pinnings(self.spec, self.extents)
 
+    @cached_property
+    def pinnings_with_head(self) -> Pinnings:
+        """Those with all of the head."""
+        return Pinnings(self.spec, self.extents, keeps_head=True)
+
     @property
     def head(self) -> tuple[Product, ...]:
         return self.products[BlockId("head")]
