@@ -63,15 +63,16 @@ def _tree(data: bytes) -> tuple[int, int]:
 
 
 class TokenizerMemory(NamedTuple):
-    """In bytes. `reading`: for a moment, while it is read; 0 where that is little. `kept`: that stays."""
+    """In bytes. `reading`: for a moment, while it is read. `kept`: that stays."""
 
     reading: int
     kept: int
 
 
 def vocabulary_memory(tokens: int, merges: int) -> TokenizerMemory:
-    """What a vocabulary takes that has so many of each."""
-    return TokenizerMemory(0, TOKEN_BYTES * tokens + MERGE_BYTES * merges)
+    """What a vocabulary takes that has so many of each. While it is read, its lists are there as well."""
+    kept = TOKEN_BYTES * tokens + MERGE_BYTES * merges
+    return TokenizerMemory(kept * 3 // 2, kept)
 
 
 def tokenizer_memory(directory: Path, tokens: int) -> TokenizerMemory:
