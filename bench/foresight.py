@@ -49,15 +49,12 @@ from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.packs import Packs
 from shoal.daemon.loading.planning import make_plan
 from shoal.daemon.throughput.model_sizes import described, weighed
-from shoal.models.checkpoint.checkpoint import Checkpoint
-from shoal.models.checkpoint.weight_source import Described
-from shoal.partition.memory_layout import PAGE_TOKENS, kv_page_bytes
-from shoal.partition.plan import VOCABULARY_BYTES, Misfit, Plan, scratch_bytes, wanted_by
+from shoal.partition.plan import Misfit
 from shoal.partition.throughput.cost import cost, round_bytes
+from shoal.partition.throughput.peak import PROCESS_BYTES, peak_bytes
 from shoal.partition.throughput.prediction import Job, Prediction
 from shoal.partition.throughput.profile import Profile
 from shoal.partition.throughput.solve import Choices, asks, solve
-from shoal.partition.throughput.weights_of import Weighed
 
 # Batch, prompt, new. All prompts of a batch are read in one step: else those that begin first end first, and what is
 # measured is the mean of many batches.
@@ -65,9 +62,6 @@ JOBS = ((1, 64, 32), (1, 512, 16), (4, 64, 24), (16, 16, 16))
 STREAMED_JOBS = ((1, 64, 16), (4, 64, 12))
 GROUP_JOBS = ((1, 64, 32), (1, 512, 16))
 SHARES = (0.4, 0.65, 0.85)  # of a model's bytes, as budgets, besides what the process takes
-BENCH_BYTES = 88_000_000  # of the process, as `shoal bench` enters it in its budget; it has …
-TAKEN_BYTES = 57_000_000  # … so much of it in memory
-TOKEN_BYTES, MERGE_BYTES = 206, 153  # of a vocabulary
 MORE_BYTES = 150_000_000  # of a budget, besides a share of the model
 LEAST_STREAMED = 300_000_000  # bytes of a model that it makes sense to stream
 FEWER_BITS = 500_000_000  # models of fewer bytes are also kept in 4 bits
@@ -119,7 +113,6 @@ def alone_foretold(cell: Cell, path: Path, profile: Profile) -> Way | None:
     """The plan that `shoal bench` makes; None if it would be refused."""
     with described(path) as checkpoint:
         model = weighed(checkpoint, cell.quant)  # type: ignore[arg-type]
-        vocabulary = vocabulary_bytes(checkpoint)
     job = _job(cell)
     config = NodeConfig(
         threads=cell.threads,
@@ -127,43 +120,15 @@ def alone_foretold(cell: Cell, path: Path, profile: Profile) -> Way | None:
         max_sequences=max(cell.batch, NodeConfig().max_sequences),
         max_guesses=0,
     )
-    room = (cell.memory or int(profile.head.memory_bytes)) - BENCH_BYTES - model.tokenizer_bytes
+    room = (cell.memory or int(profile.head.memory_bytes)) - PROCESS_BYTES - model.tokenizer_bytes
     plan = make_plan(model, config, room)
     if isinstance(plan, Misfit):
         return None
     plan = replace(plan, narrow_inputs=True)  # as of a machine that is in no cluster
     found = cost(model, plan, profile.head, job)
     whole = round_bytes(model, plan, job.batch * job.context_tokens)
-    held = TAKEN_BYTES + model.tokenizer_bytes + plan.peak_bytes
-
-    def peak_bytes(rounds: int) -> int:
-        return held - unused_bytes(model, plan, job, vocabulary, rounds)
-
-    return Way("stream" if plan.streams else "memory", found, whole, peak_bytes)
-
-
-def unused_bytes(model: Weighed, plan: Plan, job: Job, vocabulary: int, rounds: int) -> int:
-    """What a job leaves of a plan's KV and scratch, which are for as many and as long texts as the plan allows, and for
-    vocabularies that take more than this one's bytes."""
-    most = wanted_by(plan, model.spec)
-    rows = min(plan.chunk_tokens, job.batch * job.prompt_tokens)
-    own = most._replace(chunk_tokens=rows, sequences=job.batch, guesses=0)
-    page_bytes, texts = kv_page_bytes(model.spec, plan.kv.dtype), job.batch * (1 + rounds)
-    whole, begun = divmod(job.context_tokens, PAGE_TOKENS)
-    # Whole pages of texts that have ended are kept for others that begin alike. Keys of a page lie dimension by
-    # dimension, so a page that was begun has all of them in memory.
-    used = texts * whole * page_bytes + job.batch * bool(begun) * page_bytes * (1 + begun / PAGE_TOKENS) / 2
-    kv = max(0, plan.kv.nbytes - int(used))
-    spared = max(0, VOCABULARY_BYTES * model.spec.vocab - vocabulary)
-    return kv + spared + scratch_bytes(most, plan.part_tokens) - scratch_bytes(own, plan.part_tokens)
-
-
-def vocabulary_bytes(checkpoint: Described) -> int:
-    """Of a GGUF's tokenizer: of three vocabularies, with 0.3 to 1 merges for each token, this was kept within 6%."""
-    if not isinstance(checkpoint, Checkpoint) or checkpoint.kind != "gguf":
-        return VOCABULARY_BYTES * checkpoint.spec.vocab
-    merges = checkpoint.metadata.get("tokenizer.ggml.merges", ())
-    return TOKEN_BYTES * checkpoint.spec.vocab + MERGE_BYTES * len(merges)  # type: ignore[arg-type]
+    name = "stream" if plan.streams else "memory"
+    return Way(name, found, whole, lambda rounds: peak_bytes(model, plan, job, 1 + rounds))
 
 
 def group_foretold(cell: Cell, path: Path, profile: Profile) -> Way | None:

@@ -67,7 +67,7 @@ def check_given(
 
 def _least_scratch(plan: Plan, spec: ModelSpec) -> int:
     """With whichever kernels need less: those of the machine that planned may be others."""
-    wanted = wanted_by(plan, spec)._replace(vocab=0)  # the tokenizer is elsewhere
+    wanted = wanted_by(plan, spec)._replace(vocab=0)  # whole logits are elsewhere
     return min(scratch_bytes(wanted._replace(native=native), plan.part_tokens) for native in (True, False))
 
 

@@ -27,13 +27,16 @@ class Pinning(NamedTuple):
 
 
 class Pinnings:
-    """All ways to pin blocks of one model. extents: bytes of its blocks in a pack."""
+    """All ways to pin blocks of one model. extents: bytes of its blocks in a pack. keeps_head: only those in which all
+    of the head stays."""
 
-    def __init__(self, spec: ModelSpec, extents: Mapping[BlockId, int]) -> None:
+    def __init__(self, spec: ModelSpec, extents: Mapping[BlockId, int], *, keeps_head: bool = False) -> None:
         kinds: dict[str, list[tuple[BlockId, int]]] = {}
         for block, nbytes in extents.items():
             if block.kind not in ("embed", "expert"):
                 kinds.setdefault(block.kind, []).append((block, nbytes))
+        self._kept = dict(kinds.pop("head", ()) if keeps_head else ())
+        self._kept_bytes = sum(self._kept.values())
         self._kinds = sorted(map(_Kind, kinds.values()), key=lambda kind: -kind.largest_bytes)
         self._lead = next((place for place, kind in enumerate(self._kinds) if kind.of_layers), 0)
         self._dense_bytes = sum(nbytes for kind in self._kinds for _, nbytes in kind.blocks)
@@ -59,6 +62,7 @@ class Pinnings:
         """The way that streams least within `room_bytes`; None if nothing fits. The window has `window_bytes`, unless
         blocks need more or have no use for them."""
         slots = min(self._active, self._experts)
+        room_bytes -= self._kept_bytes
         room_dense = room_bytes - slots * self._expert_bytes
         windows = ((it.streamed_bytes, it.window_bytes(window_bytes), it.counts) for it in self._candidates)
         fitting = (it for it in windows if self._dense_bytes - it[0] + it[1] <= room_dense)
@@ -76,7 +80,7 @@ class Pinnings:
             for kind, count in zip(self._kinds, counts, strict=True)
             for block, _ in self._pinned(kind, count, counts[self._lead])
         )
-        return Pinning(pinned, window, slots, streamed)
+        return Pinning(pinned | self._kept.keys(), window, slots, streamed)
 
     def _pinned(self, kind: _Kind, count: int, leads: int) -> Sequence[tuple[BlockId, int]]:
         """`count` blocks of a kind, as far apart as they can be. `leads` blocks of the largest kind in layers are

@@ -26,8 +26,6 @@ from .spec import BlockId, ModelSpec
 
 Tier = Literal["gpu", "ram", "disk"]
 
-VOCABULARY_BYTES = 450  # that the tokenizer takes for each token of the vocabulary
-
 
 @dataclass(frozen=True)
 class BlockPlan:
@@ -292,8 +290,8 @@ class Wanted(NamedTuple):
     guesses: int
     threads: int
     native: bool = True  # native kernels, not the reference
-    # Of a vocabulary that is cut: how many rows there are whose logits this rank gathers, and its tokenizer knows; 0 if
-    # another rank does. None: it is not cut.
+    # Of a vocabulary that is cut: how many rows there are whose logits this rank gathers; 0 if another rank does. None:
+    # it is not cut.
     vocab: int | None = None
     narrow_inputs: bool = False
 
@@ -309,10 +307,9 @@ def wanted_by(plan: Plan, spec: ModelSpec) -> Wanted:
 
 
 def scratch_bytes(wanted: Wanted, part_tokens: int | None = None) -> int:
-    """The most that one step of `chunk_tokens`, a decode of every sequence and `guesses` holds besides weights and KV,
-    with the tokenizer. `part_tokens` of the step's rows are in a block together; None: all of them."""
-    fixed = KERNEL_BYTES + wanted.threads * THREAD_BYTES + VOCABULARY_BYTES * wanted.whole_vocab
-    return fixed + 4 * step_numbers(wanted, part_tokens)
+    """The most that one step of `chunk_tokens`, a decode of every sequence and `guesses` holds besides weights and KV.
+    `part_tokens` of the step's rows are in a block together; None: all of them."""
+    return KERNEL_BYTES + wanted.threads * THREAD_BYTES + 4 * step_numbers(wanted, part_tokens)
 
 
 def step_numbers(wanted: Wanted, part_tokens: int | None = None) -> int:

@@ -79,11 +79,11 @@ def plan_within_budget(
     device that computes as much as fits there. Raises as `make_plan` does."""
     tokenizer = checkpoint.tokenizer_memory()
     free = budget.free_bytes + idle_bytes
-    memory_bytes = max(0, free - extra_bytes - tokenizer.more)
+    memory_bytes = max(0, free - extra_bytes - tokenizer.kept)
     made = make_plan(model, config, memory_bytes, device, streaming=streaming, room=room)
     if isinstance(made, Plan) and tokenizer.reading <= free:
         return made
-    least = tokenizer.more + (made.peak_bytes if isinstance(made, Plan) else made.least_bytes)
+    least = tokenizer.kept + (made.peak_bytes if isinstance(made, Plan) else made.least_bytes)
     process = budget.held_by(PROCESS) + budget.held_by(RUNTIMES)
     process += budget.held_by(pinned_for(room.name)) if room is not None else 0
     others = budget.held_bytes - idle_bytes - process

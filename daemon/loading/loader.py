@@ -142,7 +142,7 @@ class Loader:
             extra_bytes = disk_buffer_bytes(checkpoint, config)
             extra_bytes += least_bytes(draft, config) if draft is not None else 0
             if draft is None and assembly.grouping is not None and not config.names_device:
-                tokenizer_bytes = checkpoint.tokenizer_memory().more
+                tokenizer_bytes = checkpoint.tokenizer_memory().kept
                 free_bytes = assembly.budget.free_bytes + idle_bytes - tokenizer_bytes
                 dropping = [model.name for model in idle]
                 if assembly.grouping.would_seat(name, checkpoint, config, free_bytes, dropping):

@@ -105,7 +105,7 @@ def _outlook(
     )
     if isinstance(plan, Shortfall):
         return TooLarge(str(plan), plan.budget_bytes, plan.least_bytes)
-    process, more = budget.held_bytes, checkpoint.tokenizer_memory().more  # no model is loaded here
+    process, tokenizer = budget.held_bytes, checkpoint.tokenizer_memory().kept  # no model is loaded here
     pack_bytes, packed, speed = 0, False, 0.0
     if plan.streams or config.quant != "keep":
         pack = packs.find(checkpoint, config.quant)
@@ -122,9 +122,9 @@ def _outlook(
             weights=plan.pinned_bytes + plan.expert_bytes,
             window=plan.window_bytes,
             kv=plan.kv.nbytes - plan.device_kv_bytes + on_disk,
-            scratch=plan.scratch_bytes + more,
+            scratch=plan.scratch_bytes + tokenizer,
             process=process,
-            free=budget.free_bytes - plan.peak_bytes - on_disk - more,
+            free=budget.free_bytes - plan.peak_bytes - on_disk - tokenizer,
         ),
         weights_bytes=plan.weights_bytes,
         streamed_bytes=plan.streamed_bytes,

@@ -91,7 +91,8 @@ def least_bytes(draft: Path, config: NodeConfig) -> int:
     """The least memory that a draft model needs beside the model that it guesses for. Raises DaemonError."""
     with open_checkpoint(draft) as checkpoint:
         shortest = wanted_of(checkpoint.spec, config)[-1]
-        return least_in_ram(shortest, weighed(checkpoint, "keep").block_bytes).peak_bytes
+        model = weighed(checkpoint, "keep")
+        return least_in_ram(shortest, model.block_bytes).peak_bytes + model.tokenizer_bytes
 
 
 def rank_part(

@@ -96,7 +96,7 @@ class Regrouping:
 
     def _prepare(self, grouping: Grouping, model: LoadedModel) -> None:
         """Machines that have come fetch their weights, in a thread of its own; until they have them, nobody waits."""
-        config, free_bytes = self._wanted(model), self._assembly.budget.free_bytes + model.peak_bytes
+        config, free_bytes = self._wanted(model), self._free_bytes(model)
 
         def prepare() -> None:
             try:
@@ -113,11 +113,15 @@ class Regrouping:
     def _better(self, grouping: Grouping, model: LoadedModel) -> bool:
         """Whether others should compute it. If not, the model says why not."""
         config = self._wanted(model)
-        free_bytes = self._assembly.budget.free_bytes + model.peak_bytes
+        free_bytes = self._free_bytes(model)
         judgement = grouping.better(model.name, model.checkpoint, config, model.main.group, free_bytes)
         if not judgement.others:
             model.main.why = judgement.why
         return judgement.others
+
+    def _free_bytes(self, model: LoadedModel) -> int:
+        """What this machine could give to its part of the model, which is here already; the tokenizer stays."""
+        return self._assembly.budget.free_bytes + model.peak_bytes - model.tokenizer.nbytes
 
     def _run(self, model: LoadedModel, why: str) -> None:
         try:

@@ -31,7 +31,7 @@ from shoal.offload.block_store import BlockStore, ResidentStore
 from shoal.offload.budget import Budget
 from shoal.offload.kv.pool import KvPool
 from shoal.partition.hardware_guesses import DISK_BYTES_PER_S
-from shoal.partition.plan import VOCABULARY_BYTES, Plan
+from shoal.partition.plan import Plan
 from shoal.partition.slicing import cut_rows
 
 from .budgeting import Shortfall, disk_buffer_bytes, plan_within_budget, require_plan
@@ -114,23 +114,23 @@ class Runnable:
             found = planned()
             if grouping is None:
                 require_plan(found, name)
-            expected = checkpoint.tokenizer_memory().more
+            expected = checkpoint.tokenizer_memory().kept
             tokenizer = read_tokenizer(name, checkpoint, budget)
-            more = max(0, tokenizer.nbytes - VOCABULARY_BYTES * checkpoint.spec.vocab)
-            if more != expected:
-                extra_bytes += more - expected
+            if tokenizer.nbytes != expected:
+                extra_bytes += tokenizer.nbytes - expected
                 found = planned()
             part: AnyCheckpoint = checkpoint
             seated: Seated | Unseated = Unseated("")
             if grouping is not None:
-                seated = grouping.seat(name, checkpoint, config, budget.free_bytes - reserve_bytes - more)
+                free_bytes = budget.free_bytes - reserve_bytes - tokenizer.nbytes
+                seated = grouping.seat(name, checkpoint, config, free_bytes)
             group: FormedGroup | None = None
             kept_uses, counts = None, NONE_YET
             besides: OwnShare | None = None
             if isinstance(seated, Seated):
                 part, plan, group, _, besides = seated
                 undo.callback(group.close)
-                peak_bytes = plan.peak_bytes + disk_buffer_bytes(part, config) + more
+                peak_bytes = plan.peak_bytes + disk_buffer_bytes(part, config) + tokenizer.nbytes
                 peak_bytes += besides.plan.peak_bytes if besides is not None else 0
             else:
                 plan = require_plan(found, name)

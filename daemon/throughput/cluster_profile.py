@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from shoal.comm.cluster_messages import LinksReply, NodesReply, NodeStatus
 from shoal.partition.errors import ProfileError
-from shoal.partition.throughput.cost import PROCESS_BYTES
+from shoal.partition.throughput.peak import PROCESS_BYTES
 from shoal.partition.throughput.profile import Device, Profile, ProfileLink
 from shoal.partition.throughput.profile_checks import check_profile
 

@@ -14,6 +14,7 @@ from shoal.kernels.types import WEIGHT_TYPES, WeightType
 from shoal.models.checkpoint.bare_config import BareConfig
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shoal.models.checkpoint.weight_source import Described
+from shoal.models.tokenizer.file_costs import VOCABULARY_BYTES
 from shoal.models.weights import narrow_roles
 from shoal.offload.kv.disk_pages import buffer_bytes
 from shoal.offload.pack.layout import layout
@@ -71,7 +72,9 @@ def weighed(model: Described, quant: Quant) -> Weighed:
         block_bytes[next(iter(extents))] += manifest.vectors.nbytes  # of all blocks: they are read at once
     stored, tokenizer = 0, 0
     if isinstance(model, Checkpoint):
-        stored, tokenizer = model.nbytes, model.tokenizer_memory().more
+        stored, tokenizer = model.nbytes, model.tokenizer_memory().kept
+    elif isinstance(model, BareConfig):
+        tokenizer = VOCABULARY_BYTES * spec.vocab
     return Weighed(
         spec,
         quant,

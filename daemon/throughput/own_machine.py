@@ -20,6 +20,7 @@ from shoal.partition.throughput.prediction import Binding
 from shoal.partition.throughput.profile import Device, Profile, unmeasured
 
 if TYPE_CHECKING:  # a daemon starts without what only files and measuring need
+    from .drift import Looked
     from .kept_profile import Kept
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ RESTED_S = 20.0  # without work, before it is measured
 ATTEMPTS_S = 60.0  # between two attempts, and between two times of writing corrections down
 FAILED_S = 3600.0  # after an attempt that failed: the next one would most likely fail, too
 AGED_S = 24 * 3600.0  # after so long it is looked at again
+CONFIRMING_S = 600.0  # until what has changed is looked at once more: it may have been a busy minute
 MOST_SURPRISE = 2.718  # times as long as predicted, or as short: a step held up is not believed
 
 
@@ -55,6 +57,7 @@ class OwnMachine:
         self._idle_since_s: float | None = None
         self._next_s = 0.0  # before which nothing is attempted
         self._measuring: threading.Thread | None = None
+        self._suspected: Looked | None = None  # what has changed, if that is still so
 
     @property
     def alone(self) -> bool:
@@ -170,13 +173,20 @@ class OwnMachine:
             self.save()
 
     def _look_again(self, idle: Callable[[], bool], kinds: list[str]) -> None:
-        """What has changed is taken as it is now; then all is measured anew when somebody wants to know it."""
+        """What two looks find changed is taken as it is now; then all is measured anew when somebody wants to know
+        it."""
         from .drift import look_again
 
         device = self.device
         stamp = self._stamp
         found = look_again(device, self._place, kinds, idle)
         if found is None:
+            return
+        before, self._suspected = self._suspected, None
+        if before is not None:
+            found = found.also_in(before)
+        elif found.changed:
+            self._suspected, self._next_s = found, time.monotonic() + CONFIRMING_S
             return
         said = found.describe()
         with self._lock:

@@ -21,7 +21,8 @@ from shoal.kernels.huge_pages import Arena
 from shoal.models.errors import CorruptCheckpoint, TokenizerError, UnsupportedCheckpoint, one_line
 from shoal.models.families import Recipe, bias_shapes, recipe_from_gguf, recipe_from_hf, shapes
 from shoal.models.families.tensors import NORMS
-from shoal.models.tokenizer.file_costs import TokenizerMemory, tokenizer_memory
+from shoal.models.texts import Texts
+from shoal.models.tokenizer.file_costs import TokenizerMemory, tokenizer_memory, vocabulary_memory
 from shoal.models.tokenizer.tokenizer import Tokenizer
 from shoal.models.weights import Weights
 from shoal.partition.slicing import Range, Shard
@@ -81,8 +82,12 @@ class Checkpoint:
         self.kind = kind
         self.spec = recipe.spec
         self.warnings = [one_line(said, 500) for said in recipe.warnings]
-        self._tokenizer_memory: TokenizerMemory | None = None
         self.metadata: Mapping[str, Any] = files.metadata
+        self._tokenizer_memory: TokenizerMemory | None = None
+        if kind == "gguf":  # now, since `metadata` may lose what it follows from
+            lists = (self.metadata.get(f"tokenizer.ggml.{name}") for name in ("tokens", "merges"))
+            counts = (len(it) if isinstance(it, (list, Texts)) else 0 for it in lists)
+            self._tokenizer_memory = vocabulary_memory(*counts)
         self._files = files
         self._memory = Arena()
         self._recipe = recipe
@@ -240,10 +245,9 @@ class Checkpoint:
         self.warnings += [said for said in odd if said not in self.warnings]
 
     def tokenizer_memory(self) -> TokenizerMemory:
-        """What `tokenizer` takes of memory, as far as its file tells; nothing where that is little."""
+        """What `tokenizer` takes of memory, as far as its file tells."""
         if self._tokenizer_memory is None:
-            hf = self.kind == "hf"
-            self._tokenizer_memory = tokenizer_memory(self.path, self.spec.vocab) if hf else TokenizerMemory()
+            self._tokenizer_memory = tokenizer_memory(self.path, self.spec.vocab)
         return self._tokenizer_memory
 
     def _with_path(self, message: str) -> str:

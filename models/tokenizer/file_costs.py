@@ -1,7 +1,9 @@
-"""What a `tokenizer.json` takes of memory: while it is read, and for each of its tokens afterwards.
+"""What tokenizers take of memory: while they are read, and afterwards.
 
-Measured with the `tokenizers` library on vocabularies of 50,000 to 250,000 tokens. BPE kept 330 to 400 bytes a token
-and took 820 to 1000 at the peak, or up to 20 times its file; WordPiece took less. Unigram has a tree of the bytes of
+Measured on vocabularies of 32,000 to 256,000 tokens. From a GGUF file, whose merges can be counted beforehand, they
+stay within `TOKEN_BYTES` and `MERGE_BYTES`, and ours of SentencePiece, which have no merges, kept 100 to 172 bytes a
+token. With a `tokenizer.json`, of the `tokenizers` library, BPE kept 330 to 405 bytes a token and took 820 to 1000 at
+the peak, or up to 20 times its file; WordPiece took less. Unigram has a tree of the bytes of
 its tokens, of 360 bytes a node: with 2 to 4 nodes a token, as published ones have, it kept 700 to 1500 bytes a token
 and took 970 to 1650, or up to 50 times its file. With long tokens that share little it was ten times as much.
 """
@@ -15,9 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from shoal.models.regular_files import read_regular
-from shoal.partition.plan import VOCABULARY_BYTES
 
 MAX_TOKENIZER_FILE_BYTES = 64 << 20  # the largest published has 34 MB
+TOKEN_BYTES, MERGE_BYTES = 206, 153  # of a vocabulary whose tokens and merges are known
+VOCABULARY_BYTES = 450  # of each token, where nothing is known but how many there are
 
 
 class FileCost(NamedTuple):
@@ -60,23 +63,28 @@ def _tree(data: bytes) -> tuple[int, int]:
 
 
 class TokenizerMemory(NamedTuple):
-    """In bytes. `reading`: for a moment, while it is read. `more`: that stays, beside the `VOCABULARY_BYTES` of each
-    token that every plan counts."""
+    """In bytes. `reading`: for a moment, while it is read. `kept`: that stays."""
 
-    reading: int = 0
-    more: int = 0
+    reading: int
+    kept: int
+
+
+def vocabulary_memory(tokens: int, merges: int) -> TokenizerMemory:
+    """What a vocabulary takes that has so many of each. While it is read, its lists are there as well."""
+    kept = TOKEN_BYTES * tokens + MERGE_BYTES * merges
+    return TokenizerMemory(kept * 3 // 2, kept)
 
 
 def tokenizer_memory(directory: Path, tokens: int) -> TokenizerMemory:
-    """What the tokenizer.json of a directory takes, if it has so many tokens; nothing if there is none that can be
-    read."""
+    """What the tokenizer.json of a directory takes, if it has so many tokens; without one that can be read, what a
+    tokenizer.model does."""
     path = directory / "tokenizer.json"
     try:
         data = read_regular(path, MAX_TOKENIZER_FILE_BYTES) if os.path.lexists(path) else b""
     except OSError:
         data = b""
     if not data:
-        return TokenizerMemory()
+        return vocabulary_memory(tokens, 0)
     cost = file_cost(data)
     reading = max(cost.reading * len(data), cost.reading_token * tokens)
-    return TokenizerMemory(reading, (cost.token - VOCABULARY_BYTES) * tokens)
+    return TokenizerMemory(reading, cost.token * tokens)

@@ -16,6 +16,7 @@ from shoal.models.errors import TokenizerError
 from shoal.models.texts import Texts
 
 from .bpe import ByteLevelBpe
+from .file_costs import vocabulary_memory
 from .parts import DEFAULT_TEMPLATE, Parts
 from .special import Edges, SpecialSplitter
 from .spm import SentencePieceBpe
@@ -57,7 +58,8 @@ def _byte_level(keys: _Keys) -> Parts:
     tokens = _tokens(keys)
     ids = inverse(tokens)
     vocab = _completed(keys, ids, Vocabulary(tokens, b"", byte_level=True))
-    return _parts(keys, vocab, ByteLevelBpe(ids, keys.texts("merges"), rule), add_bos=rule.add_bos)
+    merger = ByteLevelBpe(ids, merges := keys.texts("merges"), rule)
+    return _parts(keys, vocab, merger, len(merges), add_bos=rule.add_bos)
 
 
 def _sentence_piece(keys: _Keys) -> Parts:
@@ -70,11 +72,11 @@ def _sentence_piece(keys: _Keys) -> Parts:
     scores = keys.numbers("scores", len(vocab), 0.0)
     if not np.isfinite(scores).all():
         raise TokenizerError("tokenizer.ggml.scores holds values that are not finite; the file is damaged")
-    return _parts(keys, vocab, SentencePieceBpe(vocab, ids, scores), add_bos=True)
+    return _parts(keys, vocab, SentencePieceBpe(vocab, ids, scores), 0, add_bos=True)
 
 
 def _parts(
-    keys: _Keys, vocab: Vocabulary, merger: ByteLevelBpe | SentencePieceBpe, *, add_bos: bool
+    keys: _Keys, vocab: Vocabulary, merger: ByteLevelBpe | SentencePieceBpe, merges: int, *, add_bos: bool
 ) -> Parts:
     encoder = SpecialSplitter(
         vocab,
@@ -86,6 +88,7 @@ def _parts(
     return Parts(
         vocab,
         encoder,
+        vocabulary_memory(len(vocab), merges).kept,
         encoder.longest_bytes,
         chat_templates=keys.templates(),
         template_tokens=keys.named_tokens(vocab),

@@ -26,7 +26,7 @@ from shoal.models.regular_files import (
     without_mark,
 )
 
-from .file_costs import MAX_TOKENIZER_FILE_BYTES
+from .file_costs import MAX_TOKENIZER_FILE_BYTES, vocabulary_memory
 from .parts import DEFAULT_TEMPLATE, TOKEN_FLAGS, Parts, Stated
 from .special import Edges, SpecialSplitter
 from .spm import SentencePieceBpe
@@ -97,7 +97,7 @@ def _from_sentence_piece(path: Path, config: Mapping[str, Any], stated: Stated) 
         add_eos=vocab.eos_id is not None and bool(config.get("add_eos_token", False)),
         edges=edges,
     )
-    return Parts(vocab, encoder, encoder.longest_bytes)
+    return Parts(vocab, encoder, vocabulary_memory(len(vocab), 0).kept, encoder.longest_bytes)
 
 
 def _add_tokens(

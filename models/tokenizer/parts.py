@@ -8,8 +8,6 @@ from typing import Protocol
 
 from tokenizers import AddedToken
 
-from shoal.partition.plan import VOCABULARY_BYTES
-
 from .vocabulary import Vocabulary
 
 DEFAULT_TEMPLATE, TOOL_TEMPLATE = "default", "tool_use"  # names that transformers gives to chat templates
@@ -52,15 +50,15 @@ class Parts:
     rewrites: any later token may make `join` change all of the text before it.
     chat_templates: Jinja sources by name. template_tokens: role → text of the tokens that templates may ask for.
     warnings: what the files say and cannot mean, each in one line.
-    token_bytes: memory that each token takes.
+    nbytes: of memory that all of this takes.
     """
 
     vocabulary: Vocabulary
     encoder: Encoder
+    nbytes: int
     longest_bytes: int | None = None
     join: Callable[[list[str]], str] | None = None
     rewrites: bool = False
     chat_templates: Mapping[str, str] = field(default_factory=dict)
     template_tokens: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
-    token_bytes: int = VOCABULARY_BYTES

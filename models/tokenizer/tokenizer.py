@@ -31,7 +31,7 @@ class Tokenizer:
         self._vocabulary = vocabulary
         self._encoder = parts.encoder
         self._longest_bytes = parts.longest_bytes
-        self.nbytes = parts.token_bytes * len(vocabulary)  # of memory, as far as it grows with the vocabulary
+        self.nbytes = parts.nbytes  # of memory, as far as it grows with the vocabulary
         self.join = parts.join
         self.rewrites = parts.rewrites
         self.bos_id = vocabulary.bos_id

@@ -76,11 +76,11 @@ def read_tokenizer_json(data: bytes, stated: Stated) -> Parts:
         unk_id=named.get("unk_token"),
     )
     vocab = completed(vocab, ids, [token_id for token_id in stated.ends if token_id < count])
-    longest = _longest_bytes(facts, vocab)
+    longest, nbytes = _longest_bytes(facts, vocab), token_bytes * len(vocab)
     if byte_level or steps in (_SENTENCE_PIECE, _WITHOUT_FIRST_SPACE):
-        return Parts(vocab, library, longest, token_bytes=token_bytes)
+        return Parts(vocab, library, nbytes, longest)
     joining = library if isinstance(library, Here) else joiner(decoder)
-    return Parts(vocab, library, longest, joining.join, _rewrites(steps), token_bytes=token_bytes)
+    return Parts(vocab, library, nbytes, longest, joining.join, _rewrites(steps))
 
 
 def _fields(token: AddedToken) -> dict[str, Any]:

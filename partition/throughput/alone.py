@@ -1,4 +1,4 @@
-"""How one machine could run a model: all in memory, or through a window of some size; and which of that is best.
+"""How one machine could run a model: all in memory, or some of it through a window; and which of that is best.
 
 The daemon's plans, `shoal show` and `shoal plan` are made here. Pure, and deterministic.
 """
@@ -17,8 +17,24 @@ from .profile import Device
 from .weights_of import Weighed
 
 AS_QUICK = 1.03  # times the time of the quickest plan: as good as that, if it is simpler
-USUAL: Mapping[str, float] = {"": 1.0}  # windows, in times of the usual share of memory
-WINDOWS: Mapping[str, float] = {**USUAL, "small window": 0.0, "large window": 4.0}
+
+
+class Streaming(NamedTuple):
+    """How blocks stream: through a window of so many times the usual share of memory; any of them, so that least bytes
+    do, or none of the head. Its slices come at the end of a step, one after the other, so little is computed meanwhile:
+    where layers hide what is read, more bytes of these take less time."""
+
+    window_times: float = 1.0
+    keeps_head: bool = False
+
+
+USUAL: Mapping[str, Streaming] = {"": Streaming()}
+STREAMINGS: Mapping[str, Streaming] = {
+    **USUAL,
+    "small window": Streaming(0.0),
+    "large window": Streaming(4.0),
+    "head kept": Streaming(keeps_head=True),
+}
 
 
 class Way(NamedTuple):
@@ -35,7 +51,7 @@ def ways(
     memory_bytes: int,
     *,
     streaming: bool = True,
-    windows: Mapping[str, float] = WINDOWS,
+    streamings: Mapping[str, Streaming] = STREAMINGS,
 ) -> Iterator[Way]:
     """All ways within so much memory, which is the plan's alone; the first is in memory, the second streams as usual.
 
@@ -47,18 +63,20 @@ def ways(
     if isinstance(resident, Plan) or not streaming:
         return
     roomy = next((it for it in contexts if kv_has_room(it, memory_bytes)), contexts[-1])
-    known: set[tuple[int, int]] = set()
-    for order, (label, times) in enumerate(windows.items(), 1):
+    known: set[tuple[int, int, int]] = set()
+    for order, (label, how) in enumerate(streamings.items(), 1):
         made = plan_streamed(
             roomy,
             model.extents,
             model.vectors_bytes,
             memory_bytes=memory_bytes,
-            window_times=times,
-            pinnings=model.pinnings,
+            window_times=how.window_times,
+            pinnings=model.pinnings_with_head if how.keeps_head else model.pinnings,
         )
         plan = made.plan if isinstance(made, Misfit) else made
-        if (key := (plan.window_bytes, plan.pinned_bytes)) in known or (label and isinstance(made, Misfit)):
+        head_bytes = sum(it.nbytes for it in plan.blocks if it.block.kind == "head" and it.tier == "ram")
+        key = plan.window_bytes, plan.pinned_bytes, head_bytes
+        if key in known or (label and isinstance(made, Misfit)):
             continue
         known.add(key)
         yield Way(f"stream, {label}" if label else "stream", order, made)
@@ -72,10 +90,10 @@ def best_plan(
     *,
     streaming: bool = True,
 ) -> Plan | Misfit:
-    """The plan to run on a device, or what lacks least. Its window is the usual one unless the device was measured and
-    another is quicker for the usual job; only then is anything predicted."""
-    windows = WINDOWS if device.measured else USUAL
-    found = list(ways(model, contexts, memory_bytes, streaming=streaming, windows=windows))
+    """The plan to run on a device, or what lacks least. It streams as usual unless the device was measured and another
+    way is quicker for the usual job; only then is anything predicted."""
+    streamings = STREAMINGS if device.measured else USUAL
+    found = list(ways(model, contexts, memory_bytes, streaming=streaming, streamings=streamings))
     plans = [(way.order, way.made) for way in found if isinstance(way.made, Plan)]
     if len(plans) < 2:
         return first_fit(way.made for way in found)

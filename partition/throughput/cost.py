@@ -15,6 +15,7 @@ from typing import NamedTuple
 from ..plan import Plan
 from ..spec import BlockId
 from .laws import DISTINCT_SHARE, NOTHING, Rows, kv_token_bytes, products
+from .peak import peak_bytes
 from .prediction import Binding, Job, Prediction, uncertainty
 from .profile import Device
 from .schedule import Experts, Use, contended
@@ -22,7 +23,6 @@ from .step_pieces import Pieces
 from .weights_of import Weighed
 from .with_device import device_step
 
-PROCESS_BYTES = 80 << 20  # the interpreter with its libraries, before there is a model
 _CACHES = 0.6, 1.6  # times as much is kept by a cache that others share, within minutes
 _SAMPLES = 4  # chunks of a long prompt that are worked out; the others lie between
 
@@ -64,7 +64,7 @@ def cost(model: Weighed, plan: Plan, device: Device, job: Job) -> Prediction:
         token_s=decode.seconds / job.step_tokens,
         tokens_per_s=tokens / decode.seconds,
         band=(tokens / (slow * off), tokens / fast * off),
-        peak_bytes={device.name: peak_bytes(model, plan)},
+        peak_bytes={device.name: peak_bytes(model, plan, job)},
         stall_share=decode.stall_s / decode.seconds,
         binding=_binding(shown),
         parts=shown.parts,
@@ -105,16 +105,6 @@ def batch_tokens_per_s(model: Weighed, plan: Plan, device: Device, job: Job) -> 
 def _together(steps: Sequence[tuple[float, _Step]]) -> dict[Binding, float]:
     """The parts of so many of each step."""
     return {part: sum(count * step.parts[part] for count, step in steps) for part in steps[0][1].parts}
-
-
-def peak_bytes(model: Weighed, plan: Plan) -> int:
-    """Memory of the whole process."""
-    return plan.peak_bytes + beside_bytes(model, plan.kv.dtype)
-
-
-def beside_bytes(model: Weighed, kv_type: str) -> int:
-    """Memory that no plan counts with: the process, what is more of the tokenizer, and pages on their way to disk."""
-    return PROCESS_BYTES + model.tokenizer_bytes + model.buffers.get(kv_type, 0)
 
 
 def _binding(step: _Step) -> Binding:

@@ -11,8 +11,8 @@ from ..group_search import choose
 from ..machines import Links, LinkSpeed, Machine, Workload, nearest
 from ..plan import Wanted
 from ..sum_cost import Wire
-from .cost import beside_bytes
 from .laws import products
+from .peak import beside_bytes
 from .prediction import Binding, Job, Prediction, uncertainty
 from .profile import Device, Profile, Repeats
 from .rank_laws import RankLaws

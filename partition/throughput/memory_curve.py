@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from ..plan import Misfit, Plan, Wanted
-from .alone import USUAL, ways
-from .cost import beside_bytes, cost
+from .alone import STREAMINGS, USUAL, best, ways
+from .cost import cost
+from .peak import beside_bytes
 from .prediction import Job
 from .profile import Device
 from .weights_of import Weighed
@@ -29,17 +30,20 @@ class MemoryPoint(NamedTuple):
 def memory_curve(
     model: Weighed, contexts: Sequence[Wanted], device: Device, job: Job
 ) -> Iterator[MemoryPoint]:
-    """From the least memory that would do to more than enough, through the usual window."""
+    """From the least memory that would do to more than enough, each with the plan that would be taken."""
     more = beside_bytes(model, contexts[0].kv_type)
     streaming = device.disk_bytes_per_s > 0
-    lacking = [way.made for way in ways(model, contexts, 0, streaming=streaming, windows=USUAL)]
+    lacking = [way.made for way in ways(model, contexts, 0, streaming=streaming, streamings=USUAL)]
     needed = [made.least_bytes for made in lacking if isinstance(made, Misfit)]
     least, enough = min(needed), needed[0]
     places = {least + (_BEYOND * enough - least) * i / (_POINTS - 1) for i in range(_POINTS)} | {enough}
     for memory in sorted(places):
-        found = ways(model, contexts, int(memory), streaming=streaming, windows=USUAL)
-        plan = next((way.made for way in found if isinstance(way.made, Plan)), None)
-        if plan is not None:
-            there = replace(device, memory_bytes=memory + more)
-            made = cost(model, plan, there, job)
+        there = replace(device, memory_bytes=memory + more)
+        found = [
+            (way.order, cost(model, way.made, there, job))
+            for way in ways(model, contexts, int(memory), streaming=streaming, streamings=STREAMINGS)
+            if isinstance(way.made, Plan)
+        ]
+        if found:
+            _, made = best(found, lambda it: it[0], lambda it: it[1].total_s(job))
             yield MemoryPoint(memory + more, made.tokens_per_s, *made.band)

@@ -17,9 +17,10 @@ from ..hardware_guesses import DISK_BYTES_PER_S
 from ..memory_layout import PAGE_TOKENS
 from ..plan import Misfit, Plan, Wanted
 from ..sum_cost import Wire
-from .alone import USUAL, WINDOWS, best, ways
-from .cost import beside_bytes, cost
+from .alone import STREAMINGS, USUAL, Streaming, best, ways
+from .cost import cost
 from .group_plans import Groups
+from .peak import beside_bytes
 from .placing.device_ways import expert_of, ways_from_disk, ways_through_device, ways_with_device
 from .prediction import Job, Prediction
 from .profile import Device, Profile
@@ -143,7 +144,7 @@ def _candidates(
             labels = [model.quant if model.quant != "keep" else "", f"KV {kv_type}" if number else ""]
             suffix = "".join(f", {label}" for label in labels if label)
             if choices.ranks in (None, 1):
-                for found in _alone(model, asking, device, job, WINDOWS if asked else USUAL):
+                for found in _alone(model, asking, device, job, STREAMINGS if asked else USUAL):
                     yield replace(found, name=found.name + suffix, asked=asked)
                 for found in _with_devices(model, asking, device, job):
                     yield replace(found, name=found.name + suffix, asked=asked)
@@ -153,10 +154,12 @@ def _candidates(
 
 
 def _alone(
-    model: Weighed, asking: Sequence[Wanted], device: Device, job: Job, windows: Mapping[str, float]
+    model: Weighed, asking: Sequence[Wanted], device: Device, job: Job, streamings: Mapping[str, Streaming]
 ) -> Iterator[Candidate]:
     more = beside_bytes(model, asking[0].kv_type)
-    for name, order, made in ways(model, asking, max(0, int(device.memory_bytes) - more), windows=windows):
+    for name, order, made in ways(
+        model, asking, max(0, int(device.memory_bytes) - more), streamings=streamings
+    ):
         if name == "memory" or device.disk_bytes_per_s:
             yield _candidate(name, order, model, made, device, job, more)
         else:  # what a usual one would do, and the least memory that would do with it

@@ -43,8 +43,8 @@ class Weighed:
 
     `products`: of every block; of a head in slices those of each slice besides. `block_bytes`: of every block in
     memory, in the order of a step; `extents`: of every block in a pack, with the head in slices, and `vectors_bytes`
-    of its norms (see `plan_streamed`). `stored_bytes`: of the files. `tokenizer_bytes`: what the tokenizer takes
-    beyond what a plan counts with. `buffers`: by type of K and V, bytes of pages on their way to a disk.
+    of its norms (see `plan_streamed`). `stored_bytes`: of the files. `tokenizer_bytes`: what the tokenizer
+    takes. `buffers`: by type of K and V, bytes of pages on their way to a disk.
     """
 
     spec: ModelSpec
@@ -75,6 +75,11 @@ class Weighed:
     def pinnings(self) -> Pinnings:
         """All ways to keep some of its blocks in memory."""
         return Pinnings(self.spec, self.extents)
+
+    @cached_property
+    def pinnings_with_head(self) -> Pinnings:
+        """Those with all of the head."""
+        return Pinnings(self.spec, self.extents, keeps_head=True)
 
     @property
     def head(self) -> tuple[Product, ...]:

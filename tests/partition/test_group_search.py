@@ -213,7 +213,7 @@ def test_somebody_insists_on_a_number() -> None:
     ("machines", "ranks", "why"),
     [
         ([machine("a", 2), machine("b", 2)], None, "it takes about"),
-        ([machine("a", 0.3), machine("b", 9)], None, "a has 300 MB of memory"),
+        ([machine("a", 0.2), machine("b", 9)], None, "a has 200 MB of memory"),
         ([machine("a", 9), machine("b", 9)], 3, "`ranks=3` was asked for: must be from 1 to 2"),
         ([machine("a", 9), machine("b", 9)], 0, "`ranks=0`"),
     ],

@@ -83,7 +83,7 @@ def test_what_does_not_fit_streams_and_falls_in_a_line_to_nothing() -> None:
 
 
 def test_whole_prompts_pass_together_and_a_block_takes_them_in_parts() -> None:
-    made = plan(2200 * MB)
+    made = plan(2160 * MB)
     assert made.streams
     assert made.chunk_tokens >= made.context_tokens
     assert PART_TOKENS[0] <= made.part_tokens <= PART_TOKENS[-1]

@@ -11,10 +11,10 @@ from ...plan import Misfit, Plan, Wanted, first_fit
 from ..alone import AS_QUICK, Way, best, best_plan, usual_job
 from ..cost import batch_tokens_per_s, cost
 from ..profile import Accelerator, Device
-from ..staging_worth import at_least_fast, staged_from
 from ..weights_of import Product, Weighed
 from ..with_device import accelerator
 from .passing_plans import plan_passing, plan_passing_from_disk
+from .staging_worth import at_least_fast, staged_from
 
 _KV_SHARES = (KV_SHARE, 2)  # of memory, for K and V where weights come from disk
 

@@ -25,8 +25,7 @@ from shoal.daemon.loading.outlook import TooLarge, outlook
 from shoal.devices import opening, sim_device
 from shoal.engine.passing.alternating import Alternating
 from shoal.models.step import Step
-from shoal.partition.throughput import staging_worth
-from shoal.partition.throughput.placing import device_ways
+from shoal.partition.throughput.placing import device_ways, staging_worth
 from shoal.partition.throughput.profile import Device, Overheads, unmeasured
 
 DEVICE = "sim:20MB"

@@ -20,6 +20,7 @@ from shoal.comm.errors import NoDaemon
 from shoal.daemon.progress import Progress
 from shoal.daemon.throughput import profiling
 from shoal.models.checkpoint.gguf_file import open_gguf
+from shoal.partition.throughput.peak import RESIDENT_BYTES
 from shoal.partition.throughput.profile import Device, Profile
 
 LLAMA_70B = {
@@ -238,7 +239,7 @@ def test_a_header_of_safetensors_is_enough(tmp_path: Path, laptop: str) -> None:
 def test_a_real_checkpoint(model: Path, laptop: str) -> None:
     found = planned(model, "--profile", laptop, "--prompt-tokens", 16, "--new-tokens", 8)
     assert found["chosen"] == "memory"
-    assert found["plans"][0]["peak_bytes"]["laptop"] > 80e6
+    assert found["plans"][0]["peak_bytes"]["laptop"] > RESIDENT_BYTES
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from shoal.devices.device_home import DeviceHome
 from shoal.devices.errors import DeviceLost, NoSuchDevice
 from shoal.devices.sim_device import SimDevice
 from shoal.offload.budget import Budget
-from shoal.partition.throughput import staging_worth
+from shoal.partition.throughput.placing import staging_worth
 from shoal.partition.throughput.profile import Device, Overheads, Profile, unmeasured
 
 CARD = "sim:64MB"

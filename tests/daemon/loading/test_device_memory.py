@@ -32,8 +32,7 @@ from shoal.devices.sim_device import SimDevice
 from shoal.kernels import routing
 from shoal.kernels.homes import cpu
 from shoal.partition.placement import PINNED_BYTES
-from shoal.partition.throughput import staging_worth
-from shoal.partition.throughput.placing import device_ways
+from shoal.partition.throughput.placing import device_ways, staging_worth
 from shoal.partition.throughput.profile import ANY, Device, Overheads, RowsLaw
 
 CARD = "sim:64MB"

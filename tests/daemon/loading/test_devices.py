@@ -33,7 +33,7 @@ from shoal.kernels.matrix import Matrix
 from shoal.offload.block_store import ResidentStore
 from shoal.partition.placement import PINNED_BYTES
 from shoal.partition.spec import BlockId
-from shoal.partition.throughput import staging_worth
+from shoal.partition.throughput.placing import staging_worth
 from shoal.partition.throughput.profile import unmeasured
 
 ROOMY = "sim:64MB"

@@ -267,7 +267,7 @@ def test_what_only_a_group_has_room_for_is_loaded_again(path: Path, tmp_path: Pa
         with pytest.raises(DaemonError, match="needs at least"):
             loader.check_reload(model, config, None)
         more = node.budget.free_bytes + sum(it.peak_bytes for it in node._models)
-        others.room_bytes = more - model.checkpoint.tokenizer_memory().more
+        others.room_bytes = more - model.checkpoint.tokenizer_memory().kept
         loader.check_reload(model, config, None)
         assert others.dropping == sorted(it.name for it in node._models)
         with pytest.raises(DaemonError, match="needs at least"):

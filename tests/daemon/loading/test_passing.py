@@ -22,8 +22,7 @@ from shoal.daemon.node import Node
 from shoal.daemon.throughput.own_machine import OwnMachine
 from shoal.devices import opening, sim_device
 from shoal.devices.sim_device import SimDevice
-from shoal.partition.throughput import staging_worth
-from shoal.partition.throughput.placing import device_ways
+from shoal.partition.throughput.placing import device_ways, staging_worth
 from shoal.partition.throughput.profile import ANY, Device, RowsLaw
 
 MANY = replace(CONFIG, slowdown=math.inf, chunk_tokens=256, max_sequences=16, kv_tokens=4096)

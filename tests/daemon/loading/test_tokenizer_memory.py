@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from random import Random
 
@@ -15,13 +17,54 @@ from shoal.daemon.errors import DaemonError
 from shoal.daemon.loading.assembly import Assembly
 from shoal.daemon.loading.runnable import read_tokenizer
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from shoal.models.tokenizer.file_costs import file_cost
+from shoal.models.tokenizer.file_costs import (
+    MERGE_BYTES,
+    TOKEN_BYTES,
+    VOCABULARY_BYTES,
+    file_cost,
+    vocabulary_memory,
+)
 from shoal.models.tokenizer.tokenizer import Tokenizer
 from shoal.offload.budget import Budget
 from shoal.offload.errors import BudgetExceeded
-from shoal.partition.plan import VOCABULARY_BYTES
 
 CONFIG = NodeConfig(context_tokens=128)
+TAKEN = """
+import gc, sys, threading
+from shoal.daemon.memory import private_bytes, return_freed
+from shoal.models.tokenizer.vocabulary import packed
+from shoal.models.tokenizer.from_gguf import read_gguf
+
+kind, count = sys.argv[1], int(sys.argv[2])
+letters = [chr(33 + i) for i in range(94)]
+pairs = [(a, b) for a in letters for b in letters]
+pairs += [(a + b, c) for a, b in pairs for c in letters][: count - 94 - len(pairs)]
+tokens = [*letters, *(a + b for a, b in pairs)]
+metadata = {"model": kind, "tokens": packed(tokens), "merges": packed(f"{a} {b}" for a, b in pairs)}
+if kind == "llama":
+    del metadata["merges"]
+metadata = {f"tokenizer.ggml.{name}": value for name, value in metadata.items()}
+del letters, pairs, tokens
+gc.collect()
+return_freed()
+before = most = private_bytes()
+done = threading.Event()
+
+def watch():
+    global most
+    while not done.wait(0.001):
+        most = max(most, private_bytes())
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+parts = read_gguf(metadata)
+done.set()
+watcher.join()
+metadata.clear()
+gc.collect()
+return_freed()
+print(private_bytes() - before, parts.nbytes, most - before)
+"""
 
 
 def with_vocabulary(
@@ -117,3 +160,25 @@ def test_tokens_without_rows_count_too(tmp_path: Path) -> None:
         sizes.append(budget.held_by(f"model {tokens}"))
         model.main.executor.store.close()
     assert sizes[1] - sizes[0] >= 20_000 * VOCABULARY_BYTES
+
+
+@pytest.mark.parametrize("tokens", [40_000, 160_000])
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
+def test_the_header_of_a_gguf_tells_what_its_tokenizer_takes(model: str, tokens: int) -> None:
+    """What its tokens and merges are charged is what it takes of a process, or somewhat more."""
+    command = [sys.executable, "-P", "-c", TAKEN, model, str(tokens)]
+    taken, expected, most = map(int, subprocess.check_output(command, timeout=60, text=True).split())
+    assert 0.4 * expected < taken <= expected
+    memory = vocabulary_memory(tokens, tokens - 94 if model == "gpt2" else 0)
+    assert memory.kept == expected
+    assert most <= memory.reading
+
+
+def test_a_gguf_tells_that_before_its_tokens_are_read_and_after_they_are_forgotten(tmp_path: Path) -> None:
+    path = tiny.save_gguf(tiny.hf_model("llama"), tmp_path / "m.gguf")
+    with open_checkpoint(path) as checkpoint:
+        expected = checkpoint.tokenizer_memory().kept
+        assert checkpoint.tokenizer().nbytes == expected > 0
+        assert expected < checkpoint.spec.vocab * (TOKEN_BYTES + MERGE_BYTES)
+        checkpoint.forget_tokens()
+        assert checkpoint.tokenizer_memory().kept == expected

@@ -11,7 +11,7 @@ import pytest
 from shoal.comm.cluster_messages import LinksReply, NodesReply, NodeStatus, PairStatus
 from shoal.daemon.throughput.cluster_profile import clustered
 from shoal.daemon.throughput.profile_files import parse_profile, profile_text
-from shoal.partition.throughput.cost import PROCESS_BYTES
+from shoal.partition.throughput.peak import PROCESS_BYTES
 from shoal.partition.throughput.profile import Device, Profile, RowsLaw
 
 GB = 10**9

@@ -13,7 +13,7 @@ from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.offload.budget import Budget
 from shoal.offload.kv.disk_pages import buffer_bytes
 from shoal.partition.memory_layout import kv_page_bytes
-from shoal.partition.throughput.cost import PROCESS_BYTES, peak_bytes
+from shoal.partition.throughput.peak import PROCESS_BYTES, beside_bytes
 from shoal.partition.throughput.prediction import Job
 from shoal.partition.throughput.profile import Profile, unmeasured
 from shoal.partition.throughput.solve import Choices, asks, solve
@@ -39,7 +39,9 @@ def test_the_least_memory_is_that_of_the_ledger(model: Path, kv_type: str) -> No
         budget = Budget(10**9)
         plan = plan_within_budget(opened, known, config, budget, extra_bytes=extra)
         assert not isinstance(plan, Shortfall)
-        assert peak_bytes(known, plan) == plan.peak_bytes + PROCESS_BYTES + extra
+        tokenizer = opened.tokenizer()
+        assert known.tokenizer_bytes == tokenizer.nbytes > 0
+        assert beside_bytes(known, kv_type) == PROCESS_BYTES + extra + tokenizer.nbytes
 
 
 @pytest.mark.parametrize(("family", "feeding", "count"), [("qwen2", "ffn", 2), ("olmoe", "expert", 1)])

@@ -43,6 +43,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         (fixed_costs, "MANY", 4),
         (own_machine, "RESTED_S", 0.0),
         (own_machine, "ATTEMPTS_S", 0.0),
+        (own_machine, "CONFIRMING_S", 0.0),
         (brief_profile, "others_compute", lambda threads: False),
     ):
         monkeypatch.setattr(module, name, value)
@@ -185,6 +186,8 @@ def test_what_has_changed_since_long_ago_is_taken_as_it_is_now(
     assert machine.device == was
     with caplog.at_level("WARNING"):
         looked(machine, "Q8_0")
+        assert machine.device == was, "a machine may have been slow for a moment"
+        looked(machine, "Q8_0")
     now = machine.device
     assert now.products[-1].byte_s[0] == pytest.approx(device.products[-1].byte_s[0], rel=5)
     assert now.memory_bytes_per_s != was.memory_bytes_per_s
@@ -220,6 +223,64 @@ def test_looking_again_stops_when_something_comes(tmp_path: Path, aged: Kept) ->
     if (thread := machine._measuring) is not None:
         thread.join(30)
     assert kept.read_bytes() == before
+
+
+def test_what_was_slow_for_a_moment_is_not_believed(
+    tmp_path: Path, aged: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what has changed, what a second look sees, too, and no more of it than both."""
+    kept, key = tmp_path / "profile.json", profile_key(1, tmp_path)
+    write_kept(kept, key, aged)
+    machine = OwnMachine(1, kept, tmp_path)
+    before = machine.device
+    looks = iter(
+        [
+            drift.Looked({"memory": 2.0, "compute": 3.0}, before.products),
+            drift.Looked({"memory": 0.5}, before.products),
+        ]
+    )
+    monkeypatch.setattr(drift, "look_again", lambda *_: next(looks))
+    looked(machine, "Q8_0")
+    assert read_kept(kept, key) == aged
+    looked(machine, "Q8_0")
+    assert machine.device == before
+    found = read_kept(kept, key)
+    assert found is not None
+    assert (found.changed, found.settled) == ("", True)
+    assert found.looked_s > 1e9
+    both = drift.Looked({"memory": 2.0, "compute": 3.0, "disk": 1.5}, before.products)
+    again = drift.Looked({"memory": 1.5, "compute": 4.0, "disk": 0.5}, before.products)
+    assert again.also_in(both).changed == {"memory": 1.5, "compute": 3.0}
+
+
+def test_a_machine_that_is_as_it_was_has_not_changed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Tables of inputs of 8 bits are compared with such tables, and all sizes count, not the last one."""
+    rows = (1, 64)
+    wide = [RowsLaw("Q8_0", size, rows, (1e-10, 40e-10)) for size in (1e6, 8e6)]
+    narrow = [RowsLaw("Q8_0", size, rows, (1e-10, 20e-10), 8) for size in (1e6, 8e6)]
+    device = replace(unmeasured(1, 1e9), measured=True, products=(*wide, *narrow))
+    laws = [*wide, *narrow]
+    monkeypatch.setattr(drift, "others_compute", lambda threads: False)
+    monkeypatch.setattr(drift, "table_rounds", lambda *_: [laws] * 3)
+    found = drift.look_again(device, tmp_path, ["Q8_0"], lambda: True)
+    assert found is not None
+    assert not found.changed
+    laws = [*wide, narrow[0], *slower((narrow[1],), 3.0)]
+    odd = drift.look_again(device, tmp_path, ["Q8_0"], lambda: True)
+    assert odd is not None
+    assert not odd.changed, "one of four"
+    laws = list(slower((*wide, *narrow), 1.5))
+    slow = drift.look_again(device, tmp_path, ["Q8_0"], lambda: True)
+    assert slow is not None
+    assert slow.changed == pytest.approx({"memory": 1.5, "compute": 1.5})
+
+
+def test_others_that_began_meanwhile_spoil_a_look(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, aged: Kept
+) -> None:
+    answers = iter([False, True])
+    monkeypatch.setattr(drift, "others_compute", lambda threads: next(answers))
+    assert drift.look_again(aged.profile.head, tmp_path, ["Q8_0"], lambda: True) is None
 
 
 def test_rounds_that_differ_as_much_tell_nothing() -> None:

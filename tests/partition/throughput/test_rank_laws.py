@@ -13,9 +13,10 @@ from shoal.partition.plan import Plan, plan_in_ram
 from shoal.partition.rank_sizes import Held, Portion
 from shoal.partition.spec import MoeSpec
 from shoal.partition.streamed_plan import plan_streamed
-from shoal.partition.throughput.cost import beside_bytes, cost
+from shoal.partition.throughput.cost import cost
 from shoal.partition.throughput.group_plans import Groups
 from shoal.partition.throughput.laws import products
+from shoal.partition.throughput.peak import beside_bytes
 from shoal.partition.throughput.prediction import Job
 from shoal.partition.throughput.profile import (
     SWEPT_LAYER_BYTES,

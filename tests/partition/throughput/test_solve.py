@@ -236,7 +236,8 @@ def test_peaks_never_exceed_the_memory_of_a_plan_that_fits() -> None:
     for share in (0.2, 0.5, 0.9, 1.2):
         memory = share * DENSE.weights_bytes + 100e6
         for found in solved([DENSE, FEWER], one(memory)).candidates:
-            assert (found.prediction.peak_bytes["one"] <= memory) == found.fits, found.name
+            assert (found.least_bytes <= memory) == found.fits, found.name
+            assert found.prediction.peak_bytes["one"] <= found.least_bytes
 
 
 def test_the_same_figures_give_the_same_choice() -> None:

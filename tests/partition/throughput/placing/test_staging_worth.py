@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from shoal.partition.hardware_guesses import FAST_FLOPS, FAST_MEMORY_BYTES_PER_S
 from shoal.partition.placement import ExpertTimes
 from shoal.partition.spec import BlockId, LayerSpec, ModelSpec, MoeSpec, RopeSpec
+from shoal.partition.throughput.placing.staging_worth import staged_from
 from shoal.partition.throughput.profile import ANY, Corrections, Device, RowsLaw, unmeasured
-from shoal.partition.throughput.staging_worth import staged_from
 from shoal.partition.throughput.weights_of import Product, Weighed
 
 HIDDEN, FFN, LAYERS, EXPERTS, ACTIVE = 2048, 768, 3, 128, 8

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
-from ..hardware_guesses import FAST_FLOPS, FAST_MEMORY_BYTES_PER_S
-from ..placement import STAGED_EXPERTS, ExpertTimes
-from .laws import as_it_ran, distinct_experts, products
-from .profile import Device
-from .weights_of import LayerKind, Weighed
+from ...hardware_guesses import FAST_FLOPS, FAST_MEMORY_BYTES_PER_S
+from ...placement import STAGED_EXPERTS, ExpertTimes
+from ..laws import as_it_ran, distinct_experts, products
+from ..profile import Device
+from ..weights_of import LayerKind, Weighed
 
 FAST = Device("any machine", 0.0, FAST_MEMORY_BYTES_PER_S, FAST_FLOPS)
 
