@@ -11,10 +11,9 @@ from ..plan import Plan, scratch_bytes, wanted_by
 from .prediction import Job
 from .weights_of import Weighed
 
-PROCESS_BYTES = (
-    84 << 20
-)  # the interpreter with its libraries, as budgets count it before there is a model; it has …
-RESIDENT_BYTES = 57_000_000  # … so much of it in memory while it answers
+# The interpreter with its libraries: as budgets count it before there is a model, and what of it is in memory while it
+# answers.
+PROCESS_BYTES, RESIDENT_BYTES = 84 << 20, 57_000_000
 _UNUSED_READING = 6 << 20  # of `READING_BYTES`, which has rows of the embedding for whole chunks
 
 
