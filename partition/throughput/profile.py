@@ -79,12 +79,14 @@ class CacheLaw:
 @dataclass(frozen=True)
 class AttentionLaw:
     """What attention to K and V of one stored type takes: seconds for each number of a query (heads × head_dim) and
-    each token that it sees, by how many it sees. `decode_s`: one token at a time, `prompt_s`: of a long chunk."""
+    each token that it sees, by how many it sees. `decode_s`: one token at a time, `prompt_s`: of a long chunk.
+    `queries`: so many heads share one head of K and V, which is stored and read once for all of them."""
 
     kv_type: str
     context: tuple[int, ...]
     decode_s: tuple[float, ...]
     prompt_s: tuple[float, ...]
+    queries: int = 4
 
 
 @dataclass(frozen=True)
