@@ -145,6 +145,19 @@ def test_rounds_that_end_early_count_as_far_as_they_came() -> None:
     assert kernel_laws.kernel_repeats(rounds[:1]) == Repeats()
 
 
+def test_many_rows_of_experts_are_chosen_as_in_a_prompt() -> None:
+    routes, tokens = kernel_laws._routes(32, 8)
+    each = np.diff(routes.starts)
+    assert (tokens, each.sum(), len(routes.tokens)) == (128, 256, 256)
+    assert each.min() < 32 < each.max()
+    for first, end in zip(routes.starts, routes.starts[1:], strict=False):
+        its = routes.tokens[first:end]
+        assert 0 <= its[0] < its[-1] < tokens
+        assert (np.diff(its) > 0).all()
+    same, few = kernel_laws._routes(4, 6)
+    assert (few, same.tokens.tolist()) == (4, [0, 1, 2, 3] * 6)
+
+
 class _Reading:
     """A home that only counts the bytes of its products."""
 
