@@ -73,9 +73,8 @@ SIZES = (
     SizeClass("ffn", 20 << 20, 4096, "gated"),
 )
 NARROW_ROWS = (1, 4, 16, 64, 256)
-EXPERTS = 6  # in one call with few rows, which all of them take; with many …
-PAIRS = 256  # … so many rows of all experts together, but at least two experts, and …
-CHOSEN_OF = 4  # … each takes about one row in so many
+EXPERTS = 6  # in one call; with many rows …
+EXPERTS_OF_LONG = 2  # … so many
 
 
 def usual_s(calls: Iterator[Callable[[], object]]) -> float:
@@ -219,13 +218,13 @@ def _point(
     """(seconds for each byte of weights, bytes of one matrix)"""
     nbytes = min(size.nbytes, MANY_ROWS_BYTES) if rows >= MANY_ROWS else size.nbytes
     high = max(1, round(nbytes / kind.matrix_bytes(BAND_ROWS, size.cols))) * BAND_ROWS
-    many = max(2, PAIRS // rows) if rows >= MANY_ROWS else EXPERTS
-    count = many if size.form == "experts" else 1
+    count = (EXPERTS_OF_LONG if rows >= MANY_ROWS else EXPERTS) if size.form == "experts" else 1
     matrices = 1 if size.form == "linears" else 3 * count
     wide = -(-high // 256) * 256  # columns of down are whole blocks of any type
-    routes, tokens = _routes(rows, count)
-    x = home.place(np.ones((tokens, size.cols), np.float32))
-    into = home.place(np.zeros((tokens, size.cols), np.float32))
+    x = home.place(np.ones((rows, size.cols), np.float32))
+    into = home.place(np.zeros((rows, size.cols), np.float32))
+    nums = np.tile(np.arange(rows, dtype=np.int64), count)
+    routes = Routes(tuple(rows * i for i in range(count + 1)), nums, np.ones(len(nums), np.float32))
 
     def gated() -> FeedForward:
         enter = Linears((pool.matrix(kind, wide, size.cols), pool.matrix(kind, wide, size.cols)))
@@ -247,20 +246,6 @@ def _point(
     coming = len(pool.memory) // 2 // (matrices * one)
     seconds = usual_s(cycle([call() for _ in range(max(1, coming))]))
     return max(0.05 * seconds, seconds - calls_s) / (matrices * one), float(one)
-
-
-def _routes(rows: int, count: int) -> tuple[Routes, int]:
-    """(which rows experts take, how many there are to take), of so many experts with `rows` each on average. Few are
-    the same for all of them. Many are those of a prompt, here and there in it, for one expert more and for another
-    fewer: kernels multiply whole batches."""
-    if count == 1 or rows < MANY_ROWS:
-        chosen = np.ones((count, rows), np.bool_)
-    else:
-        pairs = np.zeros(count * CHOSEN_OF * rows, np.bool_)
-        pairs[: count * rows] = True
-        chosen = np.random.default_rng(7).permutation(pairs).reshape(count, -1)
-    starts = np.cumsum([0, *chosen.sum(1)]).tolist()
-    return Routes(tuple(starts), np.nonzero(chosen)[1], np.ones(count * rows, np.float32)), chosen.shape[1]
 
 
 def memory_bytes_per_s(laws: Sequence[RowsLaw]) -> float:
