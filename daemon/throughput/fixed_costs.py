@@ -1,19 +1,19 @@
 """Measures what steps cost whatever the size of a model: the engine's round, the calls of a layer, routing, streams,
 logits.
 
-Runs the real engine with models that have next to nothing to multiply. Between their blocks as much memory is read as
-weights have that pass the caches in a real step: an interpreter whose caches are never swept is two or three times as
-fast.
+Runs the real engine with models that have next to nothing to multiply. Between their blocks a kernel reads as much
+memory as weights have that pass the caches in a real step, on all threads, so that each sweeps the caches of one
+processor: an interpreter whose caches are never swept is two or three times as fast.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from itertools import cycle
+from itertools import cycle, islice
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,7 +27,7 @@ from shoal.engine.executor import Executor
 from shoal.engine.rank import Rank
 from shoal.engine.scheduler import Scheduler
 from shoal.engine.sequence import Sequence
-from shoal.kernels import ComputeHome, Matrix
+from shoal.kernels import ComputeHome, Linears, Matrix
 from shoal.kernels.arrays import Floats
 from shoal.models.families import shapes
 from shoal.models.sampling import Sampler, SamplingParams
@@ -38,7 +38,7 @@ from shoal.offload.kv.pool import KvPool
 from shoal.offload.kv.prefix_cache import PrefixCache
 from shoal.partition.plan import Plan, Wanted, plan_in_ram
 from shoal.partition.spec import BlockId, LayerSpec, ModelSpec, MoeSpec, RopeSpec
-from shoal.partition.throughput.profile import SWEPT_LAYER_BYTES, Overheads
+from shoal.partition.throughput.profile import Overheads, SweptLaw
 
 from .kernel_laws import usual_s
 
@@ -47,12 +47,16 @@ if TYPE_CHECKING:
 
 FEW, MANY = 2, 14  # layers
 STREAMS = 16
-ANSWER_TOKENS = 24  # of each stream that are measured
+ANSWER_TOKENS = 24  # of each stream, in …
+TURNS = 6  # … so many turns, of which the first token finds the caches as other models have left them
 DEVICE_TOKENS = 12  # of one that a device computes
 VOCAB = 1 << 17
 LOGIT_ROWS = 16
-SWEPT_BYTES = SWEPT_LAYER_BYTES // 2  # before each block
+SWEPT_BYTES = tuple(
+    it << 20 for it in (2, 4, 8, 32, 16)
+)  # of a layer; the last also with experts and with streams
 SWEPT_MEMORY_BYTES = 64 << 20
+_SWEPT_COLS = 4096
 _SIZE = 32
 _DEVICE = "a device"
 _CHUNK = 64
@@ -67,68 +71,62 @@ class _Where(NamedTuple):
 
 def overheads(done: Callable[[str], None]) -> Overheads:
     """Measured with models of few and of many layers, dense and with experts, with one stream and with several, with
-    swept caches and without, step by step in turn, as a machine changes its speed meanwhile. `done` is called before
-    each round."""
-    memory = np.ones(SWEPT_MEMORY_BYTES // 4, np.float32)
-    mixture = MoeSpec(32, 8, _SIZE, True)
-    each = (
-        _Steps(None, FEW),
-        _Steps(None, MANY),
-        _Steps(memory, FEW),
-        _Steps(memory, MANY),
-        _Steps(memory, MANY, moe=mixture),
-        _Steps(memory, FEW, STREAMS),
-        _Steps(memory, MANY, STREAMS),
-    )
-    for _ in range(ANSWER_TOKENS):
-        done("fixed costs")
-        for steps in each:
-            steps.step()
-    few_warm, many_warm, few, many, mixed, few_streams, many_streams = (median(it.took) for it in each)
-    warm_s, layer_s = (
-        max(1e-7, (most - least) / (MANY - FEW)) for least, most in ((few_warm, many_warm), (few, many))
-    )
-    stream_few, stream_many = (many_of - one for many_of, one in ((few_streams, few), (many_streams, many)))
+    caches that are swept more or less or not at all, some tokens of each in turn, as a machine changes its speed
+    meanwhile. `done` is called once for each token."""
+    memory = np.ones((SWEPT_MEMORY_BYTES // (4 * _SWEPT_COLS), _SWEPT_COLS), np.float32)
+    by_bytes = {nbytes: _sweeps(memory, nbytes // 2) for nbytes in SWEPT_BYTES}
+    dense = {nbytes: (_Steps(FEW, its), _Steps(MANY, its)) for nbytes, its in {0: (), **by_bytes}.items()}
+    usual = by_bytes[SWEPT_BYTES[-1]]
+    mixture = _Steps(MANY, usual, moe=MoeSpec(32, 8, _SIZE, True))
+    streams = _Steps(FEW, usual, STREAMS), _Steps(MANY, usual, STREAMS)
+    for turn in range(TURNS):
+        tokens = range(turn, ANSWER_TOKENS, TURNS)
+        for steps in (*(its for pair in dense.values() for its in pair), mixture, *streams):
+            steps.turn(len(tokens))
+        for _ in tokens:
+            done("fixed costs")
+    layers = {nbytes: _layer_s(*pair) for nbytes, pair in dense.items()}
+    warm_s, layer_s = layers.pop(0), layers[SWEPT_BYTES[-1]]
+    few, many = (it.usual_s for it in dense[SWEPT_BYTES[-1]])
+    stream_few, stream_many = streams[0].usual_s - few, streams[1].usual_s - many
     stream_layer_s = max(0.0, (stream_many - stream_few) / (MANY - FEW) / (STREAMS - 1))
+    sizes = tuple(sorted(layers))
     return Overheads(
         step_s=max(1e-6, few - FEW * layer_s),
-        layer_s=min(warm_s, layer_s),
-        mixture_s=max(0.0, (mixed - many) / MANY),
+        layer_s=warm_s,
+        mixture_s=max(0.0, (mixture.usual_s - many) / MANY),
         logit_s=_sampling_s() / VOCAB,
         stream_s=max(0.0, stream_few / (STREAMS - 1) - FEW * stream_layer_s),
         stream_layer_s=stream_layer_s,
-        swept_layer_s=max(0.0, layer_s - warm_s),
+        swept=SweptLaw(sizes, tuple(max(0.0, layers[nbytes] - warm_s) for nbytes in sizes)),
     )
 
 
 def device_overheads(device: DeviceHome) -> Overheads:
     """Of one stream that a device computes: it has no caches that others sweep."""
     where = _Where(device, lambda: device.device.now_s)
-    each = (
-        _Steps(None, FEW, where=where),
-        _Steps(None, MANY, where=where),
-        _Steps(None, MANY, moe=MoeSpec(8, 2, _SIZE, True), where=where),
-    )
+    few, many = _Steps(FEW, where=where), _Steps(MANY, where=where)
+    mixture = _Steps(MANY, moe=MoeSpec(8, 2, _SIZE, True), where=where)
     for _ in range(DEVICE_TOKENS):
-        for steps in each:
+        for steps in (few, many, mixture):
             steps.step()
-    few, many, mixed = (median(it.took) for it in each)
-    layer_s = max(1e-7, (many - few) / (MANY - FEW))
+    layer_s = _layer_s(few, many)
     return Overheads(
-        step_s=max(1e-6, few - FEW * layer_s),
+        step_s=max(1e-6, few.usual_s - FEW * layer_s),
         layer_s=layer_s,
-        mixture_s=max(0.0, (mixed - many) / MANY),
+        mixture_s=max(0.0, (mixture.usual_s - many.usual_s) / MANY),
         logit_s=_sampling_s() / VOCAB,
     )
 
 
 class _Steps:
-    """Decodes so many streams. `memory`: what sweeps the caches. `took`: seconds of each step, without the sweeping."""
+    """Decodes so many streams. `sweeps`: what sweeps the caches before each block. `took`: seconds of each step that
+    counts, without the sweeping."""
 
     def __init__(
         self,
-        memory: Floats | None,
         layers: int,
+        sweeps: Iterable[Linears] = (),
         streams: int = 1,
         moe: MoeSpec | None = None,
         where: _Where | None = None,
@@ -138,12 +136,23 @@ class _Steps:
         self.took: list[float] = []
         self._clock = where.clock
         blocks = {block: _weights(spec, block, where.home) for block in spec.blocks()}
-        self._store = _Swept({block: Resident(its) for block, its in blocks.items()}, memory)
+        self._store = _Swept({block: Resident(its) for block, its in blocks.items()}, sweeps)
         self._engine = _engine(spec, self._store, streams, where.home)
         for _ in range(streams):
             sampler = Sampler(SamplingParams(temperature=0.0), [1])
             self._engine.submit(Sequence([1] * 4, 4 + 2 * ANSWER_TOKENS, sampler))
         self._engine.step()  # the prompts
+
+    @property
+    def usual_s(self) -> float:
+        return median(self.took)
+
+    def turn(self, tokens: int) -> None:
+        """So many steps, of which the first counts only if it is the only one."""
+        for _ in range(tokens):
+            self.step()
+        if tokens > 1:
+            del self.took[-tokens]
 
     def step(self) -> None:
         began_s, swept_s = self._clock(), self._store.swept_s
@@ -153,19 +162,30 @@ class _Steps:
 
 
 class _Swept(ResidentStore):
-    """Sweeps the caches before it lends a block. `swept_s`: how long that took, all in all."""
+    """Sweeps the caches before it lends a block, as a product does. `swept_s`: how long that took, all in all."""
 
-    def __init__(self, blocks: Mapping[BlockId, Resident], memory: Floats | None) -> None:
+    def __init__(self, blocks: Mapping[BlockId, Resident], sweeps: Iterable[Linears]) -> None:
         super().__init__(blocks)
         self.swept_s = 0.0
-        pieces = [] if memory is None else np.array_split(memory, max(1, memory.nbytes // SWEPT_BYTES))
-        self._pieces = cycle(pieces or [np.zeros(1, np.float32)])
+        self._sweeps = cycle(sweeps)
+        self._input = np.ones((1, _SWEPT_COLS), np.float32)
+        self._home = kernels.home_of(CPU)
 
     def acquire(self, block: BlockId) -> AbstractContextManager[Weights]:
         began_s = time.perf_counter()
-        next(self._pieces).max()
+        for sweep in islice(self._sweeps, 1):
+            self._home.linears(self._input, sweep)
         self.swept_s += time.perf_counter() - began_s
         return super().acquire(block)
+
+
+def _sweeps(memory: Floats, nbytes: int) -> list[Linears]:
+    """Products that read so many bytes of it each."""
+    return [Linears((Matrix.of(piece),)) for piece in np.array_split(memory, max(1, memory.nbytes // nbytes))]
+
+
+def _layer_s(few: _Steps, many: _Steps) -> float:
+    return max(1e-7, (many.usual_s - few.usual_s) / (MANY - FEW))
 
 
 def _spec(layers: int, moe: MoeSpec | None) -> ModelSpec:

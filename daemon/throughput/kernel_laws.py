@@ -50,7 +50,8 @@ ROUNDS = 3  # of all tables, one after the other: a machine changes its speed wi
 CALLS = 1  # at least, of each point in a round
 CELL_S = 0.008  # for which it is called again
 
-HEADS, KV_HEADS, HEAD_DIM = 16, 4, 128
+KV_HEADS, HEAD_DIM = 4, 128
+QUERIES = (1, 4)  # of each head of K and V
 CONTEXTS = (64, 512, 2048)
 CHUNK_ROWS = 64
 KV_COPIES = 6  # sequences that are attended to in turn, so that K and V are cold
@@ -172,7 +173,7 @@ def table(
 
 def narrow_sizes(kind: WeightType) -> Sequence[SizeClass]:
     """Of which tables with narrow inputs are made, one matrix in each call: no block has such inputs only."""
-    return [it._replace(form="linears") for it in SIZES[1:]] if kind.quantised else []
+    return [it._replace(form="linears") for it in SIZES] if kind.quantised else []
 
 
 def middle(rounds: Sequence[Sequence[RowsLaw]]) -> tuple[RowsLaw, ...]:
@@ -271,18 +272,21 @@ def attention_laws(
         pages = (CONTEXTS[-1] + CHUNK_ROWS) // PAGE_TOKENS + 1
         memory = Arena().take(KV_COPIES * pages * KV_HEADS * layout.head_bytes)
         memory[:] = 0  # every page has to be there
-        kv = KvPages(layout, HEADS, memory.reshape(KV_COPIES * pages, KV_HEADS, layout.head_bytes))
         own = [range(copy * pages, (copy + 1) * pages) for copy in range(KV_COPIES)]
-        calls_s = median(_attention_s(home, kv, own, 1, 1) for _ in range(ROUNDS))
-        points: list[list[float]] = []
-        for rows in (1, CHUNK_ROWS):
-            points.append([])
-            for context in CONTEXTS:
-                done(f"attention, {kv_type}")
-                seconds = median(_attention_s(home, kv, own, rows, context) for _ in range(ROUNDS))
-                seen = rows * max(context, (rows + 1) / 2)
-                points[-1].append(max(0.05 * seconds, seconds - calls_s) / (seen * HEADS * HEAD_DIM))
-        yield AttentionLaw(kv_type, CONTEXTS, *map(tuple, points))
+        for queries in QUERIES:
+            heads = queries * KV_HEADS
+            kv = KvPages(layout, heads, memory.reshape(KV_COPIES * pages, KV_HEADS, layout.head_bytes))
+            calls_s = median(_attention_s(home, kv, own, 1, 1) for _ in range(ROUNDS))
+            points: list[list[float]] = []
+            for rows in (1, CHUNK_ROWS):
+                points.append([])
+                for context in CONTEXTS:
+                    done(f"attention, {kv_type}")
+                    seconds = median(_attention_s(home, kv, own, rows, context) for _ in range(ROUNDS))
+                    seen = rows * max(context, (rows + 1) / 2)
+                    points[-1].append(max(0.05 * seconds, seconds - calls_s) / (seen * heads * HEAD_DIM))
+            decode_s, prompt_s = map(tuple, points)
+            yield AttentionLaw(kv_type, CONTEXTS, decode_s, prompt_s, queries)
 
 
 def _attention_s(home: ComputeHome, kv: KvPages, own: Sequence[range], rows: int, context: int) -> float:
@@ -290,7 +294,7 @@ def _attention_s(home: ComputeHome, kv: KvPages, own: Sequence[range], rows: int
     start = max(0, context - (rows + 1) // 2)
     q, k, v = (
         home.place(np.full((rows, heads * HEAD_DIM), 0.1, np.float32))
-        for heads in (HEADS, KV_HEADS, KV_HEADS)
+        for heads in (kv.heads, KV_HEADS, KV_HEADS)
     )
     angles = np.zeros((rows, HEAD_DIM // 2), np.float32)
     scoring = Scoring(Rotation(HEAD_DIM, False, angles + 1, angles), HEAD_DIM**-0.5)

@@ -37,6 +37,7 @@ from .kept_profile import Kept, profile_key, read_kept, write_kept
 from .kernel_laws import (
     CONTEXTS,
     NARROW_ROWS,
+    QUERIES,
     ROUNDS,
     ROWS,
     SIZES,
@@ -95,7 +96,7 @@ def measure(threads: int, place: Path, progress: Progress = no_progress) -> Prof
     began_s = time.monotonic()
     narrow = sum(len(narrow_sizes(kind)) for kind in WEIGHT_TYPES)
     tables = len(WEIGHT_TYPES) * len(SIZES) * len(ROWS) + narrow * len(NARROW_ROWS)
-    steps = (ROUNDS + 1) * tables + 2 * len(KV_FORMATS) * len(CONTEXTS)
+    steps = (ROUNDS + 1) * tables + 2 * len(QUERIES) * len(KV_FORMATS) * len(CONTEXTS)
     steps += ANSWER_TOKENS + ROUNDS * (len(READS) + 1 + len(PARTS)) + 1
     at = 0
 

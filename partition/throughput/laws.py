@@ -106,20 +106,38 @@ def attention(
     numbers = seen * spec.heads * spec.head_dim
     kv_bytes = min(before + rows, (window or before + rows) + rows) * kv_token_bytes(spec, kv_type)
     memory_s = kv_bytes / device.memory_bytes_per_s
-    law = next((law for law in device.attention if law.kv_type == kv_type), None)
-    if law is None:
+    laws = sorted((law for law in device.attention if law.kv_type == kv_type), key=lambda law: law.queries)
+    if not laws:
         seconds = max(memory_s, 4 * numbers / (ATTENTION_SHARE * device.flops))
     else:
+        few, many = (
+            rows * spec.heads * spec.head_dim * _row_s(it, rows, seen / rows) for it in (laws[0], laws[-1])
+        )
+        # What a head of K and V takes is divided among the queries that share it.
+        part = 1 / laws[0].queries - 1 / laws[-1].queries
+        own = (spec.kv_heads / spec.heads - 1 / laws[-1].queries) / part if part else 0.0
         # Tables are of K and V that caches hold for the most part.
-        seconds = max(memory_s, numbers * _number_s(law, rows, seen / rows))
+        seconds = max(memory_s, many + own * (few - many))
     return Share(seconds, min(seconds, memory_s))
 
 
-def _number_s(law: AttentionLaw, rows: int, context: float) -> float:
-    """Few rows, such as guesses that are verified, lie between a decode and a long chunk."""
+def _row_s(law: AttentionLaw, rows: int, context: float) -> float:
+    """Of each number of a query that sees so many tokens. Few rows, such as guesses that are verified, lie between a
+    decode and a long chunk."""
     share = between_logs(rows, 1, _LAW_ROWS)
-    decode_s = interpolated(context, law.context, law.decode_s)
-    return (1 - share) * decode_s + share * interpolated(context, law.context, law.prompt_s)
+    decode_s, prompt_s = (_seeing_s(law.context, it, context) for it in (law.decode_s, law.prompt_s))
+    return (1 - share) * decode_s + share * prompt_s
+
+
+def _seeing_s(contexts: tuple[int, ...], number_s: tuple[float, ...], context: float) -> float:
+    """On lines through the points, which do not begin with 0: a row has to be turned and stored, whatever it sees."""
+    if context >= contexts[-1] or len(contexts) == 1:
+        return context * number_s[-1]
+    high = max(1, bisect_left(contexts, context))
+    low_s, high_s = (contexts[place] * number_s[place] for place in (high - 1, high))
+    slope = (high_s - low_s) / (contexts[high] - contexts[high - 1])
+    found_s = low_s + slope * (context - contexts[high - 1])
+    return min(max(found_s, context * number_s[0]), low_s) if context < contexts[0] else found_s
 
 
 def kv_token_bytes(spec: ModelSpec, kv_type: str) -> float:

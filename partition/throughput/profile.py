@@ -29,7 +29,6 @@ from .prediction import Binding
 
 ANY = "*"  # in a link: every device that no other link names; in a table: every type that has none
 CORRECTED = (0.5, 2.0)  # the least and the most of a correction
-SWEPT_LAYER_BYTES = 16 << 20
 _FOLLOW = 0.2  # how much of what was measured goes into it each time
 
 
@@ -80,12 +79,14 @@ class CacheLaw:
 @dataclass(frozen=True)
 class AttentionLaw:
     """What attention to K and V of one stored type takes: seconds for each number of a query (heads × head_dim) and
-    each token that it sees, by how many it sees. `decode_s`: one token at a time, `prompt_s`: of a long chunk."""
+    each token that it sees, by how many it sees. `decode_s`: one token at a time, `prompt_s`: of a long chunk.
+    `queries`: so many heads share one head of K and V, which is stored and read once for all of them."""
 
     kv_type: str
     context: tuple[int, ...]
     decode_s: tuple[float, ...]
     prompt_s: tuple[float, ...]
+    queries: int = 4
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,24 @@ class ReadLaw:
 
     nbytes: tuple[int, ...]
     bytes_per_s: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class SweptLaw:
+    """What a layer costs besides, by the bytes of weights that pass the caches in it: the interpreter finds less of its
+    own there afterwards. A table, since no formula says how much one's caches leave: those of each processor see its
+    thread's share of the weights."""
+
+    nbytes: tuple[int, ...]
+    layer_s: tuple[float, ...]
+
+    def at(self, nbytes: float) -> float:
+        """Of so many bytes: on lines from none, which cost nothing, through the points; beyond the last its value."""
+        place = bisect_left(self.nbytes, nbytes)
+        if place == len(self.nbytes):
+            return self.layer_s[-1]
+        low, least_s = (self.nbytes[place - 1], self.layer_s[place - 1]) if place else (0, 0.0)
+        return least_s + (nbytes - low) / (self.nbytes[place] - low) * (self.layer_s[place] - least_s)
 
 
 @dataclass(frozen=True)
@@ -106,12 +125,11 @@ class Overheads:
     logit_s: float = LOGIT_S
     stream_s: float = 0.0  # of each further stream in a step, and …
     stream_layer_s: float = 0.0  # … in each layer of it
-    swept_layer_s: float = 0.0  # of a layer besides, if SWEPT_LAYER_BYTES of weights pass the caches in it
+    swept: SweptLaw | None = None  # None: a layer costs the same, whatever passes in it
 
     def layer_with_s(self, nbytes: float) -> float:
-        """Of a layer in which so many bytes of weights pass. What an interpreter finds in the caches afterwards shrinks
-        about with their square root (2 to 32 MiB were measured), until it finds nothing."""
-        return self.layer_s + self.swept_layer_s * min(2.0, math.sqrt(nbytes / SWEPT_LAYER_BYTES))
+        """Of a layer in which so many bytes of weights pass."""
+        return self.layer_s + (self.swept.at(nbytes) if self.swept else 0.0)
 
 
 @dataclass(frozen=True)

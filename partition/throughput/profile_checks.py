@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from ..errors import ProfileError
-from .profile import ANY, CORRECTED, AttentionLaw, CacheLaw, Profile, ReadLaw, RowsLaw
+from .profile import ANY, CORRECTED, AttentionLaw, CacheLaw, Profile, ReadLaw, RowsLaw, SweptLaw
 
 MAX_DEVICES = 64
 MAX_ACCELERATORS = 64  # of a device
 MAX_POINTS = 256  # of a table
 MAX_LAWS = 256
 
-Law = RowsLaw | AttentionLaw | ReadLaw | CacheLaw
+Law = RowsLaw | AttentionLaw | ReadLaw | CacheLaw | SweptLaw
 
 _LIMITS: Mapping[str, tuple[float, float]] = {
     "memory_bytes": (1e6, 2.0**60),
@@ -33,7 +33,6 @@ _LIMITS: Mapping[str, tuple[float, float]] = {
     "logit_s": (0, 1e-3),
     "stream_s": (0, 1),
     "stream_layer_s": (0, 1),
-    "swept_layer_s": (0, 1),
     "copy_s": (0, 1),
     "scratch_bytes": (0, 2.0**50),
     "compute_keeps": (0.01, 1),
@@ -49,6 +48,7 @@ _POINTS: Mapping[str, tuple[float, float]] = {
     "decode_s": (1e-18, 1.0),
     "prompt_s": (1e-18, 1.0),
     "nbytes": (1, 1 << 40),
+    "layer_s": (0, 1),
     "from_memory": (0, 1),
     "bytes_per_s": (1, 1e14),
 }
@@ -65,6 +65,8 @@ def check_profile(profile: Profile) -> Profile:
         names.add(device.name)
         _check_figures(where, vars(device))
         _check_figures(f"{where}.overheads", vars(device.overheads))
+        if device.overheads.swept is not None:
+            _check_law(f"{where}.overheads.swept", device.overheads.swept)
         _check_figures(f"{where}.contention", vars(device.contention))
         _check_figures(f"{where}.repeats", vars(device.repeats))
         _check_figures(f"{where}.corrections", vars(device.corrections))
@@ -143,6 +145,8 @@ def _check_law(where: str, law: Law) -> None:
     for field, value in vars(law).items():
         if field in ("kind", "kv_type") and not (value and value.isprintable() and len(value) <= 40):
             raise ProfileError(f"{where}.{field}={value[:80]!r}: must be the name of a stored type")
+        if field == "queries":
+            check_figure(f"{where}.queries", value, 1, 1 << 16)
         if field == "input_bits" and value not in (8, 16):
             raise ProfileError(f"{where}.input_bits={value}: must be 8 or 16")
         for number, point in enumerate(tables.get(field, ())):

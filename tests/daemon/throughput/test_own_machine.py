@@ -39,7 +39,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         (cache_laws, "SIZES", sizes),
         (kernel_laws, "CONTEXTS", (64, 256)),
         (fixed_costs, "ANSWER_TOKENS", 8),
-        (fixed_costs, "SWEPT_BYTES", 16 << 10),
+        (fixed_costs, "SWEPT_BYTES", (16 << 10, 32 << 10)),
         (fixed_costs, "MANY", 4),
         (own_machine, "RESTED_S", 0.0),
         (own_machine, "ATTEMPTS_S", 0.0),

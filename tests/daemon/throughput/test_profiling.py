@@ -5,15 +5,27 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fakes.throughput.throughput_cases import spec
 
 from shoal.daemon.progress import Progress
 from shoal.daemon.throughput import cache_laws, disk_laws, fixed_costs, kernel_laws, profiling
 from shoal.daemon.throughput.profile_files import parse_profile, profile_text
-from shoal.kernels import WEIGHT_TYPES, home_of
+from shoal.kernels import WEIGHT_TYPES, Linears, home_of
+from shoal.kernels.arrays import Floats
+from shoal.models.weights import Weights
+from shoal.offload.block_store import Resident
+from shoal.partition.spec import BlockId
 from shoal.partition.throughput.laws import attention, product
-from shoal.partition.throughput.profile import CacheLaw, Profile, Repeats, RowsLaw
+from shoal.partition.throughput.profile import (
+    CacheLaw,
+    Overheads,
+    Profile,
+    Repeats,
+    RowsLaw,
+    SweptLaw,
+)
 from shoal.partition.throughput.profile_checks import check_profile
 from shoal.partition.throughput.weights_of import Product
 
@@ -38,7 +50,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         (disk_laws, "WRITTEN_BYTES", 8 << 20),
         (fixed_costs, "ANSWER_TOKENS", 8),
         (fixed_costs, "MANY", 4),
-        (fixed_costs, "SWEPT_BYTES", 16 << 10),
+        (fixed_costs, "SWEPT_BYTES", (16 << 10, 32 << 10)),
     ):
         monkeypatch.setattr(module, name, value)
 
@@ -55,6 +67,8 @@ def test_what_is_measured_can_be_computed_with(tmp_path: Path) -> None:
     assert device.reads is not None
     assert device.write_bytes_per_s > 0
     assert 0 < device.overheads.layer_s < 1
+    assert device.overheads.swept is not None
+    assert device.overheads.swept.nbytes == (16 << 10, 32 << 10)
     assert 0.05 <= device.contention.disk_keeps <= 1
     assert 0 < device.repeats.memory_apart <= 1
     assert device.overheads.stream_s >= 0
@@ -129,6 +143,50 @@ def test_rounds_that_end_early_count_as_far_as_they_came() -> None:
     assert found.memory_apart == pytest.approx(0.2)
     assert found.compute_apart == pytest.approx(0.1)
     assert kernel_laws.kernel_repeats(rounds[:1]) == Repeats()
+
+
+def test_small_matrices_with_narrow_inputs_have_tables() -> None:
+    """An o of 207 KB took up to twice what the table of 1 MB said of it."""
+    sizes = kernel_laws.narrow_sizes(next(kind for kind in WEIGHT_TYPES if kind.quantised))
+    assert [it.name for it in sizes] == [it.name for it in kernel_laws.SIZES]
+    assert {it.form for it in sizes} == {"linears"}
+
+
+class _Reading:
+    """A home that only counts the bytes of its products."""
+
+    nbytes = 0
+
+    def linears(self, x: Floats, all: Linears) -> None:
+        self.nbytes += all.matrices[0].nbytes
+
+
+def test_caches_are_swept_as_products_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread that reads all of the memory sweeps twice as much of its caches as a kernel on two threads."""
+    reading = _Reading()
+    monkeypatch.setattr(fixed_costs.kernels, "home_of", lambda device: reading)
+    block = BlockId("attn", 0)
+    memory = np.ones((64, 4096), np.float32)
+    store = fixed_costs._Swept({block: Resident(Weights())}, fixed_costs._sweeps(memory, 256 << 10))
+    for times in (1, 2):
+        with store.acquire(block):
+            assert reading.nbytes == times * (256 << 10)
+    assert store.swept_s > 0
+
+
+def test_the_first_step_of_a_turn_does_not_count() -> None:
+    steps = fixed_costs._Steps(2)
+    for tokens, counted in ((3, 2), (1, 3), (2, 4)):
+        steps.turn(tokens)
+        assert len(steps.took) == counted
+
+
+def test_weights_that_pass_cost_a_layer_what_was_measured() -> None:
+    """No root of their bytes: what a processor's own cache still holds costs next to nothing."""
+    law = SweptLaw((2 << 20, 4 << 20, 16 << 20), (4e-6, 18e-6, 70e-6))
+    over = Overheads(layer_s=40e-6, swept=law)
+    for mib, besides_us in ((0, 0), (1, 2), (2, 4), (3, 11), (10, 44), (16, 70), (64, 70)):
+        assert over.layer_with_s(mib << 20) == pytest.approx((40 + besides_us) * 1e-6)
 
 
 def _cache_law(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> CacheLaw | None:

@@ -18,6 +18,7 @@ from shoal.partition.throughput.peak import RESIDENT_BYTES, peak_bytes
 from shoal.partition.throughput.prediction import MEASURED, Binding, Job, Prediction, uncertainty
 from shoal.partition.throughput.profile import (
     ANY,
+    AttentionLaw,
     CacheLaw,
     Contention,
     Device,
@@ -120,6 +121,38 @@ def test_attention_of_a_chunk_within_a_window() -> None:
     assert long == pytest.approx(4 * 256 * 128 * 1024 / 100e9)
     inside = attention(one, spec(), "f16", 64, 0, 128).seconds
     assert inside == attention(one, spec(), "f16", 64, 0, None).seconds
+
+
+def test_a_row_is_stored_and_turned_whatever_it_sees() -> None:
+    """A row of a query's number took 2 ns and 0.1 ns for each token seen, of 100 and 1,000: so it does of others."""
+    contexts = (100, 1000)
+    each = tuple((2e-9 + 0.1e-9 * seen) / seen for seen in contexts)
+    one = device(memory_bytes_per_s=1e15, attention=(AttentionLaw("f16", contexts, each, each),))
+    numbers = spec().heads * spec().head_dim
+    for seen in (1, 20, 100, 400, 1000):
+        found = attention(one, spec(), "f16", 1, seen - 1, None).seconds
+        assert found == pytest.approx(numbers * (2e-9 + 0.1e-9 * seen))
+    assert attention(one, spec(), "f16", 1, 1999, None).seconds == pytest.approx(numbers * 204e-9)
+
+
+def test_rows_that_see_little_cost_no_more_than_those_that_were_measured() -> None:
+    """Whatever two measurements that disturbed each other say of it."""
+    for each in ((1e-9, 4e-9), (4e-9, 1e-11)):
+        one = device(memory_bytes_per_s=1e15, attention=(AttentionLaw("f16", (100, 1000), each, each),))
+        least, first = (attention(one, spec(), "f16", 1, seen - 1, None).seconds for seen in (10, 100))
+        assert 0.099 * first <= least <= first
+
+
+def test_heads_of_k_and_v_cost_what_is_not_a_query_s() -> None:
+    """With a head of K and V for each query's, and for four: what lies between is divided among the queries."""
+    laws = tuple(
+        AttentionLaw("f16", (100,), (of_one,), (of_one,), queries)
+        for queries, of_one in ((1, 5e-9), (4, 2e-9))
+    )
+    one = device(memory_bytes_per_s=1e15, attention=laws)
+    for kv_heads, number_s in ((16, 5e-9), (8, 3e-9), (4, 2e-9), (2, 1.5e-9)):
+        found = attention(one, replace(spec(), kv_heads=kv_heads), "f16", 1, 99, None).seconds
+        assert found == pytest.approx(16 * 64 * 100 * number_s)
 
 
 def test_streaming_takes_as_long_as_the_disk() -> None:

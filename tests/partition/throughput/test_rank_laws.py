@@ -19,7 +19,6 @@ from shoal.partition.throughput.laws import products
 from shoal.partition.throughput.peak import beside_bytes
 from shoal.partition.throughput.prediction import Job
 from shoal.partition.throughput.profile import (
-    SWEPT_LAYER_BYTES,
     AttentionLaw,
     CacheLaw,
     Contention,
@@ -27,6 +26,7 @@ from shoal.partition.throughput.profile import (
     Profile,
     ProfileLink,
     RowsLaw,
+    SweptLaw,
 )
 from shoal.partition.throughput.rank_laws import RankLaws
 from shoal.partition.throughput.weights_of import Weighed
@@ -109,9 +109,10 @@ def test_what_links_cost_is_told_apart_from_the_rest() -> None:
 def test_fixed_costs_are_the_device_s() -> None:
     own = replace(device().overheads, step_s=1.0, layer_s=2.0, mixture_s=3.0)
     assert RankLaws(device(overheads=own), DENSE, "f16").fixed(1.0) == (1.0, 2.0, 3.0)
-    swept = RankLaws(device(overheads=replace(own, swept_layer_s=1.0)), DENSE, "f16")
     layer = sum(it.nbytes for it in (*DENSE.kind_of(0).attention, *DENSE.kind_of(0).dense))
-    assert swept.fixed(0.5).layer_s == pytest.approx(2.0 + (layer / 2 / SWEPT_LAYER_BYTES) ** 0.5)
+    law = SweptLaw((layer // 4, layer), (0.5, 1.0))
+    swept = RankLaws(device(overheads=replace(own, swept=law)), DENSE, "f16")
+    assert swept.fixed(0.625).layer_s == pytest.approx(2.75)
     assert swept.fixed(0.0).layer_s == 2.0
 
 
