@@ -20,7 +20,6 @@ import statistics
 import time
 
 import numpy as np
-from harness.machine import pieces_read_gb_per_s
 from inputs.decode_case import DecodeCase, set_torch_threads
 from inputs.random_weights import random_matrix
 
@@ -103,11 +102,12 @@ def attention(options: argparse.Namespace) -> None:
         for threads in map(int, options.threads.split(",")):
             kernels.set_threads(threads)
             set_torch_threads(threads)
+            memory = case.memory(threads)
             found: dict[str, list[float]] = {"gb_per_s": [], "memory_gb_per_s": [], "times_torch": []}
             for _ in range(options.repeat + 1):
                 took_s, torch_s = seconds(native, layers) / layers, seconds(torch, 3) / 3
                 found["gb_per_s"].append(case.kv_bytes(name) / took_s / 1e9)
-                found["memory_gb_per_s"].append(pieces_read_gb_per_s(threads))
+                found["memory_gb_per_s"].append(case.cold_bytes / seconds(memory, 1) / 1e9)
                 found["times_torch"].append(torch_s / took_s)
             spreads = {key: spread(values[1:]) for key, values in found.items()}
             results.append({"kv": name, "threads": threads, "torch_bytes": torch_bytes, **spreads})

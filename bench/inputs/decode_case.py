@@ -5,15 +5,20 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from threading import Thread
+from typing import Any
 
 import numpy as np
 
 from shoal import kernels
 from shoal.kernels.attention_operands import KvPages, Rotation, Scoring, Segments, kv_layout
+from shoal.kernels.huge_pages import mapped
 from shoal.partition.memory_layout import KV_FORMATS, PAGE_TOKENS, SCALE_BYTES
 
 Call = Callable[[], object]
+Numbers = np.ndarray[Any, np.dtype[np.int64]]
 COLD_BYTES = 1 << 30  # of all layers: more than any cache holds
+PIECE_BYTES = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,7 @@ class DecodeCase:
     heads: int
     kv_heads: int
     dim: int
+    cold_bytes: int = COLD_BYTES
 
     def kv_bytes(self, name: str) -> int:
         """Bytes of a layer's K and V."""
@@ -34,7 +40,7 @@ class DecodeCase:
         return self.batch * self.context * token
 
     def layers(self, name: str) -> int:
-        return -(-COLD_BYTES // self.kv_bytes(name))
+        return -(-self.cold_bytes // self.kv_bytes(name))
 
     def native(self, name: str) -> Call:
         """Over pages of that type in random order, each with all layers, as a pool has them."""
@@ -64,6 +70,26 @@ class DecodeCase:
         q = torch.randn((self.batch, self.heads, 1, self.dim), dtype=torch.bfloat16)
         attend = torch.nn.functional.scaled_dot_product_attention
         return lambda: attend(q, *next(turn), enable_gqa=True), 2 * k.numel() * k.element_size()
+
+    def memory(self, threads: int) -> Call:
+        """Plain reads of `cold_bytes`, in pieces of 2 MiB in random order, by so many threads."""
+        pages = mapped(self.cold_bytes).view(np.float32)
+        pages[:] = 1
+        pieces = pages.reshape(-1, min(PIECE_BYTES, self.cold_bytes) // pages.itemsize)
+        order = np.random.default_rng(0).permutation(len(pieces))
+
+        def read(numbers: Numbers) -> None:
+            for number in numbers:
+                pieces[number].max()
+
+        def all_read() -> None:
+            parts = [Thread(target=read, args=(order[first::threads],)) for first in range(threads)]
+            for part in parts:
+                part.start()
+            for part in parts:
+                part.join()
+
+        return all_read
 
     def _page(
         self, name: str, head_bytes: int, scales_at: int
