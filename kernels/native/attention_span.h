@@ -112,6 +112,23 @@ struct Ahead {
     Ahead after(int64_t steps) const { return {from ? from + steps * bytes : nullptr, bytes}; }
 };
 
+// V vectors of consecutive cells, as `load2` leaves them. `ordered` puts sums of such vectors into the order of the
+// cells, `as_loaded` back into that of the vectors.
+template <class Cell, int V>
+INLINE void load_cells(const uint8_t* p, vf* cells) {
+    static_assert(V == 1 || V % 2 == 0);
+    if constexpr (V == 1) cells[0] = Cell::load(p);
+    for (int v = 0; v + 1 < V; v += 2) Cell::load2(p + v * LANES * Cell::bytes, cells[v], cells[v + 1]);
+}
+template <class Cell, int V>
+INLINE void ordered(vf* sums) {
+    for (int v = 0; v + 1 < V; v += 2) Cell::order(sums[v], sums[v + 1]);
+}
+template <class Cell, int V>
+INLINE void as_loaded(vf* sums) {
+    for (int v = 0; v + 1 < V; v += 2) Cell::unorder(sums[v], sums[v + 1]);
+}
+
 // scores (R, SCORES) of R queries and V vectors of keys of a page.
 template <class Cell, int R, int V>
 INLINE void score_columns(const float* q, int64_t dim, const uint8_t* keys, const Ahead& ahead, float* scores) {
@@ -119,13 +136,14 @@ INLINE void score_columns(const float* q, int64_t dim, const uint8_t* keys, cons
     for (int64_t d = 0; d < dim; d++, keys += PAGE * Cell::bytes) {
         ahead.fetch(d);
         vf key[V];
-        for (int v = 0; v < V; v++) key[v] = Cell::load(keys + v * LANES * Cell::bytes);
+        load_cells<Cell, V>(keys, key);
         for (int r = 0; r < R; r++) {
             const vf x = splat(q[r * dim + d]);
             for (int v = 0; v < V; v++) sum[r][v] = fma(x, key[v], sum[r][v]);
         }
     }
     for (int r = 0; r < R; r++) {
+        ordered<Cell, V>(sum[r]);
         for (int v = 0; v < V; v++) store(scores + r * SCORES + v * LANES, sum[r][v]);
     }
 }
@@ -150,17 +168,19 @@ INLINE void mix_columns(const float* weights, int64_t from, int64_t to, const ui
     vf sum[R][V];
     for (int r = 0; r < R; r++) {
         for (int v = 0; v < V; v++) sum[r][v] = load(out + r * wide + v * LANES);
+        as_loaded<Cell, V>(sum[r]);
     }
     for (int64_t t = from; t < to; t++) {
         ahead.fetch(t);
         vf value[V];
-        for (int v = 0; v < V; v++) value[v] = Cell::load(values + (t * wide + v * LANES) * Cell::bytes);
+        load_cells<Cell, V>(values + t * wide * Cell::bytes, value);
         for (int r = 0; r < R; r++) {
             const vf x = splat(weights[r * SCORES + t]);
             for (int v = 0; v < V; v++) sum[r][v] = fma(x, value[v], sum[r][v]);
         }
     }
     for (int r = 0; r < R; r++) {
+        ordered<Cell, V>(sum[r]);
         for (int v = 0; v < V; v++) store(out + r * wide + v * LANES, sum[r][v]);
     }
 }

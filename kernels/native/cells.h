@@ -8,22 +8,62 @@
 
 namespace {
 
-// load: LANES cells as floats, without their scale. store: LANES floats as cells.
-struct CellF32 {
+// load: LANES cells as floats, without their scale. store: LANES floats as cells. load2: 2 * LANES cells as two vectors,
+// in an order of which `order` makes that of the cells, and `unorder` makes it again.
+template <class Cell>
+struct InTurn {
+    static INLINE void load2(const uint8_t* p, vf& first, vf& second) {
+        first = Cell::load(p);
+        second = Cell::load(p + LANES * Cell::bytes);
+    }
+    static INLINE void order(vf&, vf&) {}
+    static INLINE void unorder(vf&, vf&) {}
+};
+
+struct CellF32 : InTurn<CellF32> {
     static constexpr int bytes = 4;
     static constexpr bool scaled = false;
     static INLINE vf load(const uint8_t* p) { return read<vf>(p); }
     static INLINE void store(uint8_t* p, vf v) { memcpy(p, &v, sizeof v); }
 };
 
-struct CellF16 {
+struct CellF16 : InTurn<CellF16> {
     static constexpr int bytes = 2;
     static constexpr bool scaled = false;
     static INLINE vf load(const uint8_t* p) { return load_half(p); }
     static INLINE void store(uint8_t* p, vf v) { store_half(p, v); }
 };
 
-struct CellBF16 {
+#if defined(__AVX512F__)
+// The even cells, then the odd ones: a shift and a mask, half the operations of widening. (On AVX2 it is no quicker.)
+struct EvenThenOdd {
+    static INLINE void load2(const uint8_t* p, vf& even, vf& odd) {
+        const vi both = read<vi>(p);
+        even = bits_to_float(both << 16);
+        odd = bits_to_float(both & (int32_t)0xffff0000);
+    }
+    static INLINE void order(vf& a, vf& b) {
+        const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+        const __m512 even = (__m512)a, odd = (__m512)b;
+        a = (vf)_mm512_permutex2var_ps(even, low, odd);
+        b = (vf)_mm512_permutex2var_ps(even, high, odd);
+    }
+    static INLINE void unorder(vf& a, vf& b) {
+        const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+        const __m512 low = (__m512)a, high = (__m512)b;
+        a = (vf)_mm512_permutex2var_ps(low, even, high);
+        b = (vf)_mm512_permutex2var_ps(low, odd, high);
+    }
+};
+using LoadsBF16 = EvenThenOdd;
+#else
+struct CellBF16;
+using LoadsBF16 = InTurn<CellBF16>;
+#endif
+
+struct CellBF16 : LoadsBF16 {
     static constexpr int bytes = 2;
     static constexpr bool scaled = false;
     static INLINE vf load(const uint8_t* p) { return bits_to_float(load_u16(p) << 16); }
@@ -33,7 +73,7 @@ struct CellBF16 {
     }
 };
 
-struct CellI8 {
+struct CellI8 : InTurn<CellI8> {
     static constexpr int bytes = 1;
     static constexpr bool scaled = true;
     static INLINE vf load(const uint8_t* p) { return to_float(load_i8(p)); }
