@@ -40,18 +40,18 @@ def arranged(x, norm, out, sums, scales, eps, COLS: tl.constexpr, STEP: tl.const
 
 
 @triton.jit
-def _row_of(w, x, sums, band, COLS: tl.constexpr, KIND: tl.constexpr, STEP: tl.constexpr, SPLIT: tl.constexpr):  # noqa: N803, E501
+def _row_of(w, x, sums, one, band, COLS: tl.constexpr, KIND: tl.constexpr, STEP: tl.constexpr, SPLIT: tl.constexpr):  # noqa: N803, E501
     """(16,): the products of a band with one row of inputs; of the part that program (_, part) of SPLIT has."""
     r = tl.arange(0, 16)
     total = tl.zeros((STEP, 16), tl.float32)
     part = tl.program_id(1)
-    total = products(total, w, x, sums, band + r * 0, r, part, r, 1, COLS, KIND, STEP, SPLIT, False)
+    total = products(total, w, x, sums, one, band + r * 0, r, part, r, 1, COLS, KIND, STEP, SPLIT, False)
     return tl.sum(total, 0)
 
 
 @triton.jit
-def _put(w, x, sums, bias, y, band, rows, COLS: tl.constexpr, KIND: tl.constexpr, STEP: tl.constexpr, SPLIT: tl.constexpr, BIASED: tl.constexpr):  # noqa: N803, E501
-    its = _row_of(w, x, sums, band, COLS, KIND, STEP, SPLIT)
+def _put(w, x, sums, one, bias, y, band, rows, COLS: tl.constexpr, KIND: tl.constexpr, STEP: tl.constexpr, SPLIT: tl.constexpr, BIASED: tl.constexpr):  # noqa: N803, E501
+    its = _row_of(w, x, sums, one, band, COLS, KIND, STEP, SPLIT)
     row = band * 16 + tl.arange(0, 16)
     if BIASED:
         if tl.program_id(1) == 0:
@@ -60,20 +60,20 @@ def _put(w, x, sums, bias, y, band, rows, COLS: tl.constexpr, KIND: tl.constexpr
 
 
 @triton.jit
-def one_row(x, sums, w0, w1, w2, y0, y1, y2, bias0, bias1, bias2, rows0, rows1, rows2, COLS: tl.constexpr, KIND0: tl.constexpr, KIND1: tl.constexpr, KIND2: tl.constexpr, BIASED0: tl.constexpr, BIASED1: tl.constexpr, BIASED2: tl.constexpr, STEP: tl.constexpr, SPLIT: tl.constexpr):  # noqa: N803, E501
+def one_row(x, sums, one, w0, w1, w2, y0, y1, y2, bias0, bias1, bias2, rows0, rows1, rows2, COLS: tl.constexpr, KIND0: tl.constexpr, KIND1: tl.constexpr, KIND2: tl.constexpr, BIASED0: tl.constexpr, BIASED1: tl.constexpr, BIASED2: tl.constexpr, STEP: tl.constexpr, SPLIT: tl.constexpr):  # noqa: N803, E501
     """Up to three matrices (KIND "" is none) by one row; y (SPLIT, rows), whose parts are to be added. Program
     (band, part): bands of all matrices, one after the other."""
     band = tl.program_id(0)
     bands0 = tl.cdiv(rows0, 16)
     bands1 = bands0 + tl.cdiv(rows1, 16)
     if band < bands0:
-        _put(w0, x, sums, bias0, y0, band, rows0, COLS, KIND0, STEP, SPLIT, BIASED0)
+        _put(w0, x, sums, one, bias0, y0, band, rows0, COLS, KIND0, STEP, SPLIT, BIASED0)
     if KIND1 != "":
         if (band >= bands0) & (band < bands1):
-            _put(w1, x, sums, bias1, y1, band - bands0, rows1, COLS, KIND1, STEP, SPLIT, BIASED1)
+            _put(w1, x, sums, one, bias1, y1, band - bands0, rows1, COLS, KIND1, STEP, SPLIT, BIASED1)
     if KIND2 != "":
         if band >= bands1:
-            _put(w2, x, sums, bias2, y2, band - bands1, rows2, COLS, KIND2, STEP, SPLIT, BIASED2)
+            _put(w2, x, sums, one, bias2, y2, band - bands1, rows2, COLS, KIND2, STEP, SPLIT, BIASED2)
 
 
 @triton.jit
@@ -85,12 +85,12 @@ def activated(gate, up, ACTIVATION: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
-def gate_and_up(x, sums, gate, up, gate_bias, up_bias, out, out_sums, FFN: tl.constexpr, COLS: tl.constexpr, KIND0: tl.constexpr, KIND1: tl.constexpr, BIASED0: tl.constexpr, BIASED1: tl.constexpr, STEP: tl.constexpr, ACTIVATION: tl.constexpr):  # noqa: N803, E501
+def gate_and_up(x, sums, one, gate, up, gate_bias, up_bias, out, out_sums, FFN: tl.constexpr, COLS: tl.constexpr, KIND0: tl.constexpr, KIND1: tl.constexpr, BIASED0: tl.constexpr, BIASED1: tl.constexpr, STEP: tl.constexpr, ACTIVATION: tl.constexpr):  # noqa: N803, E501
     """activation(gate x) * (up x), laid as `arranged` lays one row of FFN columns. Program: one band of both."""
     band = tl.program_id(0)
     r = tl.arange(0, 16)
-    first = _row_of(gate, x, sums, band, COLS, KIND0, STEP, 1)
-    second = _row_of(up, x, sums, band, COLS, KIND1, STEP, 1)
+    first = _row_of(gate, x, sums, one, band, COLS, KIND0, STEP, 1)
+    second = _row_of(up, x, sums, one, band, COLS, KIND1, STEP, 1)
     if BIASED0:
         first += tl.load(gate_bias + band * 16 + r)
     if BIASED1:
@@ -101,7 +101,7 @@ def gate_and_up(x, sums, gate, up, gate_bias, up_bias, out, out_sums, FFN: tl.co
 
 
 @triton.jit
-def many_rows(x, scales, w, bias, y, T, rows, COLS: tl.constexpr, KIND: tl.constexpr, BIASED: tl.constexpr, STEP: tl.constexpr, INPUTS: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr):  # noqa: N803, E501
+def many_rows(x, scales, one, w, bias, y, T, rows, COLS: tl.constexpr, KIND: tl.constexpr, BIASED: tl.constexpr, STEP: tl.constexpr, INPUTS: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr):  # noqa: N803, E501
     """y (SPLIT, T, rows), whose parts are to be added: a matrix by T rows, as `arranged` lays many. Program
     (part of rows, part of T, part of columns) has ROWS by INPUTS numbers, on tensor cores, summed in float32."""
     part = tl.program_id(2)
@@ -109,7 +109,7 @@ def many_rows(x, scales, w, bias, y, T, rows, COLS: tl.constexpr, KIND: tl.const
     t = tl.program_id(1) * INPUTS + tl.arange(0, INPUTS)
     band = tl.minimum(row // 16, (rows - 1) // 16)
     total = tl.zeros((INPUTS, ROWS), tl.float32)
-    total = products(total, w, x, scales, band, row % 16, part, t, T, COLS, KIND, STEP, SPLIT, True)
+    total = products(total, w, x, scales, one, band, row % 16, part, t, T, COLS, KIND, STEP, SPLIT, True)
     total *= tl.load(scales + t, mask=t < T, other=0.0)[:, None]
     if BIASED:
         if part == 0:

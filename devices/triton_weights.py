@@ -4,8 +4,8 @@ A matrix is read as it lies on the host, in bands (`kernels.band_layout`). Sixte
 four bytes side by side, so a thread reads 16 bytes, the same piece of four rows, and four threads 64 bytes. Columns are
 taken in groups of 64; a thread has all pieces of a group, so what it works out about a scale serves 32 to 64 columns.
 
-A number q of B bits is moved to the top of the fraction of a float, where it reads 1 + q / 2^B without being
-converted: two instructions, and one to multiply. With one row of inputs (`MANY` is false) a sum of (1 + q / 2^B) x is
+A number q of B bits is moved into the fraction of a float, where it reads 1 + q / 2^B (or 2^(B + 4)) without being
+converted: a shift for two numbers and an instruction for each, and one to multiply. With one row of inputs (`MANY` is false) a sum of (1 + q / 2^B) x is
 put right once per scale, with the sum of its x. With many, weights become float16 for tensor cores.
 
 Layouts of the types: ggml's block definitions, as documented by `gguf.quants`; tested against `kernels.reference`.
@@ -17,6 +17,7 @@ import triton.language as tl
 from shoal.kernels.reference import IQ4_NL_VALUES
 
 GROUP = 64
+ONE = 0x3F800000  # the bits of 1.0
 SUMS = tl.constexpr(4)  # of 16 inputs each, of a group
 
 
@@ -39,9 +40,10 @@ def _moved(word, BIT: tl.constexpr, TO: tl.constexpr, WIDTH: tl.constexpr):  # n
 
 
 @triton.jit
-def _fraction(word, more, I: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr, NL: tl.constexpr):  # noqa: N803, E741, E501
-    """1 + q / 2^BITS, q the weight of byte I of each word: its low nibble, its high one (HALF) or all of it. Higher
-    bits of q are at STEP * I of `more`. NL: the nibble numbers a value of IQ4_NL."""
+def _fraction(word, more, one, I: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr, NL: tl.constexpr):  # noqa: N803, E741, E501
+    """1 + q / 2^BITS, q the weight of byte I of each word: its high nibble (HALF is 1), its low one, or all of it
+    (BITS is 8). Of the low nibble it is 1 + q / 2^(BITS + 4), so both come with one shift. Higher bits of q are at
+    STEP * I of `more`. NL: the nibble numbers a value of IQ4_NL. `one`: the bits of 1.0."""
     if NL:
         q = _moved(word, 8 * I + 4 * HALF, 0, 4)
         low = tl.where((q & 4) == 0, _NL_0, _NL_1)
@@ -51,18 +53,18 @@ def _fraction(word, more, I: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexp
     elif BITS == 8:
         bits = _moved(word, 8 * I, 15, 8)
     else:
-        bits = _moved(word, 8 * I + 4 * HALF, 23 - BITS, 4)
+        bits = _moved(word, 8 * I + 4 * HALF, 19 - BITS + 4 * HALF, 4)
         if BITS > 4:
-            bits |= _moved(more, STEP * I, 27 - BITS, BITS - 4)
-    return (bits | 0x3F800000).to(tl.float32, bitcast=True)
+            bits |= _moved(more, STEP * I, 23 - BITS + 4 * HALF, BITS - 4)
+    return (bits | one).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _four(acc, word, more, scale, low, x, g, E, t, T, COLS: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr, NL: tl.constexpr, MANY: tl.constexpr):  # noqa: N803, E501
+def _four(acc, word, more, one, scale, low, x, g, E, t, T, COLS: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr, NL: tl.constexpr, MANY: tl.constexpr):  # noqa: N803, E501
     """Adds the products of four columns of each group, E and those behind it: to (groups, rows) without scales, or
     with MANY to (inputs, rows) with them."""
     for i in tl.static_range(4):
-        f = _fraction(word, more, i, HALF, BITS, STEP, NL)
+        f = _fraction(word, more, one, i, HALF, BITS, STEP, NL)
         at = (E + i) * (COLS // 64) + g
         if MANY:
             inputs = tl.load(x + t[:, None] * COLS + at[None, :], mask=(t < T)[:, None], other=0.0)
@@ -82,8 +84,8 @@ def _settled(total, acc, scale, low, sums, g, S: tl.constexpr, N: tl.constexpr, 
 
 
 @triton.jit
-def _blocks_of_32(total, w, x, sums, band, r, g, live, t, T, COLS: tl.constexpr, KIND: tl.constexpr, MANY: tl.constexpr):  # noqa: N803, E501
-    """Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL: two blocks make a group."""
+def _blocks_of_32(total, w, x, sums, one, band, r, g, live, t, T, COLS: tl.constexpr, KIND: tl.constexpr, MANY: tl.constexpr):  # noqa: N803, E501
+    """Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL: two blocks make a group; of nibbles, the low ones are its first half."""
     NL: tl.constexpr = KIND == "IQ4_NL"
     FIVE: tl.constexpr = KIND == "Q5_0" or KIND == "Q5_1"
     WITH_LOW: tl.constexpr = KIND == "Q4_1" or KIND == "Q5_1"
@@ -102,72 +104,89 @@ def _blocks_of_32(total, w, x, sums, band, r, g, live, t, T, COLS: tl.constexpr,
             low = tl.load(halves + 2 * at + 16 + r[None, :]).to(tl.float32)
         else:
             low = -ZERO * d
-        scale = d * (1 << BITS)
-        low -= scale
         if MANY:
-            scale, low = tl.where(live[:, None], scale, 0.0), tl.where(live[:, None], low, 0.0)
+            d, low = tl.where(live[:, None], d, 0.0), tl.where(live[:, None], low, 0.0)
+        scale_0 = d * (1 << (8 if BITS == 8 else BITS + 4))
+        scale_1 = d * (1 << BITS)
+        low_0, low_1 = low - scale_0, low - scale_1
         at += r[None, :]
         fifth = tl.load(words + at + HALVES) if FIVE else d
-        acc = total if MANY else tl.zeros_like(total)
+        acc_0 = total if MANY else tl.zeros_like(total)
+        acc_1 = acc_0
         for p in tl.range(0, PIECES, loop_unroll_factor=1 if MANY else PIECES):
             word = tl.load(words + at + QS + 16 * p)
+            e = 32 * b + 4 * p
             if EIGHT:
                 word ^= 0x80808080
             more = fifth >> 4 * p if FIVE else word
-            acc = _four(
-                acc, word, more, scale, low, x, g, 32 * b + 4 * p, t, T, COLS, 0, BITS, 1, NL, MANY
-            )
+            acc_0 = _four(acc_0, word, more, one, scale_0, low_0, x, g, e, t, T, COLS, 0, BITS, 1, NL, MANY)
             if not EIGHT:
-                more = fifth >> (4 * p + 16) if FIVE else word
-                acc = _four(
-                    acc, word, more, scale, low, x, g, 32 * b + 16 + 4 * p, t, T, COLS, 1, BITS, 1, NL, MANY
-                )
-        total = acc if MANY else _settled(total, acc, scale, low, sums, g, 2 * b, 2, COLS)
+                more = more >> 16 if FIVE else word
+                e += 16
+                if MANY:
+                    acc_0 = _four(
+                        acc_0, word, more, one, scale_1, low_1, x, g, e, t, T, COLS, 1, BITS, 1, NL, MANY
+                    )
+                else:
+                    acc_1 = _four(
+                        acc_1, word, more, one, scale_1, low_1, x, g, e, t, T, COLS, 1, BITS, 1, NL, MANY
+                    )
+        if MANY:
+            total = acc_0
+        elif EIGHT:
+            total = _settled(total, acc_0, scale_0, low_0, sums, g, 2 * b, 2, COLS)
+        else:
+            total = _settled(total, acc_0, scale_0, low_0, sums, g, 2 * b, 1, COLS)
+            total = _settled(total, acc_1, scale_1, low_1, sums, g, 2 * b + 1, 1, COLS)
     return total
 
 
 @triton.jit
-def _q45_k(total, w, x, sums, band, r, g, live, t, T, COLS: tl.constexpr, KIND: tl.constexpr, MANY: tl.constexpr):  # noqa: N803, E501
-    """Q4_K and Q5_K: a block is four groups, the two halves of each have a scale and a least value."""
+def _six_bits(packed, top, first, SHIFT: tl.constexpr):  # noqa: N803
+    """Scales (SHIFT is 0) or minima (4) of Q4_K and Q5_K, float32; `first`: of the first half of a block."""
+    return tl.where(first, packed & 63, ((top >> SHIFT) & 15) | ((packed >> 2) & 48)).to(tl.float32)
+
+
+@triton.jit
+def _q45_k(total, w, x, sums, one, band, r, g, live, t, T, COLS: tl.constexpr, KIND: tl.constexpr, MANY: tl.constexpr):  # noqa: N803, E501
+    """Q4_K and Q5_K: a block is four groups, the two halves of each have a scale and a minimum."""
     FIVE: tl.constexpr = KIND == "Q5_K"
     BITS: tl.constexpr = 5 if FIVE else 4
     QS: tl.constexpr = 192 if FIVE else 64  # behind two halves, three pieces of scales and eight of fifth bits
     WORDS: tl.constexpr = QS + 512
     words, halves = w.to(tl.pointer_type(tl.uint32)), w.to(tl.pointer_type(tl.float16))
     at = band[None, :] * (COLS // 256 * WORDS) + (g // 4)[:, None] * WORDS
-    d = tl.load(halves + 2 * at + r[None, :]).to(tl.float32) * (1 << BITS)
+    d = tl.load(halves + 2 * at + r[None, :]).to(tl.float32)
     least = tl.load(halves + 2 * at + 16 + r[None, :]).to(tl.float32)
+    if MANY:
+        d, least = tl.where(live[:, None], d, 0.0), tl.where(live[:, None], least, 0.0)
     at += r[None, :]
     c = (g % 4)[:, None]
-    shift = 16 * (c % 2)
-    a, m, top = (
-        tl.load(words + at + 16) >> shift,
-        tl.load(words + at + 32) >> shift,
-        tl.load(words + at + 48) >> shift,
-    )
-    first = c < 2
-    scale_0 = d * tl.where(first, a & 63, (top & 15) | ((a >> 2) & 48)).to(tl.float32)
-    low_0 = -scale_0 - least * tl.where(first, m & 63, ((top >> 4) & 15) | ((m >> 2) & 48)).to(tl.float32)
+    first, shift = c < 2, 16 * (c % 2)
+    a = tl.load(words + at + 16) >> shift
+    m = tl.load(words + at + 32) >> shift
+    top = tl.load(words + at + 48) >> shift
+    scale_0 = d * (_six_bits(a, top, first, 0) * (1 << (BITS + 4)))
+    low_0 = -scale_0 - least * _six_bits(m, top, first, 4)
     a, m, top = a >> 8, m >> 8, top >> 8
-    scale_1 = d * tl.where(first, a & 63, (top & 15) | ((a >> 2) & 48)).to(tl.float32)
-    low_1 = -scale_1 - least * tl.where(first, m & 63, ((top >> 4) & 15) | ((m >> 2) & 48)).to(tl.float32)
-    if MANY:
-        scale_0, low_0 = tl.where(live[:, None], scale_0, 0.0), tl.where(live[:, None], low_0, 0.0)
-        scale_1, low_1 = tl.where(live[:, None], scale_1, 0.0), tl.where(live[:, None], low_1, 0.0)
+    scale_1 = d * (_six_bits(a, top, first, 0) * (1 << BITS))
+    low_1 = -scale_1 - least * _six_bits(m, top, first, 4)
     acc_0 = total if MANY else tl.zeros_like(total)
     acc_1 = acc_0
     for p in tl.range(0, 8, loop_unroll_factor=1 if MANY else 8):
         word = tl.load(words + at + QS + 128 * c + 16 * p)
         more = tl.load(words + at + 64 + 16 * p) >> 2 * c if FIVE else word
-        acc_0 = _four(acc_0, word, more, scale_0, low_0, x, g, 4 * p, t, T, COLS, 0, BITS, 8, False, MANY)
+        e = 4 * p
+        acc_0 = _four(acc_0, word, more, one, scale_0, low_0, x, g, e, t, T, COLS, 0, BITS, 8, False, MANY)
         more = more >> 1 if FIVE else word
+        e += 32
         if MANY:
             acc_0 = _four(
-                acc_0, word, more, scale_1, low_1, x, g, 32 + 4 * p, t, T, COLS, 1, BITS, 8, False, MANY
+                acc_0, word, more, one, scale_1, low_1, x, g, e, t, T, COLS, 1, BITS, 8, False, MANY
             )
         else:
             acc_1 = _four(
-                acc_1, word, more, scale_1, low_1, x, g, 32 + 4 * p, t, T, COLS, 1, BITS, 8, False, MANY
+                acc_1, word, more, one, scale_1, low_1, x, g, e, t, T, COLS, 1, BITS, 8, False, MANY
             )
     if MANY:
         return acc_0
@@ -176,12 +195,12 @@ def _q45_k(total, w, x, sums, band, r, g, live, t, T, COLS: tl.constexpr, KIND: 
 
 
 @triton.jit
-def _q6_k(total, w, x, sums, band, r, g, live, t, T, COLS: tl.constexpr, MANY: tl.constexpr):  # noqa: N803
+def _q6_k(total, w, x, sums, one, band, r, g, live, t, T, COLS: tl.constexpr, MANY: tl.constexpr):  # noqa: N803
     """Q6_K: `g` counts pairs of groups, which share their words; each 16 columns have a scale."""
     WORDS: tl.constexpr = 840
     words, halves = w.to(tl.pointer_type(tl.uint32)), w.to(tl.pointer_type(tl.float16))
     at = band[None, :] * (COLS // 256 * WORDS) + (g // 2)[:, None] * WORDS
-    d = tl.load(halves + 2 * at + 2 * 832 + r[None, :]).to(tl.float32) * 64
+    d = tl.load(halves + 2 * at + 2 * 832 + r[None, :]).to(tl.float32)
     if MANY:
         d = tl.where(live[:, None], d, 0.0)
     n = (g % 2)[:, None]
@@ -191,22 +210,25 @@ def _q6_k(total, w, x, sums, band, r, g, live, t, T, COLS: tl.constexpr, MANY: t
     for j in tl.static_range(4):
         scale_0 = d * ((scales_0 << (24 - 8 * j)).to(tl.int32, bitcast=True) >> 24).to(tl.float32)
         scale_1 = d * ((scales_1 << (24 - 8 * j)).to(tl.int32, bitcast=True) >> 24).to(tl.float32)
-        low_0, low_1 = -1.5 * scale_0, -1.5 * scale_1  # 32 of 64, and the 1 of the fraction
+        low_0, low_1 = -(1024.0 + 32.0) * scale_0, -(64.0 + 32.0) * scale_1
+        scale_0, scale_1 = 1024.0 * scale_0, 64.0 * scale_1
         acc_0 = total if MANY else tl.zeros_like(total)
         acc_1 = acc_0
         for p in tl.range(0, 4, loop_unroll_factor=1 if MANY else 4):
             word = tl.load(words + at + 256 * n + 64 * j + 16 * p)
             more = tl.load(words + at + 512 + 128 * n + 64 * (j % 2) + 16 * p) >> 2 * (j // 2)
             e = 16 * j + 4 * p
-            acc_0 = _four(acc_0, word, more, scale_0, low_0, x, 2 * g, e, t, T, COLS, 0, 6, 8, False, MANY)
+            acc_0 = _four(
+                acc_0, word, more, one, scale_0, low_0, x, 2 * g, e, t, T, COLS, 0, 6, 8, False, MANY
+            )
             more = more >> 4
             if MANY:
                 acc_0 = _four(
-                    acc_0, word, more, scale_1, low_1, x, 2 * g + 1, e, t, T, COLS, 1, 6, 8, False, MANY
+                    acc_0, word, more, one, scale_1, low_1, x, 2 * g + 1, e, t, T, COLS, 1, 6, 8, False, MANY
                 )
             else:
                 acc_1 = _four(
-                    acc_1, word, more, scale_1, low_1, x, 2 * g + 1, e, t, T, COLS, 1, 6, 8, False, MANY
+                    acc_1, word, more, one, scale_1, low_1, x, 2 * g + 1, e, t, T, COLS, 1, 6, 8, False, MANY
                 )
         if MANY:
             total = acc_0
@@ -217,10 +239,11 @@ def _q6_k(total, w, x, sums, band, r, g, live, t, T, COLS: tl.constexpr, MANY: t
 
 
 @triton.jit
-def products(total, w, x, sums, band, r, part, t, T, COLS: tl.constexpr, KIND: tl.constexpr, STEP: tl.constexpr, SPLIT: tl.constexpr, MANY: tl.constexpr):  # noqa: N803, E501
+def products(total, w, x, sums, one, band, r, part, t, T, COLS: tl.constexpr, KIND: tl.constexpr, STEP: tl.constexpr, SPLIT: tl.constexpr, MANY: tl.constexpr):  # noqa: N803, E501
     """Adds the products of rows `r` of bands `band` (each (rows,)) with inputs, over the columns of `part` of SPLIT, in
     steps of STEP groups: to (STEP, rows) with one row of inputs, which is to be summed; with MANY to (inputs, rows),
-    inputs `t` of T. `x`, `sums`: as `arranged` lays them."""
+    inputs `t` of T. `x`, `sums`: as `arranged` lays them. `one`: ONE, which a compiler must not know: it would take
+    two instructions where one does."""
     GROUPS: tl.constexpr = COLS // (128 if KIND == "Q6_K" else 64)
     EACH: tl.constexpr = (GROUPS + STEP * SPLIT - 1) // (STEP * SPLIT)
     WHOLE: tl.constexpr = GROUPS == EACH * STEP * SPLIT
@@ -231,11 +254,11 @@ def products(total, w, x, sums, band, r, part, t, T, COLS: tl.constexpr, KIND: t
             g = tl.minimum(g, GROUPS - 1)
         before = total
         if KIND == "Q4_K" or KIND == "Q5_K":
-            total = _q45_k(total, w, x, sums, band, r, g, live, t, T, COLS, KIND, MANY)
+            total = _q45_k(total, w, x, sums, one, band, r, g, live, t, T, COLS, KIND, MANY)
         elif KIND == "Q6_K":
-            total = _q6_k(total, w, x, sums, band, r, g, live, t, T, COLS, MANY)
+            total = _q6_k(total, w, x, sums, one, band, r, g, live, t, T, COLS, MANY)
         else:
-            total = _blocks_of_32(total, w, x, sums, band, r, g, live, t, T, COLS, KIND, MANY)
+            total = _blocks_of_32(total, w, x, sums, one, band, r, g, live, t, T, COLS, KIND, MANY)
         if not MANY and not WHOLE:
             total = tl.where(live[:, None], total, before)
     return total
