@@ -36,6 +36,11 @@ class DeviceHome(ComputeHome):
         self.device = device
         self._kernels = kernels
 
+    @property
+    def kernels(self) -> str:
+        """What computes, in a word or two."""
+        return self._kernels.name
+
     def room(self, free_bytes: int) -> DeviceRoom:
         """What plans count with."""
         device, kernels = self.device, self._kernels

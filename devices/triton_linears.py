@@ -100,7 +100,7 @@ def gate_and_up(x, sums, one, gate, up, gate_bias, up_bias, out, out_sums, FFN: 
     tl.store(out_sums + (band % 4) * (FFN // 64) + band // 4, tl.sum(its, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def many_rows(x, scales, one, w, bias, y, T, rows, COLS: tl.constexpr, KIND: tl.constexpr, BIASED: tl.constexpr, STEP: tl.constexpr, INPUTS: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr):  # noqa: N803, E501
     """y (SPLIT, T, rows), whose parts are to be added: a matrix by T rows, as `arranged` lays many. Program
     (part of rows, part of T, part of columns) has ROWS by INPUTS numbers, on tensor cores, summed in float32."""
