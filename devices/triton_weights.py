@@ -189,9 +189,11 @@ def _q45_k(total, w, x, sums, one, band, r, g, live, t, T, COLS: tl.constexpr, K
                 acc_1, word, more, one, scale_1, low_1, x, g, e, t, T, COLS, 1, BITS, 8, False, MANY
             )
     if MANY:
-        return acc_0
-    total = _settled(total, acc_0, scale_0, low_0, sums, g, 0, 2, COLS)
-    return _settled(total, acc_1, scale_1, low_1, sums, g, 2, 2, COLS)
+        total = acc_0
+    else:
+        total = _settled(total, acc_0, scale_0, low_0, sums, g, 0, 2, COLS)
+        total = _settled(total, acc_1, scale_1, low_1, sums, g, 2, 2, COLS)
+    return total
 
 
 @triton.jit
