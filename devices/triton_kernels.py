@@ -28,6 +28,7 @@ MOST_COLS = 1 << 15  # of which a program has a whole row in registers, to norm 
 MOST_BYTES = 1 << 32  # places in a matrix are numbers of 32 bits
 MOST_INPUTS = 1024  # arranged at once: 64 MiB at most, for which torch's scratch is not used meanwhile
 AT_ONCE = 3  # matrices in a launch
+HEIGHT = 64  # rows of a matrix that a program multiplies by many inputs
 PROGRAMS = 264  # two for each processor of a large card; with fewer, columns are split among more
 THREAD_GROUPS = 8  # groups that the threads of a warp take side by side, four threads each
 
@@ -159,13 +160,12 @@ def _one_row(inputs: Arranged, all: Linears) -> list[Tensor]:
 def _many_rows(inputs: Arranged, w: Matrix, bias: Any, out: Tensor) -> None:
     rows = len(out)
     some = min(128, max(16, triton.next_power_of_2(rows)))
-    height = 128 if some > 32 else 64
-    programs = triton.cdiv(w.rows, height) * triton.cdiv(rows, some)
+    programs = triton.cdiv(w.rows, HEIGHT) * triton.cdiv(rows, some)
     split = min(triton.cdiv(_groups(w), 16), triton.cdiv(PROGRAMS, programs))
     made = out[None] if split == 1 else out.new_empty(split, rows, w.rows)
-    launched.many_rows[(triton.cdiv(w.rows, height), triton.cdiv(rows, some), split)](
+    launched.many_rows[(triton.cdiv(w.rows, HEIGHT), triton.cdiv(rows, some), split)](
         *inputs, ONE, _data(w), _or(bias, out), made, rows, w.rows, COLS=w.cols, KIND=w.type.name,
-        BIASED=bias is not None, STEP=16, INPUTS=some, ROWS=height, SPLIT=split,
+        BIASED=bias is not None, STEP=16, INPUTS=some, ROWS=HEIGHT, SPLIT=split,
         num_warps=8 if some > 32 else 4, num_stages=1,
     )  # fmt: skip
     if split > 1:

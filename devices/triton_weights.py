@@ -75,7 +75,7 @@ def _four(acc, word, more, one, scale, low, x, g, E, t, T, COLS: tl.constexpr, H
 
 
 @triton.jit
-def _settled(total, acc, scale, low, sums, g, S: tl.constexpr, N: tl.constexpr, COLS: tl.constexpr):  # noqa: N803
+def _settled(total, acc, scale, low, sums, g, S, N: tl.constexpr, COLS: tl.constexpr):  # noqa: N803
     """Adds what N * 16 columns give, their sums of x beginning with number S of a group."""
     x = tl.load(sums + S * (COLS // 64) + g)
     if N == 2:
@@ -209,7 +209,7 @@ def _q6_k(total, w, x, sums, one, band, r, g, live, t, T, COLS: tl.constexpr, MA
     at += r[None, :]
     scales_0 = tl.load(words + at + 768 + 32 * n)
     scales_1 = tl.load(words + at + 784 + 32 * n)
-    for j in tl.static_range(4):
+    for j in range(4):  # not unrolled: all loads at once would need more registers than there are
         scale_0 = d * ((scales_0 << (24 - 8 * j)).to(tl.int32, bitcast=True) >> 24).to(tl.float32)
         scale_1 = d * ((scales_1 << (24 - 8 * j)).to(tl.int32, bitcast=True) >> 24).to(tl.float32)
         low_0, low_1 = -(1024.0 + 32.0) * scale_0, -(64.0 + 32.0) * scale_1

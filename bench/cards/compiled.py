@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from shoal.devices import triton_linears
-from shoal.devices.triton_kernels import COVERED
+from shoal.devices.triton_kernels import COVERED, HEIGHT
 from shoal.kernels.types import WEIGHT_TYPES
 
 COLS, FFN = 4096, 14336
@@ -35,6 +35,7 @@ REGISTERS, THREADS = 1 << 16, 2048  # of a processor of the card
 SHARED_BYTES = {80: 164 << 10, 86: 100 << 10, 89: 100 << 10, 90: 228 << 10}
 BITS = {kind.name: kind.bits_per_weight for kind in WEIGHT_TYPES}
 OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T\d]+ )?([A-Z][A-Z0-9_.]*)", re.M)
+JUMP = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[T\d]+ )?BRA[.A-Z]* (?:!?U?P\d+, )?(?:UP?R?\d+, )?`?\(?(?:\.L_x_\d+)?(0x[0-9a-f]+)")
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -57,7 +58,7 @@ class Compiled(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A kernel as it is launched; `weights`: that one thread multiplies, 0: not counted."""
+    """A kernel as it is launched; `weights`: that one thread multiplies, 0: not counted; `turns` of its loop."""
 
     kernel: str
     type: str
@@ -66,6 +67,7 @@ class Case(NamedTuple):
     constants: dict[str, Any]
     warps: int
     weights: int
+    turns: int = 1
 
 
 def cases(types: Sequence[str]) -> Iterator[Case]:
@@ -75,14 +77,14 @@ def cases(types: Sequence[str]) -> Iterator[Case]:
         yield Case("one_row", kind, 1, triton_linears.one_row, {
             "COLS": COLS, "KIND0": kind, "KIND1": "", "KIND2": "", "BIASED0": False, "BIASED1": False,
             "BIASED2": False, "STEP": 32, "SPLIT": steps,
-        }, 4, 512 if pair else 256)  # fmt: skip
+        }, 4, 512 if pair else 256, 4 if pair else 1)  # fmt: skip
         yield Case("gate_and_up", kind, 1, triton_linears.gate_and_up, {
             "FFN": FFN, "COLS": COLS, "KIND0": kind, "KIND1": kind, "BIASED0": False, "BIASED1": False, "STEP": 32,
             "ACTIVATION": "silu",
         }, 4, 0)  # fmt: skip
-        for rows, height, warps in ((16, 64, 4), (128, 128, 8)):
+        for rows, warps in ((16, 4), (128, 8)):
             yield Case("many_rows", kind, rows, triton_linears.many_rows, {
-                "COLS": COLS, "KIND": kind, "BIASED": False, "STEP": 16, "INPUTS": rows, "ROWS": height, "SPLIT": 1,
+                "COLS": COLS, "KIND": kind, "BIASED": False, "STEP": 16, "INPUTS": rows, "ROWS": HEIGHT, "SPLIT": 1,
             }, warps, 0)  # fmt: skip
     more = {"COLS": COLS, "KIND0": "Q4_K", "KIND1": "Q4_K", "KIND2": "Q6_K"}
     more |= {f"BIASED{place}": True for place in range(3)} | {"STEP": 32, "SPLIT": 1}
@@ -111,7 +113,8 @@ def compiled(case: Case, card: int) -> Compiled:
         file.write(made.asm["cubin"])
         file.flush()
         usage = USAGE.search(_said("-res-usage", file.name))
-        opcodes = Counter(OPCODE.findall(_said("-sass", file.name)))
+        listing = _said("-sass", file.name)
+    opcodes = Counter(OPCODE.findall(listing))
     assert usage is not None
     registers, stack, _, local = map(int, usage.groups())
     moved = sum(count for name, count in opcodes.items() if name.startswith(("STL", "LDL")))
@@ -120,12 +123,18 @@ def compiled(case: Case, card: int) -> Compiled:
     broad = sum(count for name, count in loads.items() if "128" in name)
     each = [REGISTERS // (-(-registers // 8) * 8 * threads), THREADS // threads]
     each += [SHARED_BYTES[card] // (shared + 1024)] if shared else []
-    instructions = sum(opcodes.values()) - opcodes["NOP"]
+    instructions = sum(opcodes.values()) - opcodes["NOP"] + (case.turns - 1) * _looped(listing)
     return Compiled(
         case.kernel, case.type, case.rows, card, case.warps, registers, max(stack, local, 4 * moved), shared, broad,
         sum(loads.values()) - broad, instructions / case.weights if case.weights else float("nan"),
         min(each) * threads / THREADS,
     )  # fmt: skip
+
+
+def _looped(listing: str) -> int:
+    """Instructions of the longest loop, of 16 bytes each."""
+    jumps = [(int(to, 16), int(at, 16)) for at, to in JUMP.findall(listing)]
+    return max((at - to for to, at in jumps if to < at), default=0) // 16
 
 
 def _type(name: str, kernel: str, many: bool) -> str:

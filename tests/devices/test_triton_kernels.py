@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fakes.torch_on_host import home_with, torch_home
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="triton is not installed (Linux on x86-64 only)")
@@ -29,6 +29,12 @@ from shoal.kernels.types import F32, Q2_K, WEIGHT_TYPES, WeightType
 KINDS = [kind for kind in WEIGHT_TYPES if kind.name in COVERED]
 ONE, MANY = 2e-5, 2e-3
 kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+
+
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interpreter runs one after the other; columns are still split where there are few rows."""
+    monkeypatch.setattr(triton_kernels, "PROGRAMS", 6)
 
 
 @pytest.fixture
@@ -91,7 +97,7 @@ def test_every_type_by_one_row_and_by_many(kind: WeightType, home: DeviceHome) -
         assert away(ours, x, numbers) < (ONE if tokens == 1 else MANY)
 
 
-@settings(max_examples=5)
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     st.sampled_from(KINDS), st.integers(1, 33), st.integers(1, 3), st.integers(1, 17), st.integers(0, 1 << 30)
 )
@@ -178,11 +184,9 @@ def test_matrices_of_several_types_in_one_launch(home: DeviceHome, monkeypatch: 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_a_feed_forward_layer_is_fused(activation: Any, home: DeviceHome) -> None:
-    gate, up, down = (
-        made(KINDS[6], 256, 512, 1), made(KINDS[7], 256, 512, 2), made(KINDS[8], 40, 256, 3),
-    )  # fmt: skip
+    gate, up, down = made(KINDS[6], 128, 256, 1), made(KINDS[8], 128, 256, 2), made(KINDS[0], 40, 128, 3)
     reference = ReferenceHome()
-    biases = [0.1 * inputs(1, 256, 8)[0], 0.1 * inputs(1, 256, 9)[0]]
+    biases = [0.1 * inputs(1, 128, 8)[0], 0.1 * inputs(1, 128, 9)[0]]
     here = FeedForward(Linears([gate[0], up[0]], biases), Linears([down[0]]), activation)
     keep = home.keep_matrix
     there = FeedForward(
@@ -191,7 +195,7 @@ def test_a_feed_forward_layer_is_fused(activation: Any, home: DeviceHome) -> Non
         activation,
     )
     for tokens in (1, 3):
-        x = 1e-4 * inputs(tokens, 512)
+        x = 1e-4 * inputs(tokens, 256)
         ours = home.fetch(home.feed_forward(home.place(x), there))
         assert off(ours, reference.feed_forward(x, here)) < (1e-4 if tokens == 1 else 2 * MANY)
 
