@@ -1,5 +1,5 @@
 """Which kernels compute on a card: Triton's where they are there, right and quicker than torch's operations, as tried on
-the card itself when it is opened.
+the card itself when it is opened. SHOAL_DEVICE_KERNELS=torch does without Triton, =triton without trying.
 
 Imports torch only with a card, and Triton only where it is installed. Their first use compiles them, which takes some
 seconds and a C compiler; Triton keeps what it has compiled.
@@ -7,18 +7,21 @@ seconds and a C compiler; Triton keeps what it has compiled.
 
 from __future__ import annotations
 
+import os
 from statistics import median
 from typing import NamedTuple
 
 import numpy as np
 
 from shoal.kernels.arrays import Floats
-from shoal.kernels.errors import HomeLost
+from shoal.kernels.errors import HomeFull, HomeLost
 from shoal.kernels.matrix import Linears, Matrix
+from shoal.kernels.stored_rows import from_stored
 from shoal.kernels.types import Q4_K, Q6_K, WeightType
 
 from .device import OpenDevice
 from .device_home import DeviceHome
+from .errors import NoSuchDevice
 from .on_device import OnDevice
 
 TRIED_KINDS = (Q4_K, Q6_K)
@@ -26,6 +29,9 @@ TRIED_ROWS, TRIED_COLS = 4096, 2048
 FEW, SOME = 1, 64  # rows of inputs
 CALLS = 8  # in a row, of which only the end is waited for
 CLOSE = 2e-3  # of the largest number: more rows than one are rounded to float16
+
+
+VARIABLE = "SHOAL_DEVICE_KERNELS"
 
 
 class Choice(NamedTuple):
@@ -36,13 +42,20 @@ class Choice(NamedTuple):
 
 
 def chosen(device: OpenDevice) -> Choice:
-    """For a card. Raises HomeFull and HomeLost."""
+    """For a card. Raises HomeLost; NoSuchDevice if the variable names no kernels."""
     from .torch_kernels import TorchKernels
 
+    asked = os.environ.get(VARIABLE, "")
+    if asked not in ("", "torch", "triton"):
+        raise NoSuchDevice(f"{VARIABLE}={asked[:40]} is neither torch nor triton")
+    if asked == "torch":
+        return Choice(TorchKernels(), f"{VARIABLE} says torch")
     try:
         from .triton_kernels import TritonKernels
     except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: it finds no driver that it can use
         return Choice(TorchKernels(), f"triton cannot be imported: {_line(error)}")
+    if asked:
+        return Choice(TritonKernels(), "")
     torch = DeviceHome(device, TorchKernels())
     used, said = [], []
     for rows in (FEW, SOME):
@@ -59,12 +72,14 @@ def _lacks(torch: DeviceHome, triton: DeviceHome, rows: int) -> str:
     theirs_s = ours_s = 0.0
     for kind in TRIED_KINDS:
         w = _matrix(kind)
-        true, took_s = _tried(torch, w, x)
-        theirs_s += took_s
         try:
+            true, took_s = _tried(torch, w, x)
+            theirs_s += took_s
             found, took_s = _tried(triton, w, x)
         except HomeLost:
             raise
+        except HomeFull as error:
+            return f"there is no room to try triton: {error}"
         except Exception as error:  # whatever a compiler may say
             return f"triton's kernels cannot be made: {_line(error)}"
         ours_s += took_s
@@ -84,8 +99,6 @@ def _matrix(kind: WeightType) -> Matrix:
     )
     for start in kind.halves:
         blocks[:, start : start + 2] = generator.uniform(0, 0.01, (len(blocks), 1)).astype(np.float16).view(np.uint8)
-    from shoal.kernels.stored_rows import from_stored
-
     return from_stored(kind, TRIED_ROWS, TRIED_COLS, blocks)
 
 
