@@ -1,5 +1,5 @@
-"""Which kernels compute on a card: Triton's where they are there, right and quicker than torch's operations, as tried on
-the card itself when it is opened. SHOAL_DEVICE_KERNELS=torch does without Triton, =triton without trying.
+"""Which kernels compute on a card: Triton's where they are there, right and quicker than torch's operations, as tried
+on the card itself when it is opened. SHOAL_DEVICE_KERNELS=torch does without Triton, =triton without trying.
 
 Imports torch only with a card, and Triton only where it is installed. Their first use compiles them, which takes some
 seconds and a C compiler; Triton keeps what it has compiled.
@@ -27,21 +27,21 @@ from .on_device import OnDevice
 TRIED_KINDS = (Q4_K, Q6_K)
 TRIED_ROWS, TRIED_COLS = 4096, 2048
 FEW, SOME = 1, 64  # rows of inputs
-CALLS = 8  # in a row, of which only the end is waited for
-CLOSE = 2e-3  # of the largest number: more rows than one are rounded to float16
+_CALLS = 8  # in a row, of which only the end is waited for
+_CLOSE = 2e-3  # of the largest number: more rows than one are rounded to float16
 
 
 VARIABLE = "SHOAL_DEVICE_KERNELS"
 
 
-class Choice(NamedTuple):
+class ChosenKernels(NamedTuple):
     """`why` torch computes all or some of it, for whoever asks; "" if it does not."""
 
     kernels: OnDevice
     why: str
 
 
-def chosen(device: OpenDevice) -> Choice:
+def chosen(device: OpenDevice) -> ChosenKernels:
     """For a card. Raises HomeLost; NoSuchDevice if the variable names no kernels."""
     from .torch_kernels import TorchKernels
 
@@ -49,13 +49,13 @@ def chosen(device: OpenDevice) -> Choice:
     if asked not in ("", "torch", "triton"):
         raise NoSuchDevice(f"{VARIABLE}={asked[:40]} is neither torch nor triton")
     if asked == "torch":
-        return Choice(TorchKernels(), f"{VARIABLE} says torch")
+        return ChosenKernels(TorchKernels(), f"{VARIABLE} says torch")
     try:
         from .triton_kernels import TritonKernels
     except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: it finds no driver that it can use
-        return Choice(TorchKernels(), f"triton cannot be imported: {_line(error)}")
+        return ChosenKernels(TorchKernels(), f"triton cannot be imported: {_line(error)}")
     if asked:
-        return Choice(TritonKernels(), "")
+        return ChosenKernels(TritonKernels(), "")
     torch = DeviceHome(device, TorchKernels())
     used, said = [], []
     for rows in (FEW, SOME):
@@ -63,7 +63,7 @@ def chosen(device: OpenDevice) -> Choice:
         used.append(not lacks)
         said += [f"torch computes with {'one row' if rows == FEW else 'more rows'}: {lacks}"] if lacks else []
     why = "; ".join(said)
-    return Choice(TritonKernels(*used) if any(used) else TorchKernels(), why)
+    return ChosenKernels(TritonKernels(*used) if any(used) else TorchKernels(), why)
 
 
 def _lacks(torch: DeviceHome, triton: DeviceHome, rows: int) -> str:
@@ -84,7 +84,7 @@ def _lacks(torch: DeviceHome, triton: DeviceHome, rows: int) -> str:
             return f"triton's kernels cannot be made: {_line(error)}"
         ours_s += took_s
         off = float(np.abs(found - true).max() / np.abs(true).max())
-        if not off <= CLOSE:
+        if not off <= _CLOSE:
             return f"triton's are {off:.1e} away from it with {kind.name}"
     if ours_s >= theirs_s:
         return f"it takes {theirs_s * 1e6:.0f} µs where triton takes {ours_s * 1e6:.0f}"
@@ -98,7 +98,9 @@ def _matrix(kind: WeightType) -> Matrix:
         0, 256, (TRIED_ROWS * TRIED_COLS // kind.block_weights, kind.block_bytes), np.uint8
     )
     for start in kind.halves:
-        blocks[:, start : start + 2] = generator.uniform(0, 0.01, (len(blocks), 1)).astype(np.float16).view(np.uint8)
+        blocks[:, start : start + 2] = (
+            generator.uniform(0, 0.01, (len(blocks), 1)).astype(np.float16).view(np.uint8)
+        )
     return from_stored(kind, TRIED_ROWS, TRIED_COLS, blocks)
 
 
@@ -109,9 +111,9 @@ def _tried(home: DeviceHome, w: Matrix, x: Floats) -> tuple[Floats, float]:
     took = []
     for _ in range(3):
         begun_s = device.now_s
-        made = [home.linears(there, all)[0] for _ in range(CALLS)]
+        made = [home.linears(there, all)[0] for _ in range(_CALLS)]
         device.wait(made[-1].memory.ready)
-        took.append((device.now_s - begun_s) / CALLS)
+        took.append((device.now_s - begun_s) / _CALLS)
     return found, median(took)
 
 

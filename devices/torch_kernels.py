@@ -56,7 +56,8 @@ class TorchKernels:
 
     def lying(self, w: Matrix) -> Tensor | InBands:
         """The bytes of a matrix that is there, and whether they lie in bands."""
-        return _inside(w.data)
+        data: Tensor | InBands = _inside(w.data)
+        return data
 
     def clear(self, x: Tensor) -> None:
         x.zero_()

@@ -1,7 +1,7 @@
 """What a device computes in Triton: linears with quantised weights. All else, and what it does not cover, is torch's.
 
-Knows sizes of programs and which matrices go into one launch; `triton_linears` has the kernels. Weights lie on the device
-as they do on the host, in bands, so nothing is rearranged when they come. One row of inputs is multiplied as it is, in
+Knows sizes of programs and which matrices go into one launch; `triton_linears` has the kernels. Weights lie on the
+device as they do on the host, in bands, so nothing is rearranged when they come. One row of inputs is multiplied as it is, in
 float32. More rows are rounded to float16, each divided by a scale of its own, as are weights: products are exact and
 sums float32, which leaves results within 2e-3 of the largest.
 """
@@ -28,7 +28,6 @@ MOST_COLS = 1 << 15  # of which a program has a whole row in registers, to norm 
 MOST_BYTES = 1 << 32  # places in a matrix are numbers of 32 bits
 MOST_INPUTS = 1024  # arranged at once: 64 MiB at most, for which torch's scratch is not used meanwhile
 AT_ONCE = 3  # matrices in a launch
-HEIGHT = 64  # rows of a matrix that a program multiplies by many inputs
 PROGRAMS = 264  # two for each processor of a large card; with fewer, columns are split among more
 THREAD_GROUPS = 8  # groups that the threads of a warp take side by side, four threads each
 
@@ -97,7 +96,9 @@ class TritonKernels(TorchKernels):
     def _own(self, x: Tensor, all: Linears, norm: Tensor | None, eps: float) -> list[Tensor]:
         if len(x) == 1:
             inputs = _arranged(x, norm, eps, many=False)
-            parts = [range(len(all.matrices))[at : at + AT_ONCE] for at in range(0, len(all.matrices), AT_ONCE)]
+            parts = [
+                range(len(all.matrices))[at : at + AT_ONCE] for at in range(0, len(all.matrices), AT_ONCE)
+            ]
             return [made for part in parts for made in _one_row(inputs, _some(all, part))]
         made = [x.new_empty(len(x), w.rows) for w in all.matrices]
         for start in range(0, len(x), MOST_INPUTS):
@@ -111,7 +112,12 @@ class TritonKernels(TorchKernels):
 def covers(w: Matrix) -> bool:
     """Whether such a matrix is multiplied here."""
     whole = w.cols % GROUP == 0 and w.cols <= MOST_COLS
-    return w.type.name in COVERED and whole and 0 < w.rows and w.nbytes < MOST_BYTES
+    return w.type.name in COVERED and whole and w.rows > 0 and w.nbytes < MOST_BYTES
+
+
+def tile_of(inputs: int) -> tuple[int, int]:
+    """Rows of a matrix that a program multiplies by so many inputs, and its warps."""
+    return (64, 8) if inputs > 32 else (32, 4)
 
 
 def _some(all: Linears, places: Sequence[int]) -> Linears:
@@ -160,13 +166,14 @@ def _one_row(inputs: Arranged, all: Linears) -> list[Tensor]:
 def _many_rows(inputs: Arranged, w: Matrix, bias: Any, out: Tensor) -> None:
     rows = len(out)
     some = min(128, max(16, triton.next_power_of_2(rows)))
-    programs = triton.cdiv(w.rows, HEIGHT) * triton.cdiv(rows, some)
+    height, warps = tile_of(some)
+    programs = triton.cdiv(w.rows, height) * triton.cdiv(rows, some)
     split = min(triton.cdiv(_groups(w), 16), triton.cdiv(PROGRAMS, programs))
     made = out[None] if split == 1 else out.new_empty(split, rows, w.rows)
-    launched.many_rows[(triton.cdiv(w.rows, HEIGHT), triton.cdiv(rows, some), split)](
+    launched.many_rows[(triton.cdiv(w.rows, height), triton.cdiv(rows, some), split)](
         *inputs, ONE, _data(w), _or(bias, out), made, rows, w.rows, COLS=w.cols, KIND=w.type.name,
-        BIASED=bias is not None, STEP=16, INPUTS=some, ROWS=HEIGHT, SPLIT=split,
-        num_warps=8 if some > 32 else 4, num_stages=1,
+        BIASED=bias is not None, STEP=16, INPUTS=some, ROWS=height, SPLIT=split,
+        num_warps=warps, num_stages=1,
     )  # fmt: skip
     if split > 1:
         torch.sum(made, 0, out=out)
@@ -179,7 +186,8 @@ def _groups(w: Matrix) -> int:
 
 def _step(matrices: Sequence[Matrix]) -> int:
     """Groups at once, for one row."""
-    return min(32, max(THREAD_GROUPS, triton.next_power_of_2(max(map(_groups, matrices)))))
+    whole: int = triton.next_power_of_2(max(map(_groups, matrices)))
+    return min(32, max(THREAD_GROUPS, whole))
 
 
 def _warps(step: int) -> int:
@@ -197,4 +205,3 @@ def _or(handle: Any, other: Tensor, *, there: bool = False) -> Tensor:
         return other
     found: Tensor = handle if there else handle.inside
     return found
-

@@ -1,7 +1,7 @@
 """Triton kernels of linears with quantised weights: for one row of inputs, and for many.
 
-What bounds one row is the device's memory: weights are read once, as they lie, and nothing else of their size is read or
-written. Each program has a band of one of up to three matrices. Inputs come in the order in which it walks
+What bounds one row is the device's memory: weights are read once, as they lie, and nothing else of their size is read
+or written. Each program has a band of one of up to three matrices. Inputs come in the order in which it walks
 (`arranged`), so eight neighbours of a warp read 32 bytes that lie together.
 """
 
@@ -12,9 +12,20 @@ from .triton_weights import SUMS, products
 
 
 @triton.jit
-def arranged(x, norm, out, sums, scales, eps, COLS: tl.constexpr, STEP: tl.constexpr, NORMED: tl.constexpr, MANY: tl.constexpr):  # noqa: N803, E501
-    """Rows of x (T, COLS) for `products`: column 64 g + e lies at [t, e, g], after RMS norm if NORMED. One row: float32,
-    and the sums of 16 columns [t, j, g]. MANY: float16, divided by `scales` [t], so that the largest is 256. Program
+def arranged(
+    x,
+    norm,
+    out,
+    sums,
+    scales,
+    eps,
+    COLS: tl.constexpr,
+    STEP: tl.constexpr,
+    NORMED: tl.constexpr,
+    MANY: tl.constexpr,
+):
+    """Rows of x (T, COLS) for `products`: column 64 g + e lies at [t, e, g], after RMS norm if NORMED. One row:
+    float32, and the sums of 16 columns [t, j, g]. MANY: float16, divided by `scales` [t], so that the largest is 256. Program
     (t, part): STEP groups; where all of a row counts, there is one part."""
     t = tl.program_id(0)
     GROUPS: tl.constexpr = COLS // 64
@@ -40,7 +51,9 @@ def arranged(x, norm, out, sums, scales, eps, COLS: tl.constexpr, STEP: tl.const
 
 
 @triton.jit
-def _row_of(w, x, sums, one, band, COLS: tl.constexpr, KIND: tl.constexpr, STEP: tl.constexpr, SPLIT: tl.constexpr):  # noqa: N803, E501
+def _row_of(
+    w, x, sums, one, band, COLS: tl.constexpr, KIND: tl.constexpr, STEP: tl.constexpr, SPLIT: tl.constexpr
+):
     """(16,): the products of a band with one row of inputs; of the part that program (_, part) of SPLIT has."""
     r = tl.arange(0, 16)
     total = tl.zeros((STEP, 16), tl.float32)
@@ -50,7 +63,21 @@ def _row_of(w, x, sums, one, band, COLS: tl.constexpr, KIND: tl.constexpr, STEP:
 
 
 @triton.jit
-def _put(w, x, sums, one, bias, y, band, rows, COLS: tl.constexpr, KIND: tl.constexpr, STEP: tl.constexpr, SPLIT: tl.constexpr, BIASED: tl.constexpr):  # noqa: N803, E501
+def _put(
+    w,
+    x,
+    sums,
+    one,
+    bias,
+    y,
+    band,
+    rows,
+    COLS: tl.constexpr,
+    KIND: tl.constexpr,
+    STEP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BIASED: tl.constexpr,
+):
     its = _row_of(w, x, sums, one, band, COLS, KIND, STEP, SPLIT)
     row = band * 16 + tl.arange(0, 16)
     if BIASED:
@@ -60,7 +87,32 @@ def _put(w, x, sums, one, bias, y, band, rows, COLS: tl.constexpr, KIND: tl.cons
 
 
 @triton.jit
-def one_row(x, sums, one, w0, w1, w2, y0, y1, y2, bias0, bias1, bias2, rows0, rows1, rows2, COLS: tl.constexpr, KIND0: tl.constexpr, KIND1: tl.constexpr, KIND2: tl.constexpr, BIASED0: tl.constexpr, BIASED1: tl.constexpr, BIASED2: tl.constexpr, STEP: tl.constexpr, SPLIT: tl.constexpr):  # noqa: N803, E501
+def one_row(
+    x,
+    sums,
+    one,
+    w0,
+    w1,
+    w2,
+    y0,
+    y1,
+    y2,
+    bias0,
+    bias1,
+    bias2,
+    rows0,
+    rows1,
+    rows2,
+    COLS: tl.constexpr,
+    KIND0: tl.constexpr,
+    KIND1: tl.constexpr,
+    KIND2: tl.constexpr,
+    BIASED0: tl.constexpr,
+    BIASED1: tl.constexpr,
+    BIASED2: tl.constexpr,
+    STEP: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
     """Up to three matrices (KIND "" is none) by one row; y (SPLIT, rows), whose parts are to be added. Program
     (band, part): bands of all matrices, one after the other."""
     band = tl.program_id(0)
@@ -77,7 +129,7 @@ def one_row(x, sums, one, w0, w1, w2, y0, y1, y2, bias0, bias1, bias2, rows0, ro
 
 
 @triton.jit
-def activated(gate, up, ACTIVATION: tl.constexpr):  # noqa: N803
+def activated(gate, up, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
         return gate * tl.sigmoid(gate) * up
     inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
@@ -85,7 +137,25 @@ def activated(gate, up, ACTIVATION: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
-def gate_and_up(x, sums, one, gate, up, gate_bias, up_bias, out, out_sums, FFN: tl.constexpr, COLS: tl.constexpr, KIND0: tl.constexpr, KIND1: tl.constexpr, BIASED0: tl.constexpr, BIASED1: tl.constexpr, STEP: tl.constexpr, ACTIVATION: tl.constexpr):  # noqa: N803, E501
+def gate_and_up(
+    x,
+    sums,
+    one,
+    gate,
+    up,
+    gate_bias,
+    up_bias,
+    out,
+    out_sums,
+    FFN: tl.constexpr,
+    COLS: tl.constexpr,
+    KIND0: tl.constexpr,
+    KIND1: tl.constexpr,
+    BIASED0: tl.constexpr,
+    BIASED1: tl.constexpr,
+    STEP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
     """activation(gate x) * (up x), laid as `arranged` lays one row of FFN columns. Program: one band of both."""
     band = tl.program_id(0)
     r = tl.arange(0, 16)
@@ -101,7 +171,23 @@ def gate_and_up(x, sums, one, gate, up, gate_bias, up_bias, out, out_sums, FFN: 
 
 
 @triton.jit(do_not_specialize=["T"])
-def many_rows(x, scales, one, w, bias, y, T, rows, COLS: tl.constexpr, KIND: tl.constexpr, BIASED: tl.constexpr, STEP: tl.constexpr, INPUTS: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr):  # noqa: N803, E501
+def many_rows(
+    x,
+    scales,
+    one,
+    w,
+    bias,
+    y,
+    T,
+    rows,
+    COLS: tl.constexpr,
+    KIND: tl.constexpr,
+    BIASED: tl.constexpr,
+    STEP: tl.constexpr,
+    INPUTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
     """y (SPLIT, T, rows), whose parts are to be added: a matrix by T rows, as `arranged` lays many. Program
     (part of rows, part of T, part of columns) has ROWS by INPUTS numbers, on tensor cores, summed in float32."""
     part = tl.program_id(2)

@@ -5,8 +5,9 @@ four bytes side by side, so a thread reads 16 bytes, the same piece of four rows
 taken in groups of 64; a thread has all pieces of a group, so what it works out about a scale serves 32 to 64 columns.
 
 A number q of B bits is moved into the fraction of a float, where it reads 1 + q / 2^B (or 2^(B + 4)) without being
-converted: a shift for two numbers and an instruction for each, and one to multiply. With one row of inputs (`MANY` is false) a sum of (1 + q / 2^B) x is
-put right once per scale, with the sum of its x. With many, weights become float16 for tensor cores.
+converted: a shift for two numbers and an instruction for each, and one to multiply. With one row of inputs (`MANY` is
+false) a sum of (1 + q / 2^B) x is put right once per scale, with the sum of its x. With many, weights become float16
+for tensor cores.
 
 Layouts of the types: ggml's block definitions, as documented by `gguf.quants`; tested against `kernels.reference`.
 """
@@ -30,7 +31,7 @@ _NL_0, _NL_1, _NL_2, _NL_3 = (_packed(IQ4_NL_VALUES[start : start + 4]) for star
 
 
 @triton.jit
-def _moved(word, BIT: tl.constexpr, TO: tl.constexpr, WIDTH: tl.constexpr):  # noqa: N803
+def _moved(word, BIT: tl.constexpr, TO: tl.constexpr, WIDTH: tl.constexpr):
     """WIDTH bits at BIT of a word, at TO; the other bits are 0."""
     if BIT < TO:
         there = word << (TO - BIT)
@@ -40,7 +41,16 @@ def _moved(word, BIT: tl.constexpr, TO: tl.constexpr, WIDTH: tl.constexpr):  # n
 
 
 @triton.jit
-def _fraction(word, more, one, I: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr, NL: tl.constexpr):  # noqa: N803, E741, E501
+def _fraction(
+    word,
+    more,
+    one,
+    I: tl.constexpr,
+    HALF: tl.constexpr,
+    BITS: tl.constexpr,
+    STEP: tl.constexpr,
+    NL: tl.constexpr,
+):
     """1 + q / 2^BITS, q the weight of byte I of each word: its high nibble (HALF is 1), its low one, or all of it
     (BITS is 8). Of the low nibble it is 1 + q / 2^(BITS + 4), so both come with one shift. Higher bits of q are at
     STEP * I of `more`. NL: the nibble numbers a value of IQ4_NL. `one`: the bits of 1.0."""
@@ -60,7 +70,25 @@ def _fraction(word, more, one, I: tl.constexpr, HALF: tl.constexpr, BITS: tl.con
 
 
 @triton.jit
-def _four(acc, word, more, one, scale, low, x, g, E, t, T, COLS: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr, NL: tl.constexpr, MANY: tl.constexpr):  # noqa: N803, E501
+def _four(
+    acc,
+    word,
+    more,
+    one,
+    scale,
+    low,
+    x,
+    g,
+    E,
+    t,
+    T,
+    COLS: tl.constexpr,
+    HALF: tl.constexpr,
+    BITS: tl.constexpr,
+    STEP: tl.constexpr,
+    NL: tl.constexpr,
+    MANY: tl.constexpr,
+):
     """Adds the products of four columns of each group, E and those behind it: to (groups, rows) without scales, or
     with MANY to (inputs, rows) with them."""
     for i in tl.static_range(4):
@@ -75,7 +103,7 @@ def _four(acc, word, more, one, scale, low, x, g, E, t, T, COLS: tl.constexpr, H
 
 
 @triton.jit
-def _settled(total, acc, scale, low, sums, g, S, N: tl.constexpr, COLS: tl.constexpr):  # noqa: N803
+def _settled(total, acc, scale, low, sums, g, S, N: tl.constexpr, COLS: tl.constexpr):
     """Adds what N * 16 columns give, their sums of x beginning with number S of a group."""
     x = tl.load(sums + S * (COLS // 64) + g)
     if N == 2:
@@ -84,7 +112,9 @@ def _settled(total, acc, scale, low, sums, g, S, N: tl.constexpr, COLS: tl.const
 
 
 @triton.jit
-def _blocks_of_32(total, w, x, sums, one, band, r, g, live, t, T, COLS: tl.constexpr, KIND: tl.constexpr, MANY: tl.constexpr):  # noqa: N803, E501
+def _blocks_of_32(
+    total, w, x, sums, one, band, r, g, live, t, T, COLS: tl.constexpr, KIND: tl.constexpr, MANY: tl.constexpr
+):
     """Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL: two blocks make a group; of nibbles, the low ones are its first half."""
     NL: tl.constexpr = KIND == "IQ4_NL"
     FIVE: tl.constexpr = KIND == "Q5_0" or KIND == "Q5_1"
@@ -142,17 +172,21 @@ def _blocks_of_32(total, w, x, sums, one, band, r, g, live, t, T, COLS: tl.const
 
 
 @triton.jit
-def _six_bits(packed, top, first, SHIFT: tl.constexpr):  # noqa: N803
+def _six_bits(packed, top, first, SHIFT: tl.constexpr):
     """Scales (SHIFT is 0) or minima (4) of Q4_K and Q5_K, float32; `first`: of the first half of a block."""
     return tl.where(first, packed & 63, ((top >> SHIFT) & 15) | ((packed >> 2) & 48)).to(tl.float32)
 
 
 @triton.jit
-def _q45_k(total, w, x, sums, one, band, r, g, live, t, T, COLS: tl.constexpr, KIND: tl.constexpr, MANY: tl.constexpr):  # noqa: N803, E501
+def _q45_k(
+    total, w, x, sums, one, band, r, g, live, t, T, COLS: tl.constexpr, KIND: tl.constexpr, MANY: tl.constexpr
+):
     """Q4_K and Q5_K: a block is four groups, the two halves of each have a scale and a minimum."""
     FIVE: tl.constexpr = KIND == "Q5_K"
     BITS: tl.constexpr = 5 if FIVE else 4
-    QS: tl.constexpr = 192 if FIVE else 64  # behind two halves, three pieces of scales and eight of fifth bits
+    QS: tl.constexpr = (
+        192 if FIVE else 64
+    )  # behind two halves, three pieces of scales and eight of fifth bits
     WORDS: tl.constexpr = QS + 512
     words, halves = w.to(tl.pointer_type(tl.uint32)), w.to(tl.pointer_type(tl.float16))
     at = band[None, :] * (COLS // 256 * WORDS) + (g // 4)[:, None] * WORDS
@@ -197,7 +231,7 @@ def _q45_k(total, w, x, sums, one, band, r, g, live, t, T, COLS: tl.constexpr, K
 
 
 @triton.jit
-def _q6_k(total, w, x, sums, one, band, r, g, live, t, T, COLS: tl.constexpr, MANY: tl.constexpr):  # noqa: N803
+def _q6_k(total, w, x, sums, one, band, r, g, live, t, T, COLS: tl.constexpr, MANY: tl.constexpr):
     """Q6_K: `g` counts pairs of groups, which share their words; each 16 columns have a scale."""
     WORDS: tl.constexpr = 840
     words, halves = w.to(tl.pointer_type(tl.uint32)), w.to(tl.pointer_type(tl.float16))
@@ -241,7 +275,23 @@ def _q6_k(total, w, x, sums, one, band, r, g, live, t, T, COLS: tl.constexpr, MA
 
 
 @triton.jit
-def products(total, w, x, sums, one, band, r, part, t, T, COLS: tl.constexpr, KIND: tl.constexpr, STEP: tl.constexpr, SPLIT: tl.constexpr, MANY: tl.constexpr):  # noqa: N803, E501
+def products(
+    total,
+    w,
+    x,
+    sums,
+    one,
+    band,
+    r,
+    part,
+    t,
+    T,
+    COLS: tl.constexpr,
+    KIND: tl.constexpr,
+    STEP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    MANY: tl.constexpr,
+):
     """Adds the products of rows `r` of bands `band` (each (rows,)) with inputs, over the columns of `part` of SPLIT, in
     steps of STEP groups: to (STEP, rows) with one row of inputs, which is to be summed; with MANY to (inputs, rows),
     inputs `t` of T. `x`, `sums`: as `arranged` lays them. `one`: ONE, which a compiler must not know: it would take

@@ -2,9 +2,9 @@
 
     python bench/cards/compiled.py [--cards 80,90] [--types Q4_K,Q6_K] [--markdown]
 
-For each kernel, type and number of rows of inputs: registers of a thread, bytes that are spilled, shared memory, loads of
-16 bytes and of less, instructions for each weight where one row is multiplied, and how many of the card's threads can be
-there at once. Needs triton, with the assembler and the disassembler that it brings; nothing runs on a card.
+For each kernel, type and number of rows of inputs: registers of a thread, bytes that are spilled, shared memory, loads
+of 16 bytes and of less, instructions for each weight where one row is multiplied, and how many of the card's threads can
+be there at once. Needs triton, with the assembler and the disassembler that it brings; nothing runs on a card.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from shoal.devices import triton_linears
-from shoal.devices.triton_kernels import COVERED, HEIGHT
+from shoal.devices.triton_kernels import COVERED, tile_of
 from shoal.kernels.types import WEIGHT_TYPES
 
 COLS, FFN = 4096, 14336
@@ -35,12 +35,13 @@ REGISTERS, THREADS = 1 << 16, 2048  # of a processor of the card
 SHARED_BYTES = {80: 164 << 10, 86: 100 << 10, 89: 100 << 10, 90: 228 << 10}
 BITS = {kind.name: kind.bits_per_weight for kind in WEIGHT_TYPES}
 OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T\d]+ )?([A-Z][A-Z0-9_.]*)", re.M)
-JUMP = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[T\d]+ )?BRA[.A-Z]* (?:!?U?P\d+, )?(?:UP?R?\d+, )?`?\(?(?:\.L_x_\d+)?(0x[0-9a-f]+)")
+JUMP = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[T\d]+ )?BRA[.A-Z]* (?:[^;]*?)(0x[0-9a-f]+)")
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
 class Compiled(NamedTuple):
-    """`wide`, `narrow`: loads of 16 bytes, and of less; `per_weight`: instructions of a thread, nan where it says little.
+    """`wide`, `narrow`: loads of 16 bytes, and of less; `per_weight`: instructions of a thread, nan where it says
+    little.
     `occupancy`: share of the threads that a processor of the card can have."""
 
     kernel: str
@@ -82,9 +83,10 @@ def cases(types: Sequence[str]) -> Iterator[Case]:
             "FFN": FFN, "COLS": COLS, "KIND0": kind, "KIND1": kind, "BIASED0": False, "BIASED1": False, "STEP": 32,
             "ACTIVATION": "silu",
         }, 4, 0)  # fmt: skip
-        for rows, warps in ((16, 4), (128, 8)):
+        for rows in (16, 128):
+            height, warps = tile_of(rows)
             yield Case("many_rows", kind, rows, triton_linears.many_rows, {
-                "COLS": COLS, "KIND": kind, "BIASED": False, "STEP": 16, "INPUTS": rows, "ROWS": HEIGHT, "SPLIT": 1,
+                "COLS": COLS, "KIND": kind, "BIASED": False, "STEP": 16, "INPUTS": rows, "ROWS": height, "SPLIT": 1,
             }, warps, 0)  # fmt: skip
     more = {"COLS": COLS, "KIND0": "Q4_K", "KIND1": "Q4_K", "KIND2": "Q6_K"}
     more |= {f"BIASED{place}": True for place in range(3)} | {"STEP": 32, "SPLIT": 1}
@@ -100,9 +102,13 @@ POINTERS = {"w": "*u8", "gate": "*u8", "up": "*u8", "one": "i32", "eps": "fp32",
 def compiled(case: Case, card: int) -> Compiled:
     """For compute capability `card` / 10."""
     names, many = case.fn.arg_names, case.rows > 1
-    signature = {name: _type(name, case.kernel, many) for name in names} | dict.fromkeys(case.constants, "constexpr")
+    signature = {name: _type(name, case.kernel, many) for name in names} | dict.fromkeys(
+        case.constants, "constexpr"
+    )
     wide = {
-        (place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if signature[name].startswith("*")
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(names)
+        if signature[name].startswith("*")
     }
     constants = {(names.index(name),): value for name, value in case.constants.items()}
     source = ASTSource(case.fn, signature=signature, constexprs=constants, attrs=wide)
@@ -162,7 +168,7 @@ def lines(all: Sequence[Compiled], markdown: bool) -> Iterator[str]:
     table = [heads]
     for it in all:
         each = f"{it.per_weight:.1f}" if it.per_weight == it.per_weight else ""
-        table.append(tuple(map(str, it[:10])) + (each, f"{it.occupancy:.0%}"))
+        table.append((*map(str, it[:10]), each, f"{it.occupancy:.0%}"))
     if markdown:
         yield from ("| " + " | ".join(row) + " |" for row in (table[0], ("---",) * len(heads), *table[1:]))
         return
@@ -174,16 +180,23 @@ def lines(all: Sequence[Compiled], markdown: bool) -> Iterator[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--cards", default="80,90", help="compute capabilities times ten")
-    parser.add_argument("--types", default=",".join(kind.name for kind in WEIGHT_TYPES if kind.name in COVERED))
+    parser.add_argument(
+        "--types", default=",".join(kind.name for kind in WEIGHT_TYPES if kind.name in COVERED)
+    )
     parser.add_argument("--markdown", action="store_true")
     options = parser.parse_args()
     all = [
-        compiled(case, card) for card in map(int, options.cards.split(",")) for case in cases(options.types.split(","))
+        compiled(case, card)
+        for card in map(int, options.cards.split(","))
+        for case in cases(options.types.split(","))
     ]
     print("\n".join(lines(all, options.markdown)))
     spilled = [it for it in all if it.spilled_bytes]
     for it in spilled:
-        print(f"{it.kernel} {it.type} by {it.rows} on sm_{it.card} spills {it.spilled_bytes} bytes", file=sys.stderr)
+        print(
+            f"{it.kernel} {it.type} by {it.rows} on sm_{it.card} spills {it.spilled_bytes} bytes",
+            file=sys.stderr,
+        )
     return 1 if spilled else 0
 
 

@@ -21,7 +21,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> TorchOnHost:
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setattr(kernel_choice, "TRIED_ROWS", 16)
     monkeypatch.setattr(kernel_choice, "TRIED_COLS", 256)
-    monkeypatch.setattr(kernel_choice, "CALLS", 1)
+    monkeypatch.setattr(kernel_choice, "_CALLS", 1)
     return TorchOnHost("sim:test", 1 << 30)
 
 

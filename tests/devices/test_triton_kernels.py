@@ -1,7 +1,7 @@
 """What Triton's kernels compute is what weights and inputs say, in every type that they cover: here by Triton's
-interpreter, on a graphics card where there is one. Tolerances are of the lengths of both rows that are multiplied, or of
-the largest number of a result: one row of inputs is summed in float32 (2e-5), more rows are rounded to float16, as are
-weights (2e-3)."""
+interpreter, on a graphics card where there is one. Tolerances are of the lengths of both rows that are multiplied, or
+of the largest number of a result: one row of inputs is summed in float32 (2e-5), more rows are rounded to float16, as
+are weights (2e-3)."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def home() -> DeviceHome:
 def stored(kind: WeightType, rows: int, cols: int, seed: int = 1, scales: object = None) -> Bytes:
     """Random bytes, whose numbers in half precision are within 1, or drawn from `scales`."""
     generator = np.random.default_rng(seed)
-    blocks = generator.integers(0, 256, (rows * cols // kind.block_weights, kind.block_bytes)).astype(np.uint8)
+    blocks = generator.integers(0, 256, (rows * cols // kind.block_weights, kind.block_bytes)).astype(
+        np.uint8
+    )
     for start in kind.halves:
         drawn: Any = generator.uniform(-1, 1, len(blocks))
         drawn = drawn if scales is None else generator.choice(np.array(scales), len(blocks))
@@ -204,7 +206,10 @@ def test_experts_of_one_token_and_of_several(home: DeviceHome) -> None:
     parts = [[made(kind, *shape, seed=place) for shape in ((64, 256), (64, 256), (256, 64))]
              for place, kind in enumerate((KINDS[0], KINDS[4]))]  # fmt: skip
     here, there = (
-        [FeedForward(Linears([keep(a), keep(b)]), Linears([keep(c)]), "silu") for (a, _), (b, _), (c, _) in parts]
+        [
+            FeedForward(Linears([keep(a), keep(b)]), Linears([keep(c)]), "silu")
+            for (a, _), (b, _), (c, _) in parts
+        ]
         for keep in (lambda w: w, home.keep_matrix)
     )
     routes = Routes((0, 1, 4), np.array([2, 0, 1, 2]), np.array([0.5, 1, 0.25, 2], np.float32))
@@ -221,7 +226,9 @@ def test_what_is_not_covered_is_torchs() -> None:
     for w, _ in (made(Q2_K, 40, 512), made(KINDS[0], 16, 96)):
         assert not covers(w)
         x = inputs(1, w.cols)
-        ours, theirs = (it.fetch(it.linears(it.place(x), Linears([it.keep_matrix(w)]))[0]) for it in (home, other))
+        ours, theirs = (
+            it.fetch(it.linears(it.place(x), Linears([it.keep_matrix(w)]))[0]) for it in (home, other)
+        )
         assert np.array_equal(ours, theirs)
 
 
