@@ -1,9 +1,9 @@
 """What a device computes in Triton: linears with quantised weights. All else, and what it does not cover, is torch's.
 
 Knows sizes of programs and which matrices go into one launch; `triton_linears` has the kernels. Weights lie on the
-device as they do on the host, in bands, so nothing is rearranged when they come. One row of inputs is multiplied as it is, in
-float32. More rows are rounded to float16, each divided by a scale of its own, as are weights: products are exact and
-sums float32, which leaves results within 2e-3 of the largest.
+device as they do on the host, in bands, so nothing is rearranged when they come. One row of inputs is multiplied as it
+is, in float32. More rows are rounded to float16, each divided by a scale of its own, as are weights: products are exact
+and sums float32, which leaves results within 2e-3 of the largest.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ MOST_COLS = 1 << 15  # of which a program has a whole row in registers, to norm 
 MOST_BYTES = 1 << 32  # places in a matrix are numbers of 32 bits
 MOST_INPUTS = 1024  # arranged at once: 64 MiB at most, for which torch's scratch is not used meanwhile
 AT_ONCE = 3  # matrices in a launch
+TILE_INPUTS = 64  # rows of inputs that a program has at most; with 128 some kernels spill registers
 PROGRAMS = 264  # two for each processor of a large card; with fewer, columns are split among more
 THREAD_GROUPS = 8  # groups that the threads of a warp take side by side, four threads each
 
@@ -165,7 +166,7 @@ def _one_row(inputs: Arranged, all: Linears) -> list[Tensor]:
 
 def _many_rows(inputs: Arranged, w: Matrix, bias: Any, out: Tensor) -> None:
     rows = len(out)
-    some = min(128, max(16, triton.next_power_of_2(rows)))
+    some = min(TILE_INPUTS, max(16, triton.next_power_of_2(rows)))
     height, warps = tile_of(some)
     programs = triton.cdiv(w.rows, height) * triton.cdiv(rows, some)
     split = min(triton.cdiv(_groups(w), 16), triton.cdiv(PROGRAMS, programs))

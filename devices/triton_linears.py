@@ -25,8 +25,8 @@ def arranged(
     MANY: tl.constexpr,
 ):
     """Rows of x (T, COLS) for `products`: column 64 g + e lies at [t, e, g], after RMS norm if NORMED. One row:
-    float32, and the sums of 16 columns [t, j, g]. MANY: float16, divided by `scales` [t], so that the largest is 256. Program
-    (t, part): STEP groups; where all of a row counts, there is one part."""
+    float32, and the sums of 16 columns [t, j, g]. MANY: float16, divided by `scales` [t], so that the largest is 256.
+    Program (t, part): STEP groups; where all of a row counts, there is one part."""
     t = tl.program_id(0)
     GROUPS: tl.constexpr = COLS // 64
     g = tl.program_id(1) * STEP + tl.arange(0, STEP)

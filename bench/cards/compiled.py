@@ -3,8 +3,8 @@
     python bench/cards/compiled.py [--cards 80,90] [--types Q4_K,Q6_K] [--markdown]
 
 For each kernel, type and number of rows of inputs: registers of a thread, bytes that are spilled, shared memory, loads
-of 16 bytes and of less, instructions for each weight where one row is multiplied, and how many of the card's threads can
-be there at once. Needs triton, with the assembler and the disassembler that it brings; nothing runs on a card.
+of 16 bytes and of less, instructions for each weight where one row is multiplied, and how many of the card's threads
+can be there at once. Needs triton, with the assembler and the disassembler that it brings; nothing runs on a card.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from shoal.devices import triton_linears
-from shoal.devices.triton_kernels import COVERED, tile_of
+from shoal.devices.triton_kernels import COVERED, TILE_INPUTS, tile_of
 from shoal.kernels.types import WEIGHT_TYPES
 
 COLS, FFN = 4096, 14336
@@ -83,7 +83,7 @@ def cases(types: Sequence[str]) -> Iterator[Case]:
             "FFN": FFN, "COLS": COLS, "KIND0": kind, "KIND1": kind, "BIASED0": False, "BIASED1": False, "STEP": 32,
             "ACTIVATION": "silu",
         }, 4, 0)  # fmt: skip
-        for rows in (16, 128):
+        for rows in (16, TILE_INPUTS):
             height, warps = tile_of(rows)
             yield Case("many_rows", kind, rows, triton_linears.many_rows, {
                 "COLS": COLS, "KIND": kind, "BIASED": False, "STEP": 16, "INPUTS": rows, "ROWS": height, "SPLIT": 1,
