@@ -116,9 +116,17 @@ def covers(w: Matrix) -> bool:
     return w.type.name in COVERED and whole and w.rows > 0 and w.nbytes < MOST_BYTES
 
 
-def tile_of(inputs: int) -> tuple[int, int]:
-    """Rows of a matrix that a program multiplies by so many inputs, and its warps."""
-    return (64, 8) if inputs > 32 else (32, 4)
+class Tile(NamedTuple):
+    """Of a program that multiplies `rows` of a matrix by many inputs. `registers`: that a thread may have; else the
+    assembler aims at fewer, and spills some."""
+
+    rows: int
+    warps: int
+    registers: int
+
+
+def tile_of(inputs: int) -> Tile:
+    return Tile(64, 8, 240) if inputs > 32 else Tile(32, 4, 128)
 
 
 def _some(all: Linears, places: Sequence[int]) -> Linears:
@@ -167,14 +175,14 @@ def _one_row(inputs: Arranged, all: Linears) -> list[Tensor]:
 def _many_rows(inputs: Arranged, w: Matrix, bias: Any, out: Tensor) -> None:
     rows = len(out)
     some = min(TILE_INPUTS, max(16, triton.next_power_of_2(rows)))
-    height, warps = tile_of(some)
+    height, warps, registers = tile_of(some)
     programs = triton.cdiv(w.rows, height) * triton.cdiv(rows, some)
     split = min(triton.cdiv(_groups(w), 16), triton.cdiv(PROGRAMS, programs))
     made = out[None] if split == 1 else out.new_empty(split, rows, w.rows)
     launched.many_rows[(triton.cdiv(w.rows, height), triton.cdiv(rows, some), split)](
         *inputs, ONE, _data(w), _or(bias, out), made, rows, w.rows, COLS=w.cols, KIND=w.type.name,
         BIASED=bias is not None, STEP=16, INPUTS=some, ROWS=height, SPLIT=split,
-        num_warps=warps, num_stages=1,
+        num_warps=warps, num_stages=1, maxnreg=registers,
     )  # fmt: skip
     if split > 1:
         torch.sum(made, 0, out=out)

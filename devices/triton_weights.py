@@ -127,7 +127,7 @@ def _blocks_of_32(
     PIECES: tl.constexpr = 8 if EIGHT else 4
     WORDS: tl.constexpr = QS + 16 * PIECES  # of a block of 16 rows
     words, halves = w.to(tl.pointer_type(tl.uint32)), w.to(tl.pointer_type(tl.float16))
-    for b in tl.static_range(2):
+    for b in tl.range(0, 2, loop_unroll_factor=1 if MANY else 2):
         at = band[None, :] * (COLS // 32 * WORDS) + (2 * g + b)[:, None] * WORDS
         d = tl.load(halves + 2 * at + r[None, :]).to(tl.float32)
         if WITH_LOW:

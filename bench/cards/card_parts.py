@@ -122,9 +122,20 @@ TESTED = "torch or card or reference or staged_weights or small_operations"
 
 
 def tests(sizes: Sizes, place: Path) -> dict[str, Any]:
-    """Those of what devices compute, on the card."""
-    chosen = TESTED if sizes.card is not None else "small_operations"
+    """Those of what devices compute, on the card, with torch's operations, which round least."""
+    return _tested(sizes, f"({TESTED}) and not triton" if sizes.card is not None else "small_operations")
+
+
+def tests_triton(sizes: Sizes, place: Path) -> dict[str, Any]:
+    """Each type of weights by Triton's kernels: most of the time they are compiled."""
+    return _tested(
+        sizes, "triton and every_type" if sizes.card is not None else "triton and every_type and Q4_0"
+    )
+
+
+def _tested(sizes: Sizes, chosen: str) -> dict[str, Any]:
     more = {"SHOAL_TEST_DEVICE": sizes.whole} if sizes.card is not None else {}
+    more |= {"SHOAL_DEVICE_KERNELS": "torch"}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", chosen, *TESTS]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | more, capture_output=True, text=True, check=False, timeout=600
@@ -293,6 +304,7 @@ def crossover(sizes: Sizes, place: Path) -> dict[str, Any]:
 
 PARTS: dict[str, Callable[[Sizes, Path], dict[str, Any]]] = {
     "tests": tests,
+    "tests-triton": tests_triton,
     "copies": copies,
     "kernels": kernels,
     "dense": dense,
@@ -306,7 +318,7 @@ PARTS: dict[str, Callable[[Sizes, Path], dict[str, Any]]] = {
     "peer-24": lambda sizes, place: peer(sizes, place, "24"),
 }
 LIMITS_S = {
-    "tests": 120, "copies": 30, "kernels": 90, "dense": 80, "dense-torch": 60, "crossover": 80,
+    "tests": 120, "tests-triton": 180, "copies": 30, "kernels": 90, "dense": 80, "dense-torch": 60, "crossover": 80,
     "interactive-16": 110, "peer-16": 110, "offline-16": 140, "interactive-24": 100, "offline-24": 120, "peer-24": 100,
 }  # fmt: skip
 

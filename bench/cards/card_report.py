@@ -18,7 +18,10 @@ def report(results: Mapping[str, Any]) -> list[str]:
     """One line for each figure. Parts that failed, or were not run, say so."""
     lines = [f"{name}: failed: {its['failed']}" for name, its in results.items() if "failed" in its]
     parts = {name: its for name, its in results.items() if "failed" not in its}
-    for name, say in (("tests", _tests), ("copies", _copies), ("crossover", _crossover)):
+    for name in ("tests", "tests-triton"):
+        if name in parts:
+            lines += _tests(name, parts[name])
+    for name, say in (("copies", _copies), ("crossover", _crossover)):
         if name in parts:
             lines += say(parts[name])
     if "kernels" in parts:
@@ -35,8 +38,8 @@ def report(results: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _tests(its: Mapping[str, Any]) -> Iterator[str]:
-    yield f"tests on the card: {'passed' if its['passed'] else 'FAILED'}: {its['said']}"
+def _tests(name: str, its: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{name} on the card: {'passed' if its['passed'] else 'FAILED'}: {its['said']}"
 
 
 def _copies(its: Mapping[str, Any]) -> Iterator[str]:

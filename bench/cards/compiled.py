@@ -69,6 +69,7 @@ class Case(NamedTuple):
     warps: int
     weights: int
     turns: int = 1
+    most_registers: int | None = None
 
 
 def cases(types: Sequence[str]) -> Iterator[Case]:
@@ -84,10 +85,10 @@ def cases(types: Sequence[str]) -> Iterator[Case]:
             "ACTIVATION": "silu",
         }, 4, 0)  # fmt: skip
         for rows in (16, TILE_INPUTS):
-            height, warps = tile_of(rows)
+            height, warps, registers = tile_of(rows)
             yield Case("many_rows", kind, rows, triton_linears.many_rows, {
                 "COLS": COLS, "KIND": kind, "BIASED": False, "STEP": 16, "INPUTS": rows, "ROWS": height, "SPLIT": 1,
-            }, warps, 0)  # fmt: skip
+            }, warps, 0, most_registers=registers)  # fmt: skip
     more = {"COLS": COLS, "KIND0": "Q4_K", "KIND1": "Q4_K", "KIND2": "Q6_K"}
     more |= {f"BIASED{place}": True for place in range(3)} | {"STEP": 32, "SPLIT": 1}
     yield Case("one_row", "Q4_K, Q4_K, Q6_K", 1, triton_linears.one_row, more, 4, 0)
@@ -113,7 +114,9 @@ def compiled(case: Case, card: int) -> Compiled:
     constants = {(names.index(name),): value for name, value in case.constants.items()}
     source = ASTSource(case.fn, signature=signature, constexprs=constants, attrs=wide)
     made = triton.compile(
-        source, target=GPUTarget("cuda", card, 32), options={"num_warps": case.warps, "num_stages": 1}
+        source,
+        target=GPUTarget("cuda", card, 32),
+        options={"num_warps": case.warps, "num_stages": 1, "maxnreg": case.most_registers},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
