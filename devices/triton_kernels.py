@@ -116,6 +116,14 @@ def covers(w: Matrix) -> bool:
     return w.type.name in COVERED and whole and w.rows > 0 and w.nbytes < MOST_BYTES
 
 
+def step_of(groups: int) -> int:
+    """How many of so many groups a program takes at once, for one row."""
+    if groups % 64 == 0:
+        return 64
+    whole: int = triton.next_power_of_2(groups)
+    return min(32, max(THREAD_GROUPS, whole))
+
+
 class Tile(NamedTuple):
     """Of a program that multiplies `rows` of a matrix by many inputs. `registers`: that a thread may have; else the
     assembler aims at fewer, and spills some."""
@@ -159,7 +167,7 @@ def _one_row(inputs: Arranged, all: Linears) -> list[Tensor]:
     bands = sum(triton.cdiv(w.rows, BAND_ROWS) for w in all.matrices)
     step = _step(all.matrices)
     steps = min(triton.cdiv(_groups(w), step) for w in all.matrices)
-    split = min(steps, triton.cdiv(PROGRAMS, bands))
+    split = max(1, min(steps, PROGRAMS // bands))
     made = [x.new_empty(split, w.rows) for w in all.matrices]
     none = [x] * (AT_ONCE - count)
     kinds = [w.type.name for w in all.matrices] + [""] * (AT_ONCE - count)
@@ -177,7 +185,7 @@ def _many_rows(inputs: Arranged, w: Matrix, bias: Any, out: Tensor) -> None:
     some = min(TILE_INPUTS, max(16, triton.next_power_of_2(rows)))
     height, warps, registers = tile_of(some)
     programs = triton.cdiv(w.rows, height) * triton.cdiv(rows, some)
-    split = min(triton.cdiv(_groups(w), 16), triton.cdiv(PROGRAMS, programs))
+    split = max(1, min(triton.cdiv(_groups(w), 16), PROGRAMS // programs))
     made = out[None] if split == 1 else out.new_empty(split, rows, w.rows)
     launched.many_rows[(triton.cdiv(w.rows, height), triton.cdiv(rows, some), split)](
         *inputs, ONE, _data(w), _or(bias, out), made, rows, w.rows, COLS=w.cols, KIND=w.type.name,
@@ -195,8 +203,7 @@ def _groups(w: Matrix) -> int:
 
 def _step(matrices: Sequence[Matrix]) -> int:
     """Groups at once, for one row."""
-    whole: int = triton.next_power_of_2(max(map(_groups, matrices)))
-    return min(32, max(THREAD_GROUPS, whole))
+    return step_of(min(map(_groups, matrices)))
 
 
 def _warps(step: int) -> int:

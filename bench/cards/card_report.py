@@ -51,7 +51,7 @@ def _kernels(its: Mapping[str, Any], copies: Mapping[str, Any] | None) -> Iterat
     for name, said in its["failed with"].items():
         yield f"kernels of {name}: {said}"
     within = copies["bytes_per_s"]["within"] if copies is not None else None
-    for it in its["products"]:
+    for it in (*its["products"], *its.get("programs", ())):
         each = ", ".join(f"{name} {s * 1e6:.4g} µs" for name, s in it["seconds"].items())
         quickest = min(it["seconds"].values(), default=float("inf"))
         said = f"{it['type']} by {it['rows']}: {each}; {it['nbytes'] / quickest / 1e9:.4g} GB/s"

@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from shoal.devices import triton_linears
-from shoal.devices.triton_kernels import COVERED, TILE_INPUTS, tile_of
+from shoal.devices.triton_kernels import COVERED, THREAD_GROUPS, TILE_INPUTS, step_of, tile_of
 from shoal.kernels.types import WEIGHT_TYPES
 
 COLS, FFN = 4096, 14336
@@ -75,15 +75,15 @@ class Case(NamedTuple):
 def cases(types: Sequence[str]) -> Iterator[Case]:
     for kind in types:
         pair = kind == "Q6_K"  # whose groups are taken in pairs
-        steps = COLS // (128 if pair else 64) // 32
+        step = step_of(COLS // (128 if pair else 64))
         yield Case("one_row", kind, 1, triton_linears.one_row, {
             "COLS": COLS, "KIND0": kind, "KIND1": "", "KIND2": "", "BIASED0": False, "BIASED1": False,
-            "BIASED2": False, "STEP": 32, "SPLIT": steps,
-        }, 4, 512 if pair else 256, 4 if pair else 1)  # fmt: skip
+            "BIASED2": False, "STEP": step, "SPLIT": 1,
+        }, step // THREAD_GROUPS, 512 if pair else 256, 4 if pair else 1)  # fmt: skip
         yield Case("gate_and_up", kind, 1, triton_linears.gate_and_up, {
-            "FFN": FFN, "COLS": COLS, "KIND0": kind, "KIND1": kind, "BIASED0": False, "BIASED1": False, "STEP": 32,
+            "FFN": FFN, "COLS": COLS, "KIND0": kind, "KIND1": kind, "BIASED0": False, "BIASED1": False, "STEP": step,
             "ACTIVATION": "silu",
-        }, 4, 0)  # fmt: skip
+        }, step // THREAD_GROUPS, 0)  # fmt: skip
         for rows in (16, TILE_INPUTS):
             height, warps, registers = tile_of(rows)
             yield Case("many_rows", kind, rows, triton_linears.many_rows, {

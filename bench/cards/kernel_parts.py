@@ -53,7 +53,22 @@ def compared(name: str, *, dry: bool) -> dict[str, Any]:
     for kind in tried.kinds:
         for rows in tried.inputs:
             products.append(_product(homes, kind, rows, tried, wrong, dry))
-    return {"products": products, "failed with": wrong}
+    found = {"products": products, "failed with": wrong}
+    return found if dry or "triton" not in homes else found | {"programs": _programs(homes["triton"], wrong)}
+
+
+def _programs(home: Any, wrong: dict[str, str]) -> list[dict[str, Any]]:
+    """One row by matrices of few rows, with columns split among more and more programs."""
+    from shoal.devices import triton_kernels
+
+    products = []
+    for cols in (4096, 14336):
+        for programs in (264, 528, 1056, 1848):
+            triton_kernels.PROGRAMS = programs
+            tried = Tried(12, 4096, cols, (1,), (Q4_K,))
+            made = _product({f"triton with {programs}": home}, Q4_K, 1, tried, wrong, dry=False)
+            products.append(made | {"cols": cols})
+    return products
 
 
 def _torch() -> Any:

@@ -14,11 +14,13 @@ from shoal.devices.errors import DeviceLost, NoSuchDevice
 from shoal.devices.kernel_choice import VARIABLE, chosen
 from shoal.kernels.arrays import Floats
 from shoal.kernels.matrix import Matrix
+from shoal.kernels.types import Q4_K
 
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> TorchOnHost:
     monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(kernel_choice, "TRIED_KINDS", (Q4_K,))
     monkeypatch.setattr(kernel_choice, "TRIED_ROWS", 16)
     monkeypatch.setattr(kernel_choice, "TRIED_COLS", 256)
     monkeypatch.setattr(kernel_choice, "_CALLS", 1)
