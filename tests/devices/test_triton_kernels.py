@@ -29,7 +29,7 @@ from shoal.kernels.types import F32, Q2_K, Q4_K, Q5_1, Q6_K, Q8_0, WEIGHT_TYPES,
 KINDS = [kind for kind in WEIGHT_TYPES if kind.name in COVERED]
 ONE, MANY = 2e-5, 2e-3
 kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-families = pytest.mark.parametrize("kind", (Q5_1, Q8_0, Q4_K, Q6_K), ids=lambda kind: kind.name)
+families = pytest.mark.parametrize("kind", [Q5_1, Q8_0, Q4_K, Q6_K], ids=lambda kind: kind.name)
 
 
 @pytest.fixture(autouse=True)
