@@ -125,16 +125,16 @@ def step_of(groups: int) -> int:
 
 
 class Tile(NamedTuple):
-    """Of a program that multiplies `rows` of a matrix by many inputs. `registers`: that a thread may have; else the
-    assembler aims at fewer, and spills some."""
+    """Of a program that multiplies `rows` of a matrix by many inputs. `registers`: that a thread may have, where
+    the assembler would aim at fewer and spill some; or too many, and spill others."""
 
     rows: int
     warps: int
-    registers: int
+    registers: int | None
 
 
 def tile_of(inputs: int) -> Tile:
-    return Tile(64, 8, 240) if inputs > 32 else Tile(32, 4, 128)
+    return Tile(64, 8, None) if inputs > 32 else Tile(32, 4, 128)
 
 
 def _some(all: Linears, places: Sequence[int]) -> Linears:
