@@ -6,8 +6,8 @@
 # Results go to DIR ($OUT if that is set, else bench/results/gpu): results.json, summary.txt, log.txt. `--dry-run` does the
 # same with tiny models on a device that the CPU plays. Needs a python with torch (PYTHON; 3.11 or later) and a C++ compiler.
 # Other packages come from .whl, a folder of wheels, if it is there, else from the package index. Where a command may take
-# ten minutes at most, run it twice: --parts tests,copies,dense,interactive-16,peer-16,crossover and then
-# --parts offline-16,offline-24,interactive-24,peer-24.
+# ten minutes at most, run it twice: --parts
+# tests,tests-triton,copies,kernels,dense,dense-torch,crossover and then the others.
 set -eu
 cd "$(dirname "$0")/.."
 out=${OUT:-bench/results/gpu}

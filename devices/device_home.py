@@ -30,11 +30,17 @@ F32_BYTES = 4
 
 
 class DeviceHome(ComputeHome):
-    """Computes on one device."""
+    """Computes on one device. `not_better`: why its kernels are not the best that there could be, or ""."""
 
-    def __init__(self, device: OpenDevice, kernels: OnDevice) -> None:
+    def __init__(self, device: OpenDevice, kernels: OnDevice, not_better: str = "") -> None:
         self.device = device
         self._kernels = kernels
+        self.not_better = not_better
+
+    @property
+    def kernels(self) -> str:
+        """What computes, in a word or two."""
+        return self._kernels.name
 
     def room(self, free_bytes: int) -> DeviceRoom:
         """What plans count with."""

@@ -14,6 +14,7 @@ class OnDevice(Protocol):
     """What a device computes. Hidden states and norms are what is inside of their handles, as are results; weights,
     K and V, angles and routes are operands over handles, whose `prepared` it may use."""
 
+    name: str  # of what computes; figures of another one do not hold
     scratch_bytes: int  # that they take of the device's memory besides results
     gathers: bool  # attention copies K and V of a text and has all scores of a part of it
 

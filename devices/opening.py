@@ -66,7 +66,8 @@ def _open(name: str) -> DeviceHome:
         return DeviceHome(SimDevice(name, said.limit_bytes, *speeds, said.pinnable_bytes), SimKernels(cpu()))
     try:
         from .cuda_device import CudaDevice  # and with them torch: 125 MB and 1.4 s that others do without
-        from .torch_kernels import TorchKernels
+        from .kernel_choice import chosen
     except (ImportError, OSError) as error:  # OSError: a library of the driver's or of torch's is missing
         raise NoSuchDevice(f"device {name} needs torch, which cannot be imported: {error}") from error
-    return DeviceHome(CudaDevice(name, said.number, said.limit_bytes), TorchKernels())
+    device = CudaDevice(name, said.number, said.limit_bytes)
+    return DeviceHome(device, *chosen(device))

@@ -17,6 +17,7 @@ from shoal.kernels.matrix import FeedForward, Linears, Matrix, Routes
 class SimKernels:
     """Is an OnDevice."""
 
+    name = "cpu"
     scratch_bytes, gathers = 0, False  # they take memory of the host
 
     def __init__(self, cpu: CpuHome) -> None:

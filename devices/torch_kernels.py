@@ -39,6 +39,7 @@ class InBands(NamedTuple):
 class TorchKernels:
     """Is an OnDevice. Insides of handles are tensors."""
 
+    name = "torch"
     scratch_bytes, gathers = 4 * TILE_NUMBERS * TILE_COPIES, True
 
     def laid_out(self, w: Matrix) -> Bytes:
@@ -52,6 +53,11 @@ class TorchKernels:
 
     def as_they_lie(self, bytes: Tensor, w: Matrix) -> Tensor | InBands:
         return InBands(bytes) if w.type.quantised else bytes
+
+    def lying(self, w: Matrix) -> Tensor | InBands:
+        """The bytes of a matrix that is there, and whether they lie in bands."""
+        data: Tensor | InBands = _inside(w.data)
+        return data
 
     def clear(self, x: Tensor) -> None:
         x.zero_()
@@ -89,7 +95,8 @@ class TorchKernels:
     def linears(self, x: Tensor, all: Linears, norm: Tensor | None, eps: float) -> list[Tensor]:
         if norm is not None:
             x = self.rms_norm(x, norm, eps)
-        return [_linear(x, w, bias) for w, bias in zip(all.matrices, all.biases, strict=True)]
+        each = zip(all.matrices, all.biases, strict=True)
+        return [_linear(x, w, self.lying(w), bias) for w, bias in each]
 
     def feed_forward(self, x: Tensor, layer: FeedForward, norm: Tensor | None, eps: float) -> Tensor:
         gate, up = self.linears(x, layer.enter, norm, eps)
@@ -139,22 +146,20 @@ class TorchKernels:
         return attend_tensors(there, table, pages, q, k, v, angles, weights, scale, window)
 
 
-def _inside(handle: Any) -> Tensor:
-    tensor: Tensor = handle.inside
-    return tensor
+def _inside(handle: Any) -> Any:
+    return handle.inside
 
 
-def _linear(x: Tensor, w: Matrix, bias: Any) -> Tensor:
+def _linear(x: Tensor, w: Matrix, data: Tensor | InBands, bias: Any) -> Tensor:
     """x (T, cols) @ w.T + bias (rows,), (T, rows)."""
     out = x.new_empty(len(x), w.rows)
-    for row, tile in _tiles(w):
+    for row, tile in _tiles(w, data):
         out[:, row : row + len(tile)] = x @ tile.T
     return out if bias is None else out.add_(_inside(bias))
 
 
-def _tiles(w: Matrix) -> Iterator[tuple[int, Tensor]]:
+def _tiles(w: Matrix, data: Tensor | InBands) -> Iterator[tuple[int, Tensor]]:
     """(first row, f32 rows) of the weights, one part after the other."""
-    data: Tensor | InBands = w.data.inside  # type: ignore[attr-defined]
     banded, row_bytes = isinstance(data, InBands), w.type.row_bytes(w.cols)
     rows = (data.bytes if isinstance(data, InBands) else data).view(-1, row_bytes)
     step = max(BAND_ROWS, TILE_NUMBERS // w.cols // BAND_ROWS * BAND_ROWS)

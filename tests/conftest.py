@@ -31,6 +31,10 @@ settings.load_profile("shoal")
 # torch: those that load it do so after this.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+# Kernels in Triton are interpreted, where tests are not for a graphics card. Triton looks when it is imported.
+if "SHOAL_TEST_DEVICE" not in os.environ:
+    os.environ["TRITON_INTERPRET"] = "1"
+
 if build := os.environ.get("SHOAL_TEST_LIBRARY"):
     library.LIBRARY = Path(build).resolve(strict=True)
 

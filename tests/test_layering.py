@@ -53,9 +53,11 @@ INNER = {
 IN_TORCH = {  # and with it 140 MB of memory
     "devices/cuda_device.py",
     "devices/torch_kernels.py",
+    "devices/triton_kernels.py",
     "kernels/attention_reference.py",
     "kernels/reference.py",
 }
+IN_TRITON = {"devices/triton_kernels.py", "devices/triton_linears.py", "devices/triton_weights.py"}
 OPTIONS_OF_OTHERS = {
     "daemon/library/package.py",
     "daemon/cluster/routes/surroundings.py",
@@ -151,13 +153,15 @@ def test_rooms_that_are_libraries_bring_no_daemon(room: str) -> None:
     assert out.stdout.strip() == "[]"
 
 
-def test_only_the_reference_kernels_use_torch() -> None:
+def test_only_the_reference_kernels_and_devices_use_torch() -> None:
     paths = {str(path.relative_to(ROOT)): path for path in everywhere()}
     assert {name for name, path in paths.items() if "torch" in packages(path)} == IN_TORCH
-    others = ["shoal." + dotted(path) for name, path in paths.items() if name not in IN_TORCH]
-    code = f"import importlib, sys; [importlib.import_module(n) for n in {others!r}]; print('torch' in sys.modules)"
+    assert {name for name, path in paths.items() if "triton" in packages(path)} == IN_TRITON
+    others = ["shoal." + dotted(path) for name, path in paths.items() if name not in IN_TORCH | IN_TRITON]
+    code = f"import importlib, sys; [importlib.import_module(n) for n in {others!r}]"
+    code += "; print('torch' in sys.modules, 'triton' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    assert out.stdout.strip() == "False"
+    assert out.stdout.strip() == "False False"
 
 
 def texts(path: Path) -> list[str]:

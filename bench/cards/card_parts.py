@@ -122,9 +122,20 @@ TESTED = "torch or card or reference or staged_weights or small_operations"
 
 
 def tests(sizes: Sizes, place: Path) -> dict[str, Any]:
-    """Those of what devices compute, on the card."""
-    chosen = TESTED if sizes.card is not None else "small_operations"
+    """Those of what devices compute, on the card, with torch's operations, which round least."""
+    return _tested(sizes, f"({TESTED}) and not triton" if sizes.card is not None else "small_operations")
+
+
+def tests_triton(sizes: Sizes, place: Path) -> dict[str, Any]:
+    """Each type of weights by Triton's kernels: most of the time they are compiled."""
+    return _tested(
+        sizes, "triton and every_type" if sizes.card is not None else "triton and every_type and Q4_0"
+    )
+
+
+def _tested(sizes: Sizes, chosen: str) -> dict[str, Any]:
     more = {"SHOAL_TEST_DEVICE": sizes.whole} if sizes.card is not None else {}
+    more |= {"SHOAL_DEVICE_KERNELS": "torch"}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", chosen, *TESTS]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | more, capture_output=True, text=True, check=False, timeout=600
@@ -133,14 +144,30 @@ def tests(sizes: Sizes, place: Path) -> dict[str, Any]:
     return {"passed": done.returncode == 0, "said": lines[-1] if lines else "", "output": lines[-40:]}
 
 
+def kernels(sizes: Sizes, place: Path) -> dict[str, Any]:
+    """Triton's kernels and torch's operations, each alone."""
+    from cards.kernel_parts import compared
+
+    return compared(sizes.whole, dry=sizes.card is None)
+
+
+def dense_torch(sizes: Sizes, place: Path) -> dict[str, Any]:
+    """As `dense`, with torch's operations."""
+    os.environ["SHOAL_DEVICE_KERNELS"] = "torch"
+    return dense(sizes, place)
+
+
 def dense(sizes: Sizes, place: Path) -> dict[str, Any]:
     """Decode of a dense model in 4 bits that is wholly there."""
     there = _laws(sizes.dense, sizes.whole, place)
     engine, facts = loaded(
         sizes.dense, place, context=1024, streams=1, threads=default_threads(), device=sizes.whole
     )
+    home: Any = device_home(sizes.whole)
     return {
         "plan": facts["plan"],
+        "kernels": home.kernels,
+        "not better": home.not_better,
         "weights_bytes": weights_bytes(sizes.dense),
         "interactive": _interactive(engine, sizes),
         "predicted": _predicted(engine, there, Job(sizes.prompt, sizes.decoded)),
@@ -277,8 +304,11 @@ def crossover(sizes: Sizes, place: Path) -> dict[str, Any]:
 
 PARTS: dict[str, Callable[[Sizes, Path], dict[str, Any]]] = {
     "tests": tests,
+    "tests-triton": tests_triton,
     "copies": copies,
+    "kernels": kernels,
     "dense": dense,
+    "dense-torch": dense_torch,
     "crossover": crossover,
     "interactive-16": lambda sizes, place: interactive(sizes, place, "16"),
     "peer-16": lambda sizes, place: peer(sizes, place, "16"),
@@ -288,8 +318,8 @@ PARTS: dict[str, Callable[[Sizes, Path], dict[str, Any]]] = {
     "peer-24": lambda sizes, place: peer(sizes, place, "24"),
 }
 LIMITS_S = {
-    "tests": 120, "copies": 30, "dense": 80, "crossover": 80, "interactive-16": 110, "peer-16": 110, "offline-16": 140,
-    "interactive-24": 100, "offline-24": 120, "peer-24": 100,
+    "tests": 120, "tests-triton": 180, "copies": 30, "kernels": 90, "dense": 80, "dense-torch": 60, "crossover": 80,
+    "interactive-16": 110, "peer-16": 110, "offline-16": 140, "interactive-24": 100, "offline-24": 120, "peer-24": 100,
 }  # fmt: skip
 
 

@@ -18,11 +18,17 @@ def report(results: Mapping[str, Any]) -> list[str]:
     """One line for each figure. Parts that failed, or were not run, say so."""
     lines = [f"{name}: failed: {its['failed']}" for name, its in results.items() if "failed" in its]
     parts = {name: its for name, its in results.items() if "failed" not in its}
-    for name, say in (("tests", _tests), ("copies", _copies), ("crossover", _crossover)):
+    for name in ("tests", "tests-triton"):
+        if name in parts:
+            lines += _tests(name, parts[name])
+    for name, say in (("copies", _copies), ("crossover", _crossover)):
         if name in parts:
             lines += say(parts[name])
-    if "dense" in parts:
-        lines += _dense(parts["dense"], parts.get("copies"))
+    if "kernels" in parts:
+        lines += _kernels(parts["kernels"], parts.get("copies"))
+    for name in ("dense", "dense-torch"):
+        if name in parts:
+            lines += _dense(name, parts[name], parts.get("copies"))
     for budget in ("16", "24"):
         for which in AIMS:
             its = parts.get(f"{which}-{budget}")
@@ -32,8 +38,8 @@ def report(results: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _tests(its: Mapping[str, Any]) -> Iterator[str]:
-    yield f"tests on the card: {'passed' if its['passed'] else 'FAILED'}: {its['said']}"
+def _tests(name: str, its: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{name} on the card: {'passed' if its['passed'] else 'FAILED'}: {its['said']}"
 
 
 def _copies(its: Mapping[str, Any]) -> Iterator[str]:
@@ -41,15 +47,30 @@ def _copies(its: Mapping[str, Any]) -> Iterator[str]:
         yield f"{name}: {value / 1e9:.1f} GB/s" if isinstance(value, float) else f"{name}: {value}"
 
 
-def _dense(its: Mapping[str, Any], copies: Mapping[str, Any] | None) -> Iterator[str]:
+def _kernels(its: Mapping[str, Any], copies: Mapping[str, Any] | None) -> Iterator[str]:
+    for name, said in its["failed with"].items():
+        yield f"kernels of {name}: {said}"
+    within = copies["bytes_per_s"]["within"] if copies is not None else None
+    for it in (*its["products"], *its.get("programs", ())):
+        each = ", ".join(f"{name} {s * 1e6:.4g} µs" for name, s in it["seconds"].items())
+        quickest = min(it["seconds"].values(), default=float("inf"))
+        said = f"{it['type']} by {it['rows']}: {each}; {it['nbytes'] / quickest / 1e9:.4g} GB/s"
+        said += f", {it['nbytes'] / quickest / within:.0%} of the card's memory" if within else ""
+        yield f"{said}, {it['flops'] / quickest / 1e12:.3g} Tflop/s, {it['off']:.0e} apart"
+
+
+def _dense(name: str, its: Mapping[str, Any], copies: Mapping[str, Any] | None) -> Iterator[str]:
     speed = its["interactive"]["tokens_per_s"]
     read = speed * its["weights_bytes"]
-    said = f"dense, 4 bits: {speed:.4g} tokens/s, {read / 1e9:.0f} GB/s of weights"
+    if kernels := its.get("kernels"):
+        lacks = its.get("not better")
+        yield f"{name} computes with {kernels}{f' ({lacks})' if lacks else ''}"
+    said = f"{name}, 4 bits: {speed:.4g} tokens/s, {read / 1e9:.0f} GB/s of weights"
     if copies is not None:
         share = read / copies["bytes_per_s"]["within"]
         said += f", {share:.0%} of the card's memory ({_aimed(share, DENSE_AIM, '60%')})"
     yield said
-    yield from _foreseen("dense", speed, its["predicted"].get("tokens_per_s"))
+    yield from _foreseen(name, speed, its["predicted"].get("tokens_per_s"))
 
 
 def _mixture(

@@ -158,7 +158,7 @@ def _key(home: DeviceHome, expert: list[Shape], all: list[Shape]) -> str:
     shapes = [[(it.type.name, it.rows, it.cols) for it in its] for its in (expert, all)]
     digest = blake2b(repr(shapes).encode(), digest_size=16).hexdigest()
     pinned = "page-locked" if device.pinned_bytes else "pageable"
-    return f"{_FORM} | {package_version()} | {device.facts} | {pinned} | {digest}"
+    return f"{_FORM} | {package_version()} | {device.facts} | {home.kernels} | {pinned} | {digest}"
 
 
 def _read(file: Path | None) -> list[_Kept]:

@@ -27,6 +27,17 @@ RESULTS: dict[str, Any] = {
     "tests": {"passed": True, "said": "60 passed"},
     "copies": {"bytes_per_s": {"within": 4e12, "in, page-locked": 5e10, "card": "a card"}},
     "dense": {"weights_bytes": 5e9, "interactive": {"tokens_per_s": 500.0}, "predicted": {"tokens_per_s": 480.0}},
+    "kernels": {
+        "products": [{
+            "type": "Q4_K", "rows": 1, "nbytes": 3e7, "flops": 1e8, "off": 1e-6,
+            "seconds": {"torch": 1e-3, "triton": 1e-5},
+        }],
+        "failed with": {"triton, Q6_K by 1": "RuntimeError: no"},
+    },
+    "dense-torch": {
+        "weights_bytes": 5e9, "interactive": {"tokens_per_s": 50.0}, "predicted": {}, "kernels": "torch",
+        "not better": "SHOAL_DEVICE_KERNELS says torch",
+    },
     "crossover": {"predicted_tokens": 100, "seen_tokens": 128, "seconds": {"64": {"stay": 0.1, "come": 0.2}}},
     "interactive-16": {
         "plan": "a plan", "tried_s": 3.0, "load_s": 30.0, "peak_bytes": 15e9, "limit_bytes": 16e9,
@@ -49,6 +60,10 @@ def test_what_is_said() -> None:
         "tests on the card: passed: 60 passed",
         "in, page-locked: 50.0 GB/s",
         "dense, 4 bits: 500 tokens/s, 2500 GB/s of weights, 62% of the card's memory (aim 60%: met)",
+        "dense-torch, 4 bits: 50 tokens/s, 250 GB/s of weights",
+        "dense-torch computes with torch (SHOAL_DEVICE_KERNELS says torch)",
+        "kernels of triton, Q6_K by 1: RuntimeError: no",
+        "Q4_K by 1: torch 1000 µs, triton 10 µs; 3000 GB/s, 75% of the card's memory, 10 Tflop/s, 1e-06 apart",
         "dense: predicted 480 tokens/s, measured +4% (aim 6%: met)",
         "peak 15 GB, within its budget",
         "without page-locked memory: no memory",

@@ -12,6 +12,7 @@ import torch
 
 from shoal.devices.device import DeviceArray, DeviceEvent, DeviceMemory
 from shoal.devices.device_home import DeviceHome
+from shoal.devices.on_device import OnDevice
 from shoal.devices.opening import device_home
 from shoal.devices.sim_device import SimDevice
 from shoal.devices.torch_kernels import TorchKernels
@@ -49,4 +50,11 @@ def torch_home() -> DeviceHome:
         home = device_home(name)
         home.device.pin()
         return home
-    return DeviceHome(TorchOnHost("sim:test", 1 << 30), TorchKernels())
+    return home_with(TorchKernels())
+
+
+def home_with(kernels: OnDevice) -> DeviceHome:
+    """On the CPU, computed by these; or by them on the card that SHOAL_TEST_DEVICE names."""
+    if name := os.environ.get("SHOAL_TEST_DEVICE"):
+        return DeviceHome(device_home(name).device, kernels)
+    return DeviceHome(TorchOnHost("sim:test", 1 << 30), kernels)

@@ -1,0 +1,160 @@
+"""Triton's kernels against torch's operations on a graphics card, each alone: in a graph of CUDA, so the host's part of
+a call is not measured, over matrices that do not fit into the card's cache together.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from shoal.kernels.matrix import Linears, Matrix
+from shoal.kernels.types import IQ4_NL, Q4_0, Q4_1, Q4_K, Q5_K, Q6_K, Q8_0, WeightType
+
+ROUNDS = 5
+KINDS = (Q4_K, Q6_K, Q5_K, Q4_0, Q8_0, Q4_1, IQ4_NL)  # what is wanted most comes first
+
+
+class Tried(NamedTuple):
+    """Matrices of one form, and rows of inputs."""
+
+    copies: int
+    rows: int
+    cols: int
+    inputs: tuple[int, ...]
+    kinds: tuple[WeightType, ...]
+
+
+REAL = Tried(6, 14336, 4096, (1, 2, 4, 16, 64, 512), KINDS)
+DRY = Tried(2, 32, 256, (1, 2), (Q4_K,))
+
+
+def compared(name: str, *, dry: bool) -> dict[str, Any]:
+    """Seconds of one product by kernels, type and rows. `dry`: in the CPU's memory, by Triton's interpreter."""
+    if dry:
+        os.environ["TRITON_INTERPRET"] = "1"  # before it is imported
+    tried = DRY if dry else REAL
+    device, wrong = _device(name, dry), {}
+    all = {"torch": _torch, "triton": _triton}
+    homes: dict[str, Any] = {}
+    from shoal.devices.device_home import DeviceHome
+
+    for which, make in all.items():
+        try:
+            homes[which] = DeviceHome(device, make())
+        except (ImportError, RuntimeError) as error:
+            wrong[which] = f"{type(error).__name__}: {error}"[:200]
+    products = []
+    for kind in tried.kinds:
+        for rows in tried.inputs:
+            products.append(_product(homes, kind, rows, tried, wrong, dry))
+    found = {"products": products, "failed with": wrong}
+    return found if dry or "triton" not in homes else found | {"programs": _programs(homes["triton"], wrong)}
+
+
+def _programs(home: Any, wrong: dict[str, str]) -> list[dict[str, Any]]:
+    """One row by matrices of few rows, with columns split among more and more programs."""
+    from shoal.devices import triton_kernels
+
+    products = []
+    for cols in (4096, 14336):
+        for programs in (264, 528, 1056, 1848):
+            triton_kernels.PROGRAMS = programs
+            tried = Tried(12, 4096, cols, (1,), (Q4_K,))
+            made = _product({f"triton with {programs}": home}, Q4_K, 1, tried, wrong, dry=False)
+            products.append(made | {"cols": cols})
+    return products
+
+
+def _torch() -> Any:
+    from shoal.devices.torch_kernels import TorchKernels
+
+    return TorchKernels()
+
+
+def _triton() -> Any:
+    from shoal.devices.triton_kernels import TritonKernels
+
+    return TritonKernels()
+
+
+def _device(name: str, dry: bool) -> Any:
+    if dry:
+        from fakes.torch_on_host import TorchOnHost
+
+        return TorchOnHost("sim:kernels", 1 << 30)
+    from shoal.devices.cuda_device import CudaDevice
+
+    return CudaDevice(name, 0, None)
+
+
+def _product(
+    homes: dict[str, Any], kind: WeightType, rows: int, tried: Tried, wrong: dict[str, str], dry: bool
+) -> dict[str, Any]:
+    numbers = np.random.default_rng(1).standard_normal((rows, tried.cols), np.float32)
+    w = _matrix(kind, tried)
+    seconds, found = {}, {}
+    for which, home in homes.items():
+        try:
+            x, all = home.place(numbers), [Linears([home.keep_matrix(w)]) for _ in range(tried.copies)]
+            found[which] = home.fetch(home.linears(x, all[0])[0])  # and kernels are made ready
+            calls = [partial(home._kernels.linears, x.inside, it, None, 0.0) for it in all]
+            seconds[which] = _each_s(calls, dry)
+        except Exception as error:  # what one cannot compute costs the other nothing
+            wrong[f"{which}, {kind.name} by {rows}"] = f"{type(error).__name__}: {error}"[:200]
+    off = float("nan")
+    if len(found) == len(homes) > 1:
+        one, other = found.values()
+        off = float(np.abs(one - other).max() / np.abs(one).max())
+    flops = 2.0 * rows * w.rows * w.cols
+    return {
+        "type": kind.name,
+        "rows": rows,
+        "nbytes": w.nbytes,
+        "flops": flops,
+        "seconds": seconds,
+        "off": off,
+    }
+
+
+def _matrix(kind: WeightType, tried: Tried) -> Matrix:
+    from shoal.kernels.stored_rows import from_stored
+
+    generator = np.random.default_rng(2)
+    count = tried.rows * tried.cols // kind.block_weights
+    blocks = generator.integers(0, 256, (count, kind.block_bytes), np.uint8)
+    for start in kind.halves:
+        scales = generator.uniform(0, 0.01, (count, 1)).astype(np.float16)
+        blocks[:, start : start + 2] = scales.view(np.uint8)
+    return from_stored(kind, tried.rows, tried.cols, blocks)
+
+
+def _each_s(calls: Sequence[Callable[[], object]], dry: bool) -> float:
+    """Of one call, one after the other."""
+    if dry:
+        began_s = time.perf_counter()
+        for call in calls:
+            call()
+        return (time.perf_counter() - began_s) / len(calls)
+    import torch
+
+    cuda: Any = torch.cuda
+    graph = cuda.CUDAGraph()
+    cuda.synchronize()
+    with cuda.graph(graph):
+        kept = [call() for call in calls]
+    took = []
+    for _ in range(ROUNDS):
+        began, ended = (cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        graph.replay()
+        ended.record()
+        cuda.synchronize()
+        took.append(began.elapsed_time(ended) / 1e3 / len(calls))
+    del kept
+    return median(took)

@@ -1,0 +1,106 @@
+"""Which kernels a card gets: Triton's if they are there, right and quicker; else torch's, and why."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+from fakes.torch_on_host import TorchOnHost
+
+from shoal.devices import kernel_choice
+from shoal.devices.device_home import DeviceHome
+from shoal.devices.errors import DeviceLost, NoSuchDevice
+from shoal.devices.kernel_choice import VARIABLE, chosen
+from shoal.kernels.arrays import Floats
+from shoal.kernels.matrix import Matrix
+from shoal.kernels.types import Q4_K
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> TorchOnHost:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(kernel_choice, "TRIED_KINDS", (Q4_K,))
+    monkeypatch.setattr(kernel_choice, "TRIED_ROWS", 16)
+    monkeypatch.setattr(kernel_choice, "TRIED_COLS", 256)
+    monkeypatch.setattr(kernel_choice, "_CALLS", 1)
+    return TorchOnHost("sim:test", 1 << 30)
+
+
+def taking(monkeypatch: pytest.MonkeyPatch, triton_s: dict[int, float], off: float = 0.0) -> None:
+    """Triton's kernels take so long by the number of rows, torch's 1 s; results are `off` times too large."""
+    real = kernel_choice._tried
+
+    def tried(home: DeviceHome, w: Matrix, x: Floats) -> tuple[Floats, float]:
+        found, _ = real(home, w, x)
+        ours = home.kernels.startswith("triton")
+        return (found * (1 + off), triton_s[len(x)]) if ours else (found, 1.0)
+
+    monkeypatch.setattr(kernel_choice, "_tried", tried)
+
+
+def test_what_is_quicker(device: TorchOnHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(kernel_choice, "SOME", 2)
+    with monkeypatch.context() as patch:
+        taking(patch, {1: 0.5, 2: 0.5})
+        kernels, why = chosen(device)
+        assert (kernels.name, why) == (f"triton {triton.__version__} (one row, many)", "")
+    with monkeypatch.context() as patch:
+        taking(patch, {1: 0.5, 2: 1.5})
+        kernels, why = chosen(device)
+        assert kernels.name == f"triton {triton.__version__} (one row)"
+        assert why == "torch computes with more rows: it takes 1000000 µs where triton takes 1500000"
+    with monkeypatch.context() as patch:
+        taking(patch, {1: 0.5, 2: 0.5}, off=0.1)
+        kernels, why = chosen(device)
+        assert kernels.name == "torch"
+        assert "torch computes with one row: triton's are 1.0e-01 away from it with Q4_K" in why
+
+
+def test_a_compiler_that_fails(device: TorchOnHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from shoal.devices import triton_kernels
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Failed to find C compiler.\nPlease specify")
+
+    monkeypatch.setattr(triton_kernels, "_arranged", fails)
+    kernels, why = chosen(device)
+    assert kernels.name == "torch"
+    assert "triton's kernels cannot be made: RuntimeError: Failed to find C compiler. Please specify" in why
+
+    def loses(*_: Any, **__: Any) -> None:
+        raise DeviceLost("cuda:0", "an illegal memory access")
+
+    monkeypatch.setattr(triton_kernels, "_arranged", loses)
+    with pytest.raises(DeviceLost):
+        chosen(device)
+
+
+def test_without_triton(device: TorchOnHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("shoal.devices.triton_")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr("shoal.devices.triton_kernels", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    kernels, why = chosen(device)
+    assert kernels.name == "torch"
+    assert why.startswith("triton cannot be imported: ModuleNotFoundError")
+
+
+def test_what_a_variable_says(device: TorchOnHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "torch")
+    assert chosen(device).kernels.name == "torch"
+    monkeypatch.setenv(VARIABLE, "abacus")
+    with pytest.raises(NoSuchDevice, match=r"^SHOAL_DEVICE_KERNELS=abacus is neither torch nor triton$"):
+        chosen(device)
+    pytest.importorskip("triton")
+    monkeypatch.setenv(VARIABLE, "triton")
+    assert chosen(device).kernels.name.startswith("triton")
+
+
+def test_a_card_without_room_to_try(device: TorchOnHost) -> None:
+    pytest.importorskip("triton")
+    kernels, why = chosen(TorchOnHost("sim:test", 1000))
+    assert kernels.name == "torch"
+    assert "there is no room to try triton: device sim:test is full" in why
