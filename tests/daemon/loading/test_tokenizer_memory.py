@@ -15,7 +15,9 @@ from fakes import tiny
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.loading.assembly import Assembly
+from shoal.daemon.loading.budgeting import Shortfall, plan_within_budget
 from shoal.daemon.loading.runnable import read_tokenizer
+from shoal.daemon.throughput.model_sizes import weighed
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shoal.models.tokenizer.file_costs import (
     MERGE_BYTES,
@@ -136,6 +138,26 @@ def test_the_budget_that_is_named_does(kind: str, width: int, megabytes: int, tm
     budget = Budget(int(named[1]) * 10**6)
     Assembly(budget).load("m", path, CONFIG).main.executor.store.close()
     assert 0 < budget.held_bytes <= budget.limit_bytes
+
+
+def test_a_tokenizer_with_fewer_tokens_than_rows_counts_as_it_is(tmp_path: Path) -> None:
+    """What a refusal names afterwards is of it, and nothing is less than nothing."""
+    path = with_vocabulary(tmp_path / "m", "BPE", 0, rows=40_960)
+    with open_checkpoint(path) as checkpoint:
+        tokenizer, model = checkpoint.tokenizer(), weighed(checkpoint, "keep")
+        assert tokenizer.nbytes < checkpoint.tokenizer_memory().kept
+        budget = Budget(1_000_000)
+        first = plan_within_budget(checkpoint, model, CONFIG, budget)
+        found = plan_within_budget(checkpoint, model, CONFIG, budget, tokenizer_bytes=tokenizer.nbytes)
+        assert isinstance(first, Shortfall)
+        assert isinstance(found, Shortfall)
+        assert found.extra_bytes == 0
+        less = checkpoint.tokenizer_memory().kept - tokenizer.nbytes
+        assert first.model_bytes - found.model_bytes == less
+    budget = Budget(1 << 30)
+    model = Assembly(budget).load("m", path, CONFIG)
+    assert budget.held_by("model m") == model.plan.peak_bytes + tokenizer.nbytes
+    model.main.executor.store.close()
 
 
 def test_a_tree_of_tokens_that_share_little_counts_whole() -> None:
