@@ -179,9 +179,10 @@ def test_what_a_call_takes_by_itself_is_measured_behind_weights() -> None:
             if self.columns[-3:-1] == [32, cols]:  # the one that counts: the clock shows that time passes
                 time.sleep(1e-4)
 
-    taken = kernel_laws.call_s(cast(ComputeHome, Home()), kernel_laws.Pool(32 << 20))
+    taken = kernel_laws.calls_s(cast(ComputeHome, Home()), kernel_laws.Pool(32 << 20))
     assert Home.columns == [32, cols, 32] * (len(Home.columns) // 3)
-    assert taken >= 1e-4
+    assert len(taken) > 1
+    assert min(taken.values()) >= 1e-4
 
 
 def test_caches_are_swept_as_products_do(monkeypatch: pytest.MonkeyPatch) -> None:
