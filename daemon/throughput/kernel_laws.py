@@ -123,9 +123,9 @@ class Pool:
 
 
 def calls_s(home: ComputeHome, pool: Pool) -> dict[int, float]:
-    """What a call of a kernel takes that has next to nothing to do (Python, the threads' waking), by the bytes of weights
-    that calls have. So many pass through the caches before each, as before every call of a table: that some of it has
-    to come from memory again is no weight's cost, but a layer's (`Overheads.swept`)."""
+    """What a call of a kernel takes that has next to nothing to do (Python, the threads' waking), by the bytes of its
+    weights. So many pass through the caches before each, as before every call of a table: that some of it has to come
+    from memory again is no weight's cost, but a layer's (`Overheads.swept`)."""
     sizes = {_passing_bytes(it) for size in SIZES for it in (size, size._replace(form="linears"))}
     return {nbytes: _call_s(home, pool, nbytes) for nbytes in sorted(sizes)}
 
