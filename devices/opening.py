@@ -5,12 +5,14 @@ Until then nothing of a device is imported.
 
 from __future__ import annotations
 
+import logging
 import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shoal.kernels import ComputeHome
+from shoal.kernels.errors import HomeLost
 from shoal.kernels.homes import cpu
 
 from .device_names import CPU, read_name
@@ -18,6 +20,8 @@ from .errors import NoSuchDevice
 
 if TYPE_CHECKING:
     from .device_home import DeviceHome
+
+log = logging.getLogger(__name__)
 
 NVIDIA = Path("/proc/driver/nvidia/gpus")  # has a directory for each card, once the driver is there
 NODES = Path("/dev")  # has a file for each card, also where that of the driver is not seen
@@ -66,8 +70,14 @@ def _open(name: str) -> DeviceHome:
         return DeviceHome(SimDevice(name, said.limit_bytes, *speeds, said.pinnable_bytes), SimKernels(cpu()))
     try:
         from .cuda_device import CudaDevice  # and with them torch: 125 MB and 1.4 s that others do without
-        from .kernel_choice import chosen
+        from .kernel_choice import VARIABLE, chosen
     except (ImportError, OSError) as error:  # OSError: a library of the driver's or of torch's is missing
         raise NoSuchDevice(f"device {name} needs torch, which cannot be imported: {error}") from error
     device = CudaDevice(name, said.number, said.limit_bytes)
-    return DeviceHome(device, *chosen(device))
+    try:
+        kernels, why = chosen(device)
+    except HomeLost as error:
+        raise NoSuchDevice(f"{error}, while kernels were tried; {VARIABLE}=torch tries none") from error
+    if why:
+        log.info("device %s: %s", name, why)
+    return DeviceHome(device, kernels, why)

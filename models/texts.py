@@ -38,6 +38,11 @@ class Texts:
         return cls(b"".join(parts), [len(part) for part in parts])
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all texts."""
+        return len(self._data)
+
+    @property
     def longest_bytes(self) -> int:
         """Bytes of the longest text; 0 if there are none."""
         return int(np.diff(self._ends, prepend=0).max(initial=0))

@@ -9,9 +9,11 @@ place. Pure: knows sizes.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from itertools import pairwise
+from itertools import islice, pairwise, takewhile
+from operator import attrgetter
 from typing import NamedTuple
 
 from .spec import BlockId, ModelSpec
@@ -57,6 +59,7 @@ class Pinnings:
             each = zip(self._kinds, counts, strict=True)
             pinned = sum(pinned_bytes(kind, count, counts[self._lead]) for kind, count in each)
             self._candidates.append(_Candidate(counts, self._dense_bytes - pinned, *self._windows(counts)))
+        self._candidates.sort(key=_streamed_bytes)
 
     def best(self, room_bytes: int, window_bytes: int) -> Pinning | None:
         """The way that streams least within `room_bytes`; None if nothing fits. The window has `window_bytes`, unless
@@ -64,12 +67,17 @@ class Pinnings:
         slots = min(self._active, self._experts)
         room_bytes -= self._kept_bytes
         room_dense = room_bytes - slots * self._expert_bytes
-        windows = ((it.streamed_bytes, it.window_bytes(window_bytes), it.counts) for it in self._candidates)
+        first = bisect_left(self._candidates, self._dense_bytes - room_dense, key=_streamed_bytes)
+        windows = (
+            (it.streamed_bytes, it.window_bytes(window_bytes), it.counts)
+            for it in islice(self._candidates, first, None)
+        )
         fitting = (it for it in windows if self._dense_bytes - it[0] + it[1] <= room_dense)
-        best = min(fitting, default=None)
-        if best is None:
+        least = next(fitting, None)
+        if least is None:
             return None
-        streamed, window, counts = best
+        alike = takewhile(lambda it: it[0] == least[0], fitting)
+        streamed, window, counts = min((least, *alike))
         if self._experts:
             if not streamed:
                 slots = min(self._experts, (room_bytes - self._dense_bytes) // self._expert_bytes)
@@ -128,6 +136,9 @@ class _Candidate(NamedTuple):
 
     def window_bytes(self, share_bytes: int) -> int:
         return min(between(self.largest_bytes, share_bytes, self.neighbours_bytes), self.streamed_bytes)
+
+
+_streamed_bytes = attrgetter("streamed_bytes")
 
 
 def _counts(kinds: Sequence[_Kind]) -> Iterator[tuple[int, ...]]:

@@ -70,14 +70,18 @@ def plan_within_budget(
     *,
     idle_bytes: int = 0,
     extra_bytes: int = 0,
+    tokenizer_bytes: int | None = None,
     streaming: bool = True,
     room: DeviceRoom | None = None,
 ) -> Plan | Shortfall:
     """The plan within what the budget has left. `model`: what the checkpoint weighs in the bits of `config`; `device`:
     what this machine can do, if that is known. `idle_bytes` of other models count as left; `extra_bytes`, for KV on
-    its way to disk and a draft model, do not. Reading the tokenizer, which comes first, has to fit, too. `room`: of a
-    device that computes as much as fits there. Raises as `make_plan` does."""
+    its way to disk and a draft model, do not. Reading the tokenizer, which comes first, has to fit, too;
+    `tokenizer_bytes`: what it takes afterwards, if it was read. `room`: of a device that computes as much as fits
+    there. Raises as `make_plan` does."""
     tokenizer = checkpoint.tokenizer_memory()
+    if tokenizer_bytes is not None:
+        tokenizer = tokenizer._replace(kept=tokenizer_bytes)
     free = budget.free_bytes + idle_bytes
     memory_bytes = max(0, free - extra_bytes - tokenizer.kept)
     made = make_plan(model, config, memory_bytes, device, streaming=streaming, room=room)

@@ -31,7 +31,8 @@ from .device_rooms import device_room
 
 
 class Uses(Struct, frozen=True):
-    """Bytes of the budget by what they are for. `kv` includes the buffers on its way to disk."""
+    """Bytes of the budget by what they are for. `kv` includes the buffers on its way to disk, `scratch` the
+    tokenizer."""
 
     weights: int
     window: int

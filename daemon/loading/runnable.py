@@ -95,15 +95,15 @@ class Runnable:
             if room is not None:
                 grouping = None  # a device belongs to no group, and for others none was looked for
 
-            def planned() -> Plan | Shortfall:
-                extra = reserve_bytes + extra_bytes
+            def planned(tokenizer_bytes: int | None = None) -> Plan | Shortfall:
                 found = plan_within_budget(
                     checkpoint,
                     model,
                     config,
                     budget,
                     device,
-                    extra_bytes=extra,
+                    extra_bytes=reserve_bytes + extra_bytes,
+                    tokenizer_bytes=tokenizer_bytes,
                     streaming=streaming,
                     room=room,
                 )
@@ -114,11 +114,9 @@ class Runnable:
             found = planned()
             if grouping is None:
                 require_plan(found, name)
-            expected = checkpoint.tokenizer_memory().kept
             tokenizer = read_tokenizer(name, checkpoint, budget)
-            if tokenizer.nbytes != expected:
-                extra_bytes += tokenizer.nbytes - expected
-                found = planned()
+            if tokenizer.nbytes != checkpoint.tokenizer_memory().kept:
+                found = planned(tokenizer.nbytes)
             part: AnyCheckpoint = checkpoint
             seated: Seated | Unseated = Unseated("")
             if grouping is not None:
@@ -138,7 +136,7 @@ class Runnable:
                     kept_uses = KeptUses(machine.home.experts, checkpoint, config.quant)
                     counts = kept_uses.read()
                     plan = with_used_experts(plan, counts)
-                peak_bytes = plan.peak_bytes + extra_bytes + expected
+                peak_bytes = plan.peak_bytes + extra_bytes + tokenizer.nbytes
             if room is not None and not plan.device:
                 let_be(room.name, budget)
             budget.hold(purpose, peak_bytes)

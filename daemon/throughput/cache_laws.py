@@ -38,7 +38,8 @@ def cache_law(
     shares = [min(1.0, max(0.0, (one - least) / (whole - least))) for one in took]
     # Of more, caches never keep more: a quicker round of more bytes was lucky.
     rising = tuple(min(shares[place:]) for place in range(len(shares)))
-    few, calls_s = Pool(KEPT_BYTES), call_s(home)
+    few = Pool(KEPT_BYTES)
+    calls_s = call_s(home, few)
     tables = [table(home, few, kind, size, calls_s, done) for kind in kinds for size in SIZES]
     for kind in kinds:
         tables += (table(home, few, kind, size, calls_s, done, NARROW_INPUTS) for size in narrow_sizes(kind))

@@ -52,9 +52,8 @@ TURNS = 6  # … so many turns, of which the first token finds the caches as oth
 DEVICE_TOKENS = 12  # of one that a device computes
 VOCAB = 1 << 17
 LOGIT_ROWS = 16
-SWEPT_BYTES = tuple(
-    it << 20 for it in (2, 4, 8, 32, 16)
-)  # of a layer; the last also with experts and with streams
+# Of a layer. The last also with experts and with streams.
+SWEPT_BYTES = (2 << 20, 4 << 20, 8 << 20, 32 << 20, 16 << 20)
 SWEPT_MEMORY_BYTES = 64 << 20
 _SWEPT_COLS = 4096
 _SIZE = 32
@@ -72,7 +71,7 @@ class _Where(NamedTuple):
 def overheads(done: Callable[[str], None]) -> Overheads:
     """Measured with models of few and of many layers, dense and with experts, with one stream and with several, with
     caches that are swept more or less or not at all, some tokens of each in turn, as a machine changes its speed
-    meanwhile. `done` is called once for each token."""
+    meanwhile. `done` is called before each turn of a model, `turns()` times."""
     memory = np.ones((SWEPT_MEMORY_BYTES // (4 * _SWEPT_COLS), _SWEPT_COLS), np.float32)
     by_bytes = {nbytes: _sweeps(memory, nbytes // 2) for nbytes in SWEPT_BYTES}
     dense = {nbytes: (_Steps(FEW, its), _Steps(MANY, its)) for nbytes, its in {0: (), **by_bytes}.items()}
@@ -80,11 +79,10 @@ def overheads(done: Callable[[str], None]) -> Overheads:
     mixture = _Steps(MANY, usual, moe=MoeSpec(32, 8, _SIZE, True))
     streams = _Steps(FEW, usual, STREAMS), _Steps(MANY, usual, STREAMS)
     for turn in range(TURNS):
-        tokens = range(turn, ANSWER_TOKENS, TURNS)
+        tokens = len(range(turn, ANSWER_TOKENS, TURNS))
         for steps in (*(its for pair in dense.values() for its in pair), mixture, *streams):
-            steps.turn(len(tokens))
-        for _ in tokens:
             done("fixed costs")
+            steps.turn(tokens)
     layers = {nbytes: _layer_s(*pair) for nbytes, pair in dense.items()}
     warm_s, layer_s = layers.pop(0), layers[SWEPT_BYTES[-1]]
     few, many = (it.usual_s for it in dense[SWEPT_BYTES[-1]])
@@ -100,6 +98,11 @@ def overheads(done: Callable[[str], None]) -> Overheads:
         stream_layer_s=stream_layer_s,
         swept=SweptLaw(sizes, tuple(max(0.0, layers[nbytes] - warm_s) for nbytes in sizes)),
     )
+
+
+def turns() -> int:
+    """Of all models together: two without sweeps, two with each, one with experts and two with streams."""
+    return TURNS * (2 * len(SWEPT_BYTES) + 5)
 
 
 def device_overheads(device: DeviceHome) -> Overheads:

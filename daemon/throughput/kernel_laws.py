@@ -49,6 +49,7 @@ POOL_TIMES = 4  # as large as the last cache, within these limits
 ROUNDS = 3  # of all tables, one after the other: a machine changes its speed within seconds
 CALLS = 1  # at least, of each point in a round
 CELL_S = 0.008  # for which it is called again
+_COLD_CALLS = 48
 
 KV_HEADS, HEAD_DIM = 4, 128
 QUERIES = (1, 4)  # of each head of K and V
@@ -121,11 +122,23 @@ class Pool:
         return Matrix(kind, self.take(kind.matrix_bytes(rows, cols)), rows, cols)
 
 
-def call_s(home: ComputeHome) -> float:
-    """What a call of a kernel takes that has next to nothing to do: Python, the threads' waking."""
-    x = home.place(np.ones((1, 32), np.float32))
-    linear = Linears((Matrix(WEIGHT_TYPES[0], Arena().take(16 * 32 * 4), 16, 32),))
-    return usual_s(iter(lambda: partial(home.linears, x, linear), None))
+def call_s(home: ComputeHome, pool: Pool) -> float:
+    """What a call of a kernel takes that has next to nothing to do: Python, the threads' waking. Weights pass through
+    the caches before each, as before every call of a table: that all of it has to come from memory again is no weight's
+    cost, but a layer's (`Overheads.swept`)."""
+    kind, size = WEIGHT_TYPES[0], SIZES[-1]
+    rows = size.nbytes // kind.matrix_bytes(BAND_ROWS, size.cols) * BAND_ROWS
+    one, wide = (home.place(np.ones((1, cols), np.float32)) for cols in (32, size.cols))
+    arena, took = Arena(), list[float]()
+    for _ in range(_COLD_CALLS):
+        linear = Linears((Matrix(kind, arena.take(kind.matrix_bytes(16, 32)), 16, 32),))
+        passing = Linears((pool.matrix(kind, rows, size.cols),))
+        home.linears(one, linear)  # what is worked out at the first call is known later
+        home.linears(wide, passing)
+        began_s = time.perf_counter()
+        home.linears(one, linear)
+        took.append(time.perf_counter() - began_s)
+    return median(took)
 
 
 def table_rounds(
@@ -139,7 +152,7 @@ def table_rounds(
     `until_s`, except the first; so later rounds may have fewer. `done` is called before each point."""
     rounds: list[list[RowsLaw]] = []
     for _ in range(ROUNDS):
-        calls_s, laws = call_s(home), list[RowsLaw]()
+        calls_s, laws = call_s(home, pool), list[RowsLaw]()
         for kind in kinds:
             if (laws or rounds) and time.monotonic() > until_s:
                 if not rounds:

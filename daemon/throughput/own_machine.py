@@ -75,7 +75,7 @@ class OwnMachine:
         with self._lock:
             stamp = self._file_stamp()
             if stamp != self._stamp:
-                self._stamp = stamp
+                self._stamp, self._suspected = stamp, None
                 self._take(self._read() if stamp else None)
             return self._device
 

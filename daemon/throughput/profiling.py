@@ -32,7 +32,7 @@ from shoal.partition.throughput.profile import Contention, Device, Profile, Read
 
 from .cache_laws import PARTS, cache_law
 from .disk_laws import READS, DiskFile, contention, read_law, written
-from .fixed_costs import ANSWER_TOKENS, overheads
+from .fixed_costs import overheads, turns
 from .kept_profile import Kept, profile_key, read_kept, write_kept
 from .kernel_laws import (
     CONTEXTS,
@@ -97,7 +97,7 @@ def measure(threads: int, place: Path, progress: Progress = no_progress) -> Prof
     narrow = sum(len(narrow_sizes(kind)) for kind in WEIGHT_TYPES)
     tables = len(WEIGHT_TYPES) * len(SIZES) * len(ROWS) + narrow * len(NARROW_ROWS)
     steps = (ROUNDS + 1) * tables + 2 * len(QUERIES) * len(KV_FORMATS) * len(CONTEXTS)
-    steps += ANSWER_TOKENS + ROUNDS * (len(READS) + 1 + len(PARTS)) + 1
+    steps += turns() + ROUNDS * (len(READS) + 1 + len(PARTS)) + 1
     at = 0
 
     def done(what: str) -> None:

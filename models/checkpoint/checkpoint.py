@@ -85,9 +85,10 @@ class Checkpoint:
         self.metadata: Mapping[str, Any] = files.metadata
         self._tokenizer_memory: TokenizerMemory | None = None
         if kind == "gguf":  # now, since `metadata` may lose what it follows from
-            lists = (self.metadata.get(f"tokenizer.ggml.{name}") for name in ("tokens", "merges"))
-            counts = (len(it) if isinstance(it, (list, Texts)) else 0 for it in lists)
-            self._tokenizer_memory = vocabulary_memory(*counts)
+            tokens, merges = (self.metadata.get(f"tokenizer.ggml.{name}") for name in ("tokens", "merges"))
+            count, joins = (len(it) if isinstance(it, (list, Texts)) else 0 for it in (tokens, merges))
+            text_bytes = tokens.nbytes if isinstance(tokens, Texts) else 0
+            self._tokenizer_memory = vocabulary_memory(count, joins, text_bytes)
         self._files = files
         self._memory = Arena()
         self._recipe = recipe

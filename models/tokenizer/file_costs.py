@@ -20,6 +20,10 @@ from shoal.models.regular_files import read_regular
 
 MAX_TOKENIZER_FILE_BYTES = 64 << 20  # the largest published has 34 MB
 TOKEN_BYTES, MERGE_BYTES = 206, 153  # of a vocabulary whose tokens and merges are known
+USUAL_LENGTH, LONGER_TIMES = (
+    24,
+    2,
+)  # bytes of a token's text that are within that; what is longer counts so often
 VOCABULARY_BYTES = 450  # of each token, where nothing is known but how many there are
 
 
@@ -69,9 +73,11 @@ class TokenizerMemory(NamedTuple):
     kept: int
 
 
-def vocabulary_memory(tokens: int, merges: int) -> TokenizerMemory:
-    """What a vocabulary takes that has so many of each. While it is read, its lists are there as well."""
-    kept = TOKEN_BYTES * tokens + MERGE_BYTES * merges
+def vocabulary_memory(tokens: int, merges: int, text_bytes: int) -> TokenizerMemory:
+    """What a vocabulary takes that has so many of each, and so many bytes of tokens' texts. While it is read, its lists
+    are there as well."""
+    longer = LONGER_TIMES * max(0, text_bytes - USUAL_LENGTH * tokens)
+    kept = TOKEN_BYTES * tokens + MERGE_BYTES * merges + longer
     return TokenizerMemory(kept * 3 // 2, kept)
 
 
@@ -84,7 +90,7 @@ def tokenizer_memory(directory: Path, tokens: int) -> TokenizerMemory:
     except OSError:
         data = b""
     if not data:
-        return vocabulary_memory(tokens, 0)
+        return vocabulary_memory(tokens, 0, 0)
     cost = file_cost(data)
     reading = max(cost.reading * len(data), cost.reading_token * tokens)
     return TokenizerMemory(reading, cost.token * tokens)

@@ -88,7 +88,7 @@ def _parts(
     return Parts(
         vocab,
         encoder,
-        vocabulary_memory(len(vocab), merges).kept,
+        vocabulary_memory(len(vocab), merges, vocab.tokens.nbytes).kept,
         encoder.longest_bytes,
         chat_templates=keys.templates(),
         template_tokens=keys.named_tokens(vocab),

@@ -97,7 +97,8 @@ def _from_sentence_piece(path: Path, config: Mapping[str, Any], stated: Stated) 
         add_eos=vocab.eos_id is not None and bool(config.get("add_eos_token", False)),
         edges=edges,
     )
-    return Parts(vocab, encoder, vocabulary_memory(len(vocab), 0).kept, encoder.longest_bytes)
+    nbytes = vocabulary_memory(len(vocab), 0, vocab.tokens.nbytes).kept
+    return Parts(vocab, encoder, nbytes, encoder.longest_bytes)
 
 
 def _add_tokens(

@@ -116,8 +116,10 @@ def attention(
         # What a head of K and V takes is divided among the queries that share it.
         part = 1 / laws[0].queries - 1 / laws[-1].queries
         own = (spec.kv_heads / spec.heads - 1 / laws[-1].queries) / part if part else 0.0
+        # With more queries than were measured, no less than if all of it were of heads of K and V.
+        least = min(1.0, laws[-1].queries * spec.kv_heads / spec.heads) * min(few, many)
         # Tables are of K and V that caches hold for the most part.
-        seconds = max(memory_s, many + own * (few - many))
+        seconds = max(memory_s, many + own * (few - many), least)
     return Share(seconds, min(seconds, memory_s))
 
 

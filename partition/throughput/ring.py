@@ -24,7 +24,8 @@ def ring_places(nbytes: int, blocks: Sequence[int]) -> list[int]:
 @lru_cache(16)
 def waits_for(nbytes: int, blocks: tuple[int, ...], piece_bytes: int) -> list[list[tuple[int, int]]]:
     """For each block of the cycle its pieces as (bytes, back): a piece can be read when the block that was `back`
-    places before its own in the cycle has left, over and over; the nearest such block counts."""
+    places before its own in the cycle has left, over and over; the nearest such block counts. Pieces one after the
+    other that wait for the same block are one."""
     places, count = ring_places(nbytes, blocks), len(blocks)
     pieces: list[list[tuple[int, int]]] = []
     for block, size in enumerate(blocks):
@@ -36,6 +37,7 @@ def waits_for(nbytes: int, blocks: tuple[int, ...], piece_bytes: int) -> list[li
                 for back in range(1, count + 1)
                 if places[block - back] < end and start < places[block - back] + blocks[block - back]
             )
-            own.append((end - start, back))
+            before, _ = own.pop() if own and own[-1][1] == back else (0, back)
+            own.append((before + end - start, back))
         pieces.append(own)
     return pieces

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from fakes.torch_on_host import TorchOnHost
 
-from shoal.devices import kernel_choice
+from shoal.devices import cuda_device, kernel_choice, opening
 from shoal.devices.device_home import DeviceHome
 from shoal.devices.errors import DeviceLost, NoSuchDevice
 from shoal.devices.kernel_choice import VARIABLE, chosen
@@ -76,6 +76,19 @@ def test_a_compiler_that_fails(device: TorchOnHost, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(triton_kernels, "_arranged", loses)
     with pytest.raises(DeviceLost):
         chosen(device)
+
+
+def test_a_card_that_is_lost_while_it_is_tried(device: TorchOnHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    def loses(_: Any) -> None:
+        raise DeviceLost("cuda:7", "an illegal memory access")
+
+    monkeypatch.setattr(cuda_device, "CudaDevice", lambda *_: device)
+    monkeypatch.setattr(kernel_choice, "chosen", loses)
+    with pytest.raises(
+        NoSuchDevice, match=r"illegal memory access, while .* SHOAL_DEVICE_KERNELS=torch tries none"
+    ):
+        opening.device_home("cuda:7")
+    assert not opening.is_open("cuda:7")
 
 
 def test_without_triton(device: TorchOnHost, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,9 @@ from fakes import tiny
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.loading.assembly import Assembly
+from shoal.daemon.loading.budgeting import Shortfall, plan_within_budget
 from shoal.daemon.loading.runnable import read_tokenizer
+from shoal.daemon.throughput.model_sizes import weighed
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shoal.models.tokenizer.file_costs import (
     MERGE_BYTES,
@@ -35,11 +37,11 @@ from shoal.daemon.memory import private_bytes, return_freed
 from shoal.models.tokenizer.vocabulary import packed
 from shoal.models.tokenizer.from_gguf import read_gguf
 
-kind, count = sys.argv[1], int(sys.argv[2])
+kind, count, length = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 letters = [chr(33 + i) for i in range(94)]
 pairs = [(a, b) for a in letters for b in letters]
 pairs += [(a + b, c) for a, b in pairs for c in letters][: count - 94 - len(pairs)]
-tokens = [*letters, *(a + b for a, b in pairs)]
+tokens = [*letters, *(a + b for a, b in pairs), *(f"{i:0{length}}" for i in range(count) if length)]
 metadata = {"model": kind, "tokens": packed(tokens), "merges": packed(f"{a} {b}" for a, b in pairs)}
 if kind == "llama":
     del metadata["merges"]
@@ -63,7 +65,7 @@ watcher.join()
 metadata.clear()
 gc.collect()
 return_freed()
-print(private_bytes() - before, parts.nbytes, most - before)
+print(private_bytes() - before, parts.nbytes, most - before, parts.vocabulary.tokens.nbytes)
 """
 
 
@@ -138,6 +140,26 @@ def test_the_budget_that_is_named_does(kind: str, width: int, megabytes: int, tm
     assert 0 < budget.held_bytes <= budget.limit_bytes
 
 
+def test_a_tokenizer_with_fewer_tokens_than_rows_counts_as_it_is(tmp_path: Path) -> None:
+    """What a refusal names afterwards is of it, and nothing is less than nothing."""
+    path = with_vocabulary(tmp_path / "m", "BPE", 0, rows=40_960)
+    with open_checkpoint(path) as checkpoint:
+        tokenizer, model = checkpoint.tokenizer(), weighed(checkpoint, "keep")
+        assert tokenizer.nbytes < checkpoint.tokenizer_memory().kept
+        budget = Budget(1_000_000)
+        first = plan_within_budget(checkpoint, model, CONFIG, budget)
+        found = plan_within_budget(checkpoint, model, CONFIG, budget, tokenizer_bytes=tokenizer.nbytes)
+        assert isinstance(first, Shortfall)
+        assert isinstance(found, Shortfall)
+        assert found.extra_bytes == 0
+        less = checkpoint.tokenizer_memory().kept - tokenizer.nbytes
+        assert first.model_bytes - found.model_bytes == less
+    budget = Budget(1 << 30)
+    model = Assembly(budget).load("m", path, CONFIG)
+    assert budget.held_by("model m") == model.plan.peak_bytes + tokenizer.nbytes
+    model.main.executor.store.close()
+
+
 def test_a_tree_of_tokens_that_share_little_counts_whole() -> None:
     """By its nodes: a byte of a token that no other begins with is one."""
     usual = b'{"model": {"type": "Unigram", "vocab": [%s]}}'
@@ -162,14 +184,16 @@ def test_tokens_without_rows_count_too(tmp_path: Path) -> None:
     assert sizes[1] - sizes[0] >= 20_000 * VOCABULARY_BYTES
 
 
-@pytest.mark.parametrize("tokens", [40_000, 160_000])
+@pytest.mark.parametrize(("tokens", "length"), [(40_000, 0), (160_000, 0), (40_000, 300)])
 @pytest.mark.parametrize("model", ["gpt2", "llama"])
-def test_the_header_of_a_gguf_tells_what_its_tokenizer_takes(model: str, tokens: int) -> None:
-    """What its tokens and merges are charged is what it takes of a process, or somewhat more."""
-    command = [sys.executable, "-P", "-c", TAKEN, model, str(tokens)]
-    taken, expected, most = map(int, subprocess.check_output(command, timeout=60, text=True).split())
+def test_the_header_of_a_gguf_tells_what_its_tokenizer_takes(model: str, tokens: int, length: int) -> None:
+    """What its tokens and merges are charged is what it takes of a process, or somewhat more; long ones, too."""
+    command = [sys.executable, "-P", "-c", TAKEN, model, str(tokens), str(length)]
+    said = subprocess.check_output(command, timeout=60, text=True)
+    taken, expected, most, text_bytes = map(int, said.split())
     assert 0.4 * expected < taken <= expected
-    memory = vocabulary_memory(tokens, tokens - 94 if model == "gpt2" else 0)
+    all_tokens = 2 * tokens if length else tokens
+    memory = vocabulary_memory(all_tokens, tokens - 94 if model == "gpt2" else 0, text_bytes)
     assert memory.kept == expected
     assert most <= memory.reading
 

@@ -253,6 +253,23 @@ def test_what_was_slow_for_a_moment_is_not_believed(
     assert again.also_in(both).changed == {"memory": 1.5, "compute": 3.0}
 
 
+def test_a_suspicion_ends_with_the_profile_that_it_is_about(
+    tmp_path: Path, aged: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, key = tmp_path / "profile.json", profile_key(1, tmp_path)
+    write_kept(kept, key, aged)
+    machine = OwnMachine(1, kept, tmp_path)
+    slow = drift.Looked({"memory": 2.0}, machine.device.products)
+    monkeypatch.setattr(drift, "look_again", lambda *_: slow)
+    looked(machine, "Q8_0")
+    anew = replace(aged.profile.head, memory_bytes_per_s=1e9)
+    write_kept(kept, key, replace(aged, profile=Profile((anew,))))
+    looked(machine, "Q8_0")
+    assert machine.device == anew, "one look does not count"
+    looked(machine, "Q8_0")
+    assert machine.device.memory_bytes_per_s == pytest.approx(0.5e9)
+
+
 def test_a_machine_that_is_as_it_was_has_not_changed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Tables of inputs of 8 bits are compared with such tables, and all sizes count, not the last one."""
     rows = (1, 64)

@@ -181,6 +181,22 @@ def test_the_first_step_of_a_turn_does_not_count() -> None:
         assert len(steps.took) == counted
 
 
+def test_whoever_comes_waits_for_one_turn_of_a_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[str] = []
+    each: list[int] = []
+    turn = fixed_costs._Steps.turn
+
+    def counted(self: fixed_costs._Steps, tokens: int) -> None:
+        each.append(len(said))
+        turn(self, tokens)
+
+    monkeypatch.setattr(fixed_costs._Steps, "turn", counted)
+    fixed_costs.overheads(said.append)
+    assert each == list(range(1, fixed_costs.turns() + 1))
+
+
 def test_weights_that_pass_cost_a_layer_what_was_measured() -> None:
     """No root of their bytes: what a processor's own cache still holds costs next to nothing."""
     law = SweptLaw((2 << 20, 4 << 20, 16 << 20), (4e-6, 18e-6, 70e-6))

@@ -155,6 +155,23 @@ def test_heads_of_k_and_v_cost_what_is_not_a_query_s() -> None:
         assert found == pytest.approx(16 * 64 * 100 * number_s)
 
 
+def test_many_queries_of_a_head_of_k_and_v_take_their_share_at_least() -> None:
+    """Though one query of each was measured to take more than four times as long as four, or less than they do."""
+    for of_one, kv_heads, number_s in (
+        (9e-9, 2, 1e-9),
+        (9e-9, 1, 0.5e-9),
+        (1e-9, 16, 1e-9),
+        (1e-11, 16, 1e-11),
+    ):
+        laws = tuple(
+            AttentionLaw("f16", (100,), (each,), (each,), queries)
+            for queries, each in ((2, of_one), (4, 2e-9))
+        )
+        one = device(memory_bytes_per_s=1e15, attention=laws)
+        found = attention(one, replace(spec(), kv_heads=kv_heads), "f16", 1, 99, None).seconds
+        assert found == pytest.approx(16 * 64 * 100 * number_s)
+
+
 def test_streaming_takes_as_long_as_the_disk() -> None:
     memory = DENSE.weights_bytes // 2
     plan = streamed(DENSE, memory)
