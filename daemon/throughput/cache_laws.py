@@ -17,7 +17,7 @@ from shoal.kernels.arrays import Floats
 from shoal.partition.memory_layout import BAND_ROWS
 from shoal.partition.throughput.profile import CacheLaw
 
-from .kernel_laws import ROUNDS, SIZES, Pool, call_s, narrow_sizes, table
+from .kernel_laws import ROUNDS, SIZES, Pool, calls_s, narrow_sizes, table
 
 KEPT_BYTES = 24 << 20  # that a large last cache keeps, and the caches before it do not
 PARTS = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)  # of the pool, that come round
@@ -39,10 +39,10 @@ def cache_law(
     # Of more, caches never keep more: a quicker round of more bytes was lucky.
     rising = tuple(min(shares[place:]) for place in range(len(shares)))
     few = Pool(KEPT_BYTES)
-    calls_s = call_s(home, few)
-    tables = [table(home, few, kind, size, calls_s, done) for kind in kinds for size in SIZES]
+    calls = calls_s(home, few)
+    tables = [table(home, few, kind, size, calls, done) for kind in kinds for size in SIZES]
     for kind in kinds:
-        tables += (table(home, few, kind, size, calls_s, done, NARROW_INPUTS) for size in narrow_sizes(kind))
+        tables += (table(home, few, kind, size, calls, done, NARROW_INPUTS) for size in narrow_sizes(kind))
     return CacheLaw(nbytes, rising, tuple(tables))
 
 

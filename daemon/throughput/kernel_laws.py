@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -49,7 +49,7 @@ POOL_TIMES = 4  # as large as the last cache, within these limits
 ROUNDS = 3  # of all tables, one after the other: a machine changes its speed within seconds
 CALLS = 1  # at least, of each point in a round
 CELL_S = 0.008  # for which it is called again
-_COLD_CALLS = 48
+_SMALL_CALLS, _SWEPT_BYTES = 48, 16 << 20  # small ones, behind so many bytes of weights at most
 
 KV_HEADS, HEAD_DIM = 4, 128
 QUERIES = (1, 4)  # of each head of K and V
@@ -122,17 +122,27 @@ class Pool:
         return Matrix(kind, self.take(kind.matrix_bytes(rows, cols)), rows, cols)
 
 
-def call_s(home: ComputeHome, pool: Pool) -> float:
-    """What a call of a kernel takes that has next to nothing to do: Python, the threads' waking. Weights pass through
-    the caches before each, as before every call of a table: that all of it has to come from memory again is no weight's
-    cost, but a layer's (`Overheads.swept`)."""
-    kind, size = WEIGHT_TYPES[0], SIZES[-1]
-    rows = size.nbytes // kind.matrix_bytes(BAND_ROWS, size.cols) * BAND_ROWS
-    one, wide = (home.place(np.ones((1, cols), np.float32)) for cols in (32, size.cols))
+def calls_s(home: ComputeHome, pool: Pool) -> dict[int, float]:
+    """What a call of a kernel takes that has next to nothing to do (Python, the threads' waking), by the bytes of weights
+    that calls have. So many pass through the caches before each, as before every call of a table: that some of it has
+    to come from memory again is no weight's cost, but a layer's (`Overheads.swept`)."""
+    sizes = {_passing_bytes(it) for size in SIZES for it in (size, size._replace(form="linears"))}
+    return {nbytes: _call_s(home, pool, nbytes) for nbytes in sorted(sizes)}
+
+
+def _passing_bytes(size: SizeClass) -> int:
+    """By a call with few rows, as far as it matters."""
+    return min(_SWEPT_BYTES, size.nbytes * {"linears": 1, "gated": 3, "experts": 3 * EXPERTS}[size.form])
+
+
+def _call_s(home: ComputeHome, pool: Pool, nbytes: int) -> float:
+    kind, cols = WEIGHT_TYPES[0], SIZES[-1].cols
+    rows = max(1, nbytes // kind.matrix_bytes(BAND_ROWS, cols)) * BAND_ROWS
+    one, wide = (home.place(np.ones((1, its), np.float32)) for its in (32, cols))
     arena, took = Arena(), list[float]()
-    for _ in range(_COLD_CALLS):
+    for _ in range(_SMALL_CALLS):
         linear = Linears((Matrix(kind, arena.take(kind.matrix_bytes(16, 32)), 16, 32),))
-        passing = Linears((pool.matrix(kind, rows, size.cols),))
+        passing = Linears((pool.matrix(kind, rows, cols),))
         home.linears(one, linear)  # what is worked out at the first call is known later
         home.linears(wide, passing)
         began_s = time.perf_counter()
@@ -152,17 +162,15 @@ def table_rounds(
     `until_s`, except the first; so later rounds may have fewer. `done` is called before each point."""
     rounds: list[list[RowsLaw]] = []
     for _ in range(ROUNDS):
-        calls_s, laws = call_s(home, pool), list[RowsLaw]()
+        calls, laws = calls_s(home, pool), list[RowsLaw]()
         for kind in kinds:
             if (laws or rounds) and time.monotonic() > until_s:
                 if not rounds:
                     said = "measuring takes too long, as something else computes: no tables for %s and others"
                     log.warning(said, kind.name)
                 break
-            laws += (table(home, pool, kind, size, calls_s, done) for size in SIZES)
-            laws += (
-                table(home, pool, kind, size, calls_s, done, NARROW_INPUTS) for size in narrow_sizes(kind)
-            )
+            laws += (table(home, pool, kind, size, calls, done) for size in SIZES)
+            laws += (table(home, pool, kind, size, calls, done, NARROW_INPUTS) for size in narrow_sizes(kind))
         rounds.append(laws)
     return rounds
 
@@ -172,15 +180,15 @@ def table(
     pool: Pool,
     kind: WeightType,
     size: SizeClass,
-    calls_s: float,
+    calls: Mapping[int, float],
     done: Callable[[str], None],
     input_bits: InputBits = WIDE_INPUTS,
 ) -> RowsLaw:
-    """Of one type and size. `calls_s`: of each call is not the weights'."""
+    """Of one type and size. `calls`: how much of each call is not the weights' (`calls_s`)."""
     points, counts = [], ROWS if input_bits == WIDE_INPUTS else NARROW_ROWS
     for rows in counts:
         done(f"{kind.name}, {size.name}")
-        points.append(_point(home, pool, kind, size, rows, calls_s, input_bits))
+        points.append(_point(home, pool, kind, size, rows, calls[_passing_bytes(size)], input_bits))
     return RowsLaw(kind.name, points[0][1], counts, tuple(byte_s for byte_s, _ in points), input_bits)
 
 
@@ -225,7 +233,7 @@ def _point(
     kind: WeightType,
     size: SizeClass,
     rows: int,
-    calls_s: float,
+    call_s: float,
     input_bits: InputBits,
 ) -> tuple[float, float]:
     """(seconds for each byte of weights, bytes of one matrix)"""
@@ -258,7 +266,7 @@ def _point(
     # As in a model, the same calls come again and again: what is worked out at the first is known later.
     coming = len(pool.memory) // 2 // (matrices * one)
     seconds = usual_s(cycle([call() for _ in range(max(1, coming))]))
-    return max(0.05 * seconds, seconds - calls_s) / (matrices * one), float(one)
+    return max(0.05 * seconds, seconds - call_s) / (matrices * one), float(one)
 
 
 def memory_bytes_per_s(laws: Sequence[RowsLaw]) -> float:
@@ -289,7 +297,7 @@ def attention_laws(
         for queries in QUERIES:
             heads = queries * KV_HEADS
             kv = KvPages(layout, heads, memory.reshape(KV_COPIES * pages, KV_HEADS, layout.head_bytes))
-            calls_s = median(_attention_s(home, kv, own, 1, 1) for _ in range(ROUNDS))
+            call_s = median(_attention_s(home, kv, own, 1, 1) for _ in range(ROUNDS))
             points: list[list[float]] = []
             for rows in (1, CHUNK_ROWS):
                 points.append([])
@@ -297,7 +305,7 @@ def attention_laws(
                     done(f"attention, {kv_type}")
                     seconds = median(_attention_s(home, kv, own, rows, context) for _ in range(ROUNDS))
                     seen = rows * max(context, (rows + 1) / 2)
-                    points[-1].append(max(0.05 * seconds, seconds - calls_s) / (seen * heads * HEAD_DIM))
+                    points[-1].append(max(0.05 * seconds, seconds - call_s) / (seen * heads * HEAD_DIM))
             decode_s, prompt_s = map(tuple, points)
             yield AttentionLaw(kv_type, CONTEXTS, decode_s, prompt_s, queries)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from pathlib import Path
+from typing import ClassVar, cast
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from fakes.throughput.throughput_cases import spec
 from shoal.daemon.progress import Progress
 from shoal.daemon.throughput import cache_laws, disk_laws, fixed_costs, kernel_laws, profiling
 from shoal.daemon.throughput.profile_files import parse_profile, profile_text
-from shoal.kernels import WEIGHT_TYPES, Linears, home_of
+from shoal.kernels import WEIGHT_TYPES, ComputeHome, Linears, home_of
 from shoal.kernels.arrays import Floats
 from shoal.models.weights import Weights
 from shoal.offload.block_store import Resident
@@ -159,6 +161,28 @@ class _Reading:
 
     def linears(self, x: Floats, all: Linears) -> None:
         self.nbytes += all.matrices[0].nbytes
+
+
+def test_what_a_call_takes_by_itself_is_measured_behind_weights() -> None:
+    """Else a table's weights would cost what a layer costs already: caches that its calls find swept."""
+    cols = kernel_laws.SIZES[-1].cols
+
+    class Home:
+        columns: ClassVar[list[int]] = []
+
+        def place(self, x: Floats) -> Floats:
+            return x
+
+        def linears(self, x: Floats, linears: Linears) -> None:
+            assert x.shape[1] == linears.matrices[0].cols
+            self.columns.append(x.shape[1])
+            if self.columns[-3:-1] == [32, cols]:  # the one that counts: the clock shows that time passes
+                time.sleep(1e-4)
+
+    taken = kernel_laws.calls_s(cast(ComputeHome, Home()), kernel_laws.Pool(32 << 20))
+    assert Home.columns == [32, cols, 32] * (len(Home.columns) // 3)
+    assert len(taken) > 1
+    assert min(taken.values()) >= 1e-4
 
 
 def test_caches_are_swept_as_products_do(monkeypatch: pytest.MonkeyPatch) -> None:
