@@ -128,9 +128,8 @@ def plan(
             raise click.BadParameter(str(error), param_hint="--plot") from None
     wanted = Reference.parse(model)
     bits = quant or (wanted.quant if wanted.quant != "keep" else None)
-    config = (
-        plan.config() if given is None else replace(plan, threads=None).config()
-    )  # other machines have more
+    # Other machines have more threads.
+    config = (plan if given is None else replace(plan, threads=None)).config()
     home = Home.from_env()
     path = Path(wanted.model) if Path(wanted.model).exists() else Library(home).resolve(wanted.model)
     with spinner("starting"), deferred_interrupt():

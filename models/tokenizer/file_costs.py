@@ -20,10 +20,8 @@ from shoal.models.regular_files import read_regular
 
 MAX_TOKENIZER_FILE_BYTES = 64 << 20  # the largest published has 34 MB
 TOKEN_BYTES, MERGE_BYTES = 206, 153  # of a vocabulary whose tokens and merges are known
-USUAL_LENGTH, LONGER_TIMES = (
-    24,
-    2,
-)  # bytes of a token's text that are within that; what is longer counts so often
+# Bytes of a token's text that are within that; what is longer counts so often.
+USUAL_LENGTH, LONGER_TIMES = 24, 2
 VOCABULARY_BYTES = 450  # of each token, where nothing is known but how many there are
 
 

@@ -28,11 +28,8 @@ from shoal.partition.plan import Plan
 from shoal.partition.spec import BlockId
 
 FAMILIES = ("mixtral", "olmoe", "qwen3_moe", "qwen2_moe")
-ALWAYS, PROMPTS, ROWS = (
-    1,
-    50,
-    3 * 70,
-)  # tokens from which on experts come; those of a step (in its last layer 71)
+# Tokens from which on experts come; those of a step (in its last layer 71).
+ALWAYS, PROMPTS, ROWS = 1, 50, 3 * 70
 IN_TORCH = {"F32": 1e-4, "Q4_0": 1e-3}  # whose inputs the CPU rounds to 16 bits
 There = Callable[[BlockId], bool]
 

@@ -259,12 +259,8 @@ def test_long_texts_of_many_heads_in_spans(name: str, window: int | None) -> Non
 def test_bits_of_a_kv_head_do_not_depend_on_the_others(name: str, threads: int, type: str) -> None:
     choose(name)
     set_threads(threads)
-    heads, group, dim, length = (
-        30,
-        5,
-        16,
-        300,
-    )  # more rows than are computed together, of some heads at a time
+    # More rows than are computed together, of some heads at a time.
+    heads, group, dim, length = 30, 5, 16, 300
     shape = Shape(kv_heads=heads, group=group, dim=dim, type=type)
     long, short = (
         Text.random(shape, size, pages, seed=size) for size, pages in ((length, [4, 0, 2, 5, 1]), (40, [3]))

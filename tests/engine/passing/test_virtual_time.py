@@ -271,7 +271,6 @@ def test_steps_whose_weights_come_from_disk_take_what_the_schedule_says(
     }
     if longest in busy:
         assert busy[longest] == max(busy.values())
-        overlapped = (
-            spare_bytes or longest != "disk"
-        )  # a window for one block is not read into while that is copied
+        # A window for one block is not read into while that is copied.
+        overlapped = spare_bytes or longest != "disk"
         assert 0.999 * busy[longest] < passage.step_s < (1.15 if overlapped else 1.3) * busy[longest]
