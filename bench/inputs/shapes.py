@@ -7,7 +7,7 @@ tensor, nor files.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 Mix = Literal["F32", "BF16", "Q4_1", "Q4_K_M", "Q5_K_M"]
@@ -110,6 +110,21 @@ def _more_bits(layer: int, layers: int) -> bool:
     eighth = layers // 8
     return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
 
+
+_LLAMA_3B = Shape(
+    name="llama-3b",  # Llama-3.2-3B with the vocabulary of SmolLM2
+    arch="llama",
+    mix="BF16",
+    layers=28,
+    hidden=3072,
+    heads=24,
+    kv_heads=8,
+    ffn=8192,
+    vocab=49152,
+    context=8192,
+    rope_base=500000.0,
+    tied=True,
+)
 
 SHAPES = {
     shape.name: shape
@@ -226,34 +241,8 @@ SHAPES = {
             rope_base=130000.0,
             tied=True,
         ),
-        Shape(
-            name="llama-3b",  # Llama-3.2-3B with the vocabulary of SmolLM2
-            arch="llama",
-            mix="BF16",
-            layers=28,
-            hidden=3072,
-            heads=24,
-            kv_heads=8,
-            ffn=8192,
-            vocab=49152,
-            context=8192,
-            rope_base=500000.0,
-            tied=True,
-        ),
-        Shape(
-            name="llama-3b-q4_k_m",  # Llama-3.2-3B as most people have it, with the vocabulary of SmolLM2
-            arch="llama",
-            mix="Q4_K_M",
-            layers=28,
-            hidden=3072,
-            heads=24,
-            kv_heads=8,
-            ffn=8192,
-            vocab=49152,
-            context=8192,
-            rope_base=500000.0,
-            tied=True,
-        ),
+        _LLAMA_3B,
+        replace(_LLAMA_3B, name="llama-3b-q4_k_m", mix="Q4_K_M"),  # as most people have it
         Shape(
             name="mistral-7b",  # Mistral-7B-v0.3
             arch="llama",
