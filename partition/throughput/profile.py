@@ -302,13 +302,12 @@ class Device:
         )
 
     def slowed(self, memory: float, compute: float) -> Device:
-        """If reading memory took so many times as long, and computing. Of what a product takes for a byte, that is
-        reading which memory's speed says."""
+        """If reading memory took so many times as long, and computing; with 1 and 1 it is the same device, to the
+        bit. Of what a product takes for a byte, that is reading which memory's speed says."""
         read_s = 1 / self.memory_bytes_per_s
 
         def longer(byte_s: float) -> float:
-            reading = min(byte_s, read_s)
-            return memory * reading + compute * (byte_s - reading)
+            return compute * byte_s + (memory - compute) * min(byte_s, read_s)
 
         attention = tuple(
             replace(

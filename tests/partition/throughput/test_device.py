@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 from fakes.throughput.throughput_cases import device, spec, wanted, weighed
+from hypothesis import given
+from hypothesis import strategies as st
 
 from shoal.partition.plan import Plan, plan_in_ram
 from shoal.partition.throughput.alone import rival_threads
@@ -51,3 +53,22 @@ def test_what_steps_teach_changes_only_what_they_were_made_of() -> None:
     assert after.disk == 1
     assert set(after.learnt) == {"memory", "compute", "network"}
     assert before.moved({"memory": 0.0}, 2.0) == before
+
+
+@given(st.floats(1e-12, 1e-6), st.floats(1e8, 1e12))
+def test_what_has_not_changed_is_the_same_to_the_bit(byte_s: float, memory: float) -> None:
+    """Or whoever looks each day and finds nothing would write another profile each day."""
+    law = RowsLaw("Q8_0", 1e6, (1, 8), (byte_s, 3 * byte_s))
+    before = replace(device(), memory_bytes_per_s=memory, products=(law,))
+    assert before.slowed(1.0, 1.0) == before
+    halved, law = before.slowed(2.0, 2.0), replace(law, byte_s=(2 * byte_s, 2 * 3 * byte_s))
+    assert halved.products == (law,)
+
+
+@pytest.mark.parametrize("changed", [(2.0, 1.0), (1.0, 3.0), (0.01, 100.0), (100.0, 0.01)])
+def test_reading_and_computing_change_each_its_part(changed: tuple[float, float]) -> None:
+    memory, compute = changed
+    law = RowsLaw("Q8_0", 1e6, (1, 8, 64), (0.5e-10, 1e-10, 5e-10))
+    before = replace(device(), memory_bytes_per_s=1e10, products=(law,))
+    found = before.slowed(memory, compute).products[0].byte_s
+    assert found == pytest.approx((0.5e-10 * memory, 1e-10 * memory, 1e-10 * memory + 4e-10 * compute))
