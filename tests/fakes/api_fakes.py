@@ -117,11 +117,11 @@ class FakeBackend:
             raise RuntimeError("a bug")
         run = Run(prompt, emit, client)
         with self.submitted:
+            self.runs[prompt] = run  # whoever has its answer finds it here
             if not prompt.startswith("manual"):
                 thread = threading.Thread(target=run.echo, daemon=True)
-                thread.start()
                 self._threads.append(thread)
-            self.runs[prompt] = run
+                thread.start()
             self.submitted.notify_all()
         return run
 
