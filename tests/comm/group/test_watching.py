@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from shoal.comm.group import watching as watching_module
 from shoal.comm.group.native_bytes import native_bytes
 from shoal.comm.group.watching import CROWDED, LOOK_NS, LOOKED, TRY_AGAIN, Watching
 
@@ -52,10 +53,15 @@ def test_what_was_there_at_once_says_nothing(watching: Watching) -> None:
 def test_it_looks_at_several_at_once(watching: Watching) -> None:
     pairs = [socket.socketpair() for _ in range(3)]
     wanted = [(near.fileno(), select.POLLIN) for near, _ in pairs]
-    began_s = time.monotonic()
-    watching.look_at_all(wanted)
-    assert time.monotonic() - began_s > 0.5e-9 * LOOK_NS
-    assert watching.luck < 1
+    ends_s = time.monotonic() + 20
+    while time.monotonic() < ends_s:  # as long as others want the processor, it looks no further
+        watching.luck = 1.0
+        began_s = time.monotonic()
+        watching.look_at_all(wanted)
+        assert watching.luck < 1
+        if watching._effort.value == LOOKED:
+            assert time.monotonic() - began_s > 0.5e-9 * LOOK_NS
+            break
     pairs[2][1].send(b"x")
     before = watching.luck
     watching.look_at_all(wanted)
@@ -65,27 +71,28 @@ def test_it_looks_at_several_at_once(watching: Watching) -> None:
             end.close()
 
 
-def test_the_interpreter_goes_on_meanwhile(watching: Watching) -> None:
-    """Others get its lock at once, however long somebody looks."""
+def test_the_interpreter_goes_on_meanwhile(watching: Watching, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one thread looks for, another one sends while it looks."""
+    monkeypatch.setattr(watching_module, "LOOK_NS", 20 * 10**9)
     near, far = socket.socketpair()
-    longest_s, ended = 0.0, threading.Event()
+    looks, found, in_vain = threading.Event(), list[int](), 0
 
     def look() -> None:
+        nonlocal in_vain
         view = memoryview(bytearray(8))
-        while not ended.is_set():
+        looks.set()
+        while not found:
             watching.luck = 1.0
-            assert watching.looked_for(near.fileno(), view) == 0
+            found.extend([count] if (count := watching.looked_for(near.fileno(), view)) else [])
+            in_vain += not found and watching._effort.value == LOOKED  # else it has given way to others
 
     thread = threading.Thread(target=look)
     thread.start()
     try:
-        began_s = last_s = time.perf_counter()
-        while last_s - began_s < 0.1:
-            now_s = time.perf_counter()
-            longest_s, last_s = max(longest_s, now_s - last_s), now_s
+        assert looks.wait(20)
     finally:
-        ended.set()
+        far.send(b"x")
         thread.join()
         near.close()
         far.close()
-    assert longest_s < 0.1
+    assert (found, in_vain) == ([1], 0)
