@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +19,13 @@ from shoal.comm.group.sums.star import Hub, Spoke
 LATE_S = 0.02
 
 
+def wait_for(condition: Callable[[], bool]) -> None:
+    ends_s = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < ends_s
+        time.sleep(0.001)
+
+
 def test_the_latest_count_and_no_more() -> None:
     waits = PartWaits()
     assert waits.summary() is None
@@ -31,13 +39,14 @@ def test_the_latest_count_and_no_more() -> None:
 def test_a_hub_that_computes_longer_than_others_waits_for_nobody_but_the_late() -> None:
     pairs = [stream_pair() for _ in range(3)]
     hub = Hub([near for near, _ in pairs], 1)
-    late = 1
+    late, others = 1, [near for place, (near, _) in enumerate(pairs) if place != 1]
 
     def follow(place: int, stream: Any) -> None:
         spoke = Spoke(stream, 1)
         spoke.next()
         for _ in range(5):
             if place == late:
+                wait_for(lambda: [*hub.awaited] == [1 + late])
                 time.sleep(LATE_S)
             spoke.allreduce(np.ones((1, 8), np.float32))
 
@@ -45,7 +54,8 @@ def test_a_hub_that_computes_longer_than_others_waits_for_nobody_but_the_late() 
     for thread in threads:
         thread.start()
     hub.begin(b"order")
-    for _ in range(5):
+    for _ in range(5):  # it computes until the others' parts are there
+        wait_for(lambda: len(select.select(others, [], [], 0)[0]) == len(others))
         hub.allreduce(np.ones((1, 8), np.float32))
     for thread in threads:
         thread.join()
@@ -84,15 +94,13 @@ def test_a_rank_that_has_got_all_is_not_waited_for_while_another_takes_it_slowly
     threads.append(threading.Thread(target=acts[send]))
     for thread in threads:
         thread.start()
-    until_s = time.monotonic() + 5
-    while [*hub.awaited] != [1 + slow] and time.monotonic() < until_s:
-        time.sleep(0.001)
-    awaited = [*hub.awaited]
-    go_on.set()
+    try:
+        wait_for(lambda: [*hub.awaited] == [1 + slow])
+    finally:
+        go_on.set()
     for thread in threads[:3]:
         thread.join()
     threads[3].join()
-    assert awaited == [1 + slow]
 
 
 def test_noting_costs_next_to_nothing() -> None:
