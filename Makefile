@@ -14,8 +14,8 @@ SOURCES := pyproject.toml constraints-dev.txt $(wildcard setup.py kernels/native
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-peer test-cluster test-aarch64 sanitize check bench bench-offload bench-cluster \
-	bench-gpu clean distclean
+.PHONY: help setup run test test-peer test-cluster test-cards test-aarch64 sanitize check bench bench-offload \
+	bench-cluster bench-gpu clean distclean
 
 help: ## show this
 	@sed -n 's/^\([a-z0-9-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
@@ -43,6 +43,9 @@ test-peer: .venv/.installed-dev bench/.venv/.installed ## run the tests that nee
 
 test-cluster: .venv/.installed-dev ## run clusters that are killed, frozen, unplugged (root: more of them); TRIALS=5
 	@TRIALS='$(TRIALS)' $(BIN)/python -m pytest -m cluster </dev/null
+
+test-cards: .venv/.installed-dev ## compile Triton's kernels of all types for graphics cards that are not there (Linux, x86-64)
+	@$(BIN)/python bench/cards/compiled.py
 
 test-aarch64: .venv/.installed-dev ## run the kernel tests on an emulated ARM machine (Debian, qemu-user)
 	@tests/aarch64.sh

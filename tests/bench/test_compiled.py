@@ -1,4 +1,4 @@
-"""Triton's kernels fit into a card's registers: compiled for cards that are not there."""
+"""Triton's kernels fit into a card's registers: compiled for one that is not there. `make test-cards` has more cards."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.mark.skipif(not (TOOLS / "ptxas").exists(), reason="triton has no assembler here")
-@pytest.mark.parametrize("card", [80, 90])
-def test_nothing_is_spilled(card: int, tmp_path: Path) -> None:
+def test_nothing_is_spilled(tmp_path: Path) -> None:
     """Types of each family; `bench/cards/compiled.py` has all. Compiled anew: what is kept may be of other kernels."""
-    command = [sys.executable, "bench/cards/compiled.py", "--cards", str(card), "--types", "Q4_K,Q6_K,Q5_1"]
+    command = [sys.executable, "bench/cards/compiled.py", "--cards", "90", "--types", "Q4_K,Q6_K,Q5_1"]
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
