@@ -19,7 +19,15 @@ began=$(date +%s)
 packages='pyzmq msgspec xxhash tokenizers platformdirs prompt_toolkit cryptography zeroconf huggingface_hub gguf pytest
 hypothesis psutil click jinja2 rich safetensors transformers accelerate cffi pycparser ifaddr wcwidth'
 site=${SHOAL_GPU_SITE:-/tmp/shoal-gpu-site}
-export PYTHONPATH="$PWD/.typing:$PWD/bench:$PWD/tests:$site${PYTHONPATH:+:$PYTHONPATH}"
+ours="$PWD/.typing:$PWD/bench:$PWD/tests" given=${PYTHONPATH:-}
+found() { # also what has been installed below $site
+	export PYTHONPATH="$ours"
+	for place in "$site" "$site"/lib/python*/*-packages "$site"/local/lib/python*/*-packages; do
+		[ ! -d "$place" ] || PYTHONPATH=$PYTHONPATH:$place
+	done
+	PYTHONPATH=$PYTHONPATH${given:+:$given}
+}
+found
 lacking() {
 	"$python" -P - $packages <<-'END'
 		import sys
@@ -35,9 +43,10 @@ more=$(lacking)
 if [ -n "$more" ]; then
 	if [ -d .whl ]; then
 		"$python" -m pip install -q --no-index --no-deps --no-compile --target "$site" .whl/*.whl
-	else
-		"$python" -m pip install -q --target "$site" --no-deps $more
+	else # --prefix takes what is there already, torch above all; --target would fetch it once more
+		"$python" -m pip install -q --prefix "$site" $more
 	fi >>"$out/log.txt" 2>&1 || echo "not all of these could be installed: $more" | tee -a "$out/log.txt"
+	found
 fi
 
 # Kernels built elsewhere may want another system library than there is here.
