@@ -148,7 +148,7 @@ def kernels(sizes: Sizes, place: Path) -> dict[str, Any]:
     """Triton's kernels and torch's operations, each alone."""
     from cards.kernel_parts import compared
 
-    return compared(sizes.whole, dry=sizes.card is None)
+    return compared(sizes.whole, dry=sizes.card is None, seconds=0.8 * LIMITS_S["kernels"])
 
 
 def dense_torch(sizes: Sizes, place: Path) -> dict[str, Any]:

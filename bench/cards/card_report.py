@@ -50,6 +50,8 @@ def _copies(its: Mapping[str, Any]) -> Iterator[str]:
 def _kernels(its: Mapping[str, Any], copies: Mapping[str, Any] | None) -> Iterator[str]:
     for name, said in its["failed with"].items():
         yield f"kernels of {name}: {said}"
+    if late := its.get("no time for"):
+        yield f"kernels: there was no time for {', '.join(late)}"
     within = copies["bytes_per_s"]["within"] if copies is not None else None
     for it in (*its["products"], *its.get("programs", ())):
         each = ", ".join(f"{name} {s * 1e6:.4g} µs" for name, s in it["seconds"].items())

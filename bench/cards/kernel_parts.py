@@ -34,8 +34,10 @@ REAL = Tried(6, 14336, 4096, (1, 2, 4, 16, 64, 512), KINDS)
 DRY = Tried(2, 32, 256, (1, 2), (Q4_K,))
 
 
-def compared(name: str, *, dry: bool) -> dict[str, Any]:
-    """Seconds of one product by kernels, type and rows. `dry`: in the CPU's memory, by Triton's interpreter."""
+def compared(name: str, *, dry: bool, seconds: float) -> dict[str, Any]:
+    """Seconds of one product by kernels, type and rows, of as many as there is time for. `dry`: in the CPU's memory, by
+    Triton's interpreter."""
+    ends_s = time.monotonic() + seconds
     if dry:
         os.environ["TRITON_INTERPRET"] = "1"  # before it is imported
     tried = DRY if dry else REAL
@@ -49,21 +51,28 @@ def compared(name: str, *, dry: bool) -> dict[str, Any]:
             homes[which] = DeviceHome(device, make())
         except (ImportError, RuntimeError) as error:
             wrong[which] = f"{type(error).__name__}: {error}"[:200]
-    products = []
+    products, late = [], []
     for kind in tried.kinds:
         for rows in tried.inputs:
-            products.append(_product(homes, kind, rows, tried, wrong, dry))
-    found = {"products": products, "failed with": wrong}
-    return found if dry or "triton" not in homes else found | {"programs": _programs(homes["triton"], wrong)}
+            if time.monotonic() < ends_s:
+                products.append(_product(homes, kind, rows, tried, wrong, dry))
+            else:
+                late.append(f"{kind.name} by {rows}")
+    found = {"products": products, "failed with": wrong, "no time for": late}
+    if dry or late or "triton" not in homes:
+        return found
+    return found | {"programs": _programs(homes["triton"], wrong, ends_s)}
 
 
-def _programs(home: Any, wrong: dict[str, str]) -> list[dict[str, Any]]:
+def _programs(home: Any, wrong: dict[str, str], ends_s: float) -> list[dict[str, Any]]:
     """One row by matrices of few rows, with columns split among more and more programs."""
     from shoal.devices import triton_kernels
 
     products = []
     for cols in (4096, 14336):
         for programs in (264, 528, 1056, 1848):
+            if time.monotonic() > ends_s:
+                return products
             triton_kernels.PROGRAMS = programs
             tried = Tried(12, 4096, cols, (1,), (Q4_K,))
             made = _product({f"triton with {programs}": home}, Q4_K, 1, tried, wrong, dry=False)

@@ -7,10 +7,11 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from cards import card_parts, measure_card
+from cards import card_parts, kernel_parts, measure_card
 from cards.card_models import DENSE, MIXTURE, weights_bytes
 from cards.card_report import report
 from fakes.throughput.throughput_cases import device, spec, wanted, weighed
@@ -32,7 +33,7 @@ RESULTS: dict[str, Any] = {
             "type": "Q4_K", "rows": 1, "nbytes": 3e7, "flops": 1e8, "off": 1e-6,
             "seconds": {"torch": 1e-3, "triton": 1e-5},
         }],
-        "failed with": {"triton, Q6_K by 1": "RuntimeError: no"},
+        "failed with": {"triton, Q6_K by 1": "RuntimeError: no"}, "no time for": ["IQ4_NL by 64", "IQ4_NL by 512"],
     },
     "dense-torch": {
         "weights_bytes": 5e9, "interactive": {"tokens_per_s": 50.0}, "predicted": {}, "kernels": "torch",
@@ -63,6 +64,7 @@ def test_what_is_said() -> None:
         "dense-torch, 4 bits: 50 tokens/s, 250 GB/s of weights",
         "dense-torch computes with torch (SHOAL_DEVICE_KERNELS says torch)",
         "kernels of triton, Q6_K by 1: RuntimeError: no",
+        "kernels: there was no time for IQ4_NL by 64, IQ4_NL by 512",
         "Q4_K by 1: torch 1000 µs, triton 10 µs; 3000 GB/s, 75% of the card's memory, 10 Tflop/s, 1e-06 apart",
         "dense: predicted 480 tokens/s, measured +4% (aim 6%: met)",
         "peak 15 GB, within its budget",
@@ -113,6 +115,16 @@ def test_parts_that_fail_cost_the_others_nothing(monkeypatch: pytest.MonkeyPatch
     assert (code, found) == (1, {"dense": {"failed": "there was no time left"}})
     with pytest.raises(SystemExit):
         measured(monkeypatch, tmp_path, "--parts", "nothing")
+
+
+def test_kernels_that_there_is_no_time_for_cost_the_others_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are made when they are first used, and nobody has seen how long that takes on a machine with a card."""
+    product = {"type": "Q4_K"}
+    clock = iter(range(100))
+    monkeypatch.setattr(kernel_parts, "_product", lambda *_: product)
+    monkeypatch.setattr(kernel_parts, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    found = kernel_parts.compared("sim:kernels", dry=True, seconds=1.5)
+    assert (found["products"], found["no time for"]) == ([product], ["Q4_K by 2"])
 
 
 def test_the_shapes_are_those_of_the_models() -> None:

@@ -1,4 +1,4 @@
-"""Triton's kernels fit into a card's registers: compiled for one that is not there. `make test-cards` has more cards."""
+"""Triton's kernels fit into a card's registers: compiled for one that is not there. `make test-cards` has others."""
 
 from __future__ import annotations
 
