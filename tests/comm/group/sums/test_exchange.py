@@ -30,7 +30,6 @@ TOPOLOGIES: list[SumTopology] = ["star", "exchange", "sliced"]
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(one_swap, "STALLED_S", 0.3)
     monkeypatch.setattr(one_swap, "SWAP_LOOK_S", 0.05)
     monkeypatch.setattr(swapping, "TELL_S", 1.0)
 
@@ -308,8 +307,9 @@ def test_two_ranks_that_lose_each_other_are_said(topology: SumTopology) -> None:
     assert {found[0].rank, found[0].unheard_by} == {1, 3}
 
 
-def test_a_stream_that_is_silent_while_rank_0_goes_on_is_said() -> None:
+def test_a_stream_that_is_silent_while_rank_0_goes_on_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if a cable between two workers were cut: nothing ends, nothing comes."""
+    monkeypatch.setattr(one_swap, "STALLED_S", 0.3)
     circle = Circle(3)
     parts = partials(3, (2, 64))
     one = circle.spokes[0]

@@ -90,7 +90,7 @@ def test_a_fellow_that_takes_a_part_slowly_is_not_given_up(
     rank1: Rank1, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though it takes longer than a standstill may, after rank 0 has got everything and gone on."""
-    monkeypatch.setattr(one_swap, "STALLED_S", 0.3)
+    monkeypatch.setattr(one_swap, "STALLED_S", 0.7)
     spoke, hub, fellow = rank1
     part = np.ones((256, 1024), np.float32)
     hub.send(frame(FrameKind.ORDER, 1, 0, b"one"))
@@ -114,7 +114,7 @@ def test_a_fellow_that_takes_a_part_slowly_is_not_given_up(
         thread.start()
     began_s = time.monotonic()
     assert np.array_equal(spoke.allreduce(part), 3 * part)
-    assert time.monotonic() - began_s > 2 * 0.3
+    assert time.monotonic() - began_s > 0.7
     assert not spoke._swapper.broken
     for thread in threads:
         thread.join(10)
