@@ -21,14 +21,15 @@ from shoal.daemon.cluster.links import link_test, verdicts
 from shoal.daemon.cluster.served_shard import ServedShard
 from shoal.daemon.errors import DaemonError
 
-LATE_S = 0.02
+LATE_S = 0.1  # far more than a machine that is busy with other tests adds to a message
+SLOW_S = 0.06  # for each sum
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link_test, "TRIPS_S", 0.2)
     monkeypatch.setattr(link_test, "WAY_S", 0.1)
-    monkeypatch.setattr(verdicts, "FAR_S", 0.75 * LATE_S)  # on a machine that is busy with other tests, too
+    monkeypatch.setattr(verdicts, "FAR_S", 0.75 * LATE_S)
     monkeypatch.setattr(verdicts, "UNSTEADY_S", 1.0)
 
 
@@ -70,7 +71,7 @@ def test_every_link_is_measured_and_none_stands_out(two: Cluster) -> None:
     assert (found.culprit, found.why, found.computing) == ("", "no member stands out", [])
     for link in found.links:
         assert link.trips > 10
-        assert 0 < link.rtt_s <= link.rtt_p99_s < 0.1
+        assert 0 < link.rtt_s <= link.rtt_p99_s
         assert link.to_bytes_per_s > 1e6
         assert link.from_bytes_per_s > 1e6
         assert link.incast_bytes_per_s > 0
@@ -95,7 +96,7 @@ def test_a_member_that_is_far_is_named(two: Cluster) -> None:
     far = names(two)[1]
     assert found.culprit == far
     assert {link.name: link.verdict for link in found.links} == {far: "far", names(two)[2]: "good"}
-    assert f"{far}: 2" in found.why
+    assert f"{far}: 1" in found.why  # of seconds a tenth
     assert "there and back" in found.why
     assert "times the other: it is what a token waits for" in found.why
 
@@ -108,15 +109,15 @@ def test_a_member_that_computes_slowly_is_named(two: Cluster, tmp_path: Path, mo
     assert worker is not None
     (shard,) = worker.shards
     slow_down(shard)
-    text_of(two.node, prompt(0))
+    text_of(two.node, prompt(0, new=6))
     found = measured(two)
     slow = names(two)[2]
     assert {link.name: link.verdict for link in found.links}[slow] == "computes slowly"
     assert found.culprit == slow
     assert f"{slow}: the head waits " in found.why
     waits = {node.name: node.wait_s for node in two.nodes()}
-    assert waits[slow] > LATE_S / 2
-    assert waits[names(two)[1]] < LATE_S / 2
+    assert waits[slow] > SLOW_S / 2
+    assert waits[names(two)[1]] < SLOW_S / 2
     assert [node.models for node in two.nodes()[1:]] == [["tiny.gguf"], ["tiny.gguf"]]
     assert all(0.1 < node.shares[0] < 0.5 for node in two.nodes()[1:])
 
@@ -127,7 +128,7 @@ def slow_down(shard: ServedShard) -> None:
     allreduce = spoke.allreduce
 
     def slow(partial: Any) -> Any:
-        time.sleep(LATE_S)
+        time.sleep(SLOW_S)
         return allreduce(partial)
 
     spoke.allreduce = slow  # type: ignore[method-assign]
