@@ -41,8 +41,17 @@ def chat(model: Path) -> Chat:
     return Chat(messages=[{"role": "user", "content": "hi"}], model=str(model), sampling=GREEDY, max_tokens=2)
 
 
-def test_others_are_served_while_a_template_runs_and_the_node_ends(path: Path, slow: Path) -> None:
+def test_others_are_served_while_a_template_runs_and_the_node_ends(
+    path: Path, slow: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     failures: list[str] = []
+    render = Renderer.render
+
+    def at_length(self: Renderer, variables: Mapping[str, Any]) -> str:
+        self._seconds = 60.0
+        return render(self, variables)
+
+    monkeypatch.setattr(Renderer, "render", at_length)
     with Node(CONFIG) as node:
         for model in (path, slow):
             node.load(Load(model=str(model)))
@@ -59,11 +68,11 @@ def test_others_are_served_while_a_template_runs_and_the_node_ends(path: Path, s
         time.sleep(0.5)
         started = time.monotonic()
         assert isinstance([*node.stream(chat(path))][-1], Done)
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 30
         started = time.monotonic()
     for thread in threads:
         thread.join()
-    assert time.monotonic() - started < 4
+    assert time.monotonic() - started < 30
     assert len(failures) == 6
 
 

@@ -15,6 +15,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from shoal.models.chat.renderer import MAX_SOURCE_CHARS
 from shoal.models.chat.template import ChatTemplate
+from shoal.models.children import Limits
 from shoal.models.errors import ModelError, TemplateError
 
 PUBLISHED = {
@@ -280,7 +281,7 @@ def test_endless_templates_are_stopped_by_the_clock(source: str) -> None:
     started = time.monotonic()
     with pytest.raises(TemplateError, match="did not end in time"):
         ChatTemplate(source, max_render_s=0.1).render([USER])
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < Limits.slack_s - 5
 
 
 @pytest.mark.parametrize(
@@ -305,16 +306,15 @@ def test_a_template_that_was_stopped_hurts_no_other_rendering() -> None:
         except ModelError as error:
             failures.append(str(error))
 
-    threads = [threading.Thread(target=attack) for _ in range(6)]
+    threads = [threading.Thread(target=attack) for _ in range(4)]
     for thread in threads:
         thread.start()
     time.sleep(0.1)
-    started = time.monotonic()
     assert "Is 1 < 2" in other.render([USER])
-    assert time.monotonic() - started < 1.5
+    assert not failures, "it has waited for them"
     for thread in threads:
         thread.join()
-    assert len(failures) == 6
+    assert len(failures) == 4
     assert slow.render([USER]) == "ok"
 
 
