@@ -253,14 +253,15 @@ def test_a_server_of_tls_that_says_nothing_holds_up_for_a_moment_only(worker, tm
         assert time.monotonic() - started < 5
 
 
-def test_any_number_of_silent_heads_do_not_hide_the_one(head, worker, tmp_path):
+def test_any_number_of_silent_heads_do_not_hide_the_one(head, worker, tmp_path, monkeypatch):
     """Each would be waited for as long as the greeting may take: one after the other, longer than there is time."""
+    monkeypatch.setattr("shoal.comm.group.dialing.GREET_S", 9.0)
     with contextlib.ExitStack() as stack:
         silent = [stack.enter_context(mute(Machine.at(tmp_path, f"mute{number}"))) for number in range(12)]
         listener = stack.enter_context(head.listening())
         started = time.monotonic()
         found, _ = by(worker, head.codes.new(), [*silent, *listener.addresses], timeout_s=10)
-        assert time.monotonic() - started < 2.5
+        assert time.monotonic() - started < 8
         assert found.fingerprint == head.fingerprint
 
 
@@ -269,6 +270,7 @@ def test_who_passes_on_the_certificate_of_the_head_and_then_nothing_does_not_hid
 ):
     """Not even if another machine refuses meanwhile."""
     monkeypatch.setattr("shoal.comm.group.dialing.ASKED_S", 0.3)
+    monkeypatch.setattr("shoal.comm.group.dialing.GREET_S", 9.0)
     other = Machine.at(tmp_path, "other")
     with head.listening() as listener, other.listening() as refusing, contextlib.ExitStack() as stack:
         silent = [stack.enter_context(stalled(listener.addresses[0])) for _ in range(4)]
@@ -276,7 +278,7 @@ def test_who_passes_on_the_certificate_of_the_head_and_then_nothing_does_not_hid
         with slow_road(direct, delay_s=0.1) as address:  # the others are there before it
             started = time.monotonic()
             by(worker, head.codes.new(), [*refusing.addresses, *silent, address])
-            assert time.monotonic() - started < 2.5
+            assert time.monotonic() - started < 8
 
 
 def test_who_passes_on_everything_and_has_tried_too_often_does_not_hide_the_head(head, worker, monkeypatch):
@@ -294,7 +296,7 @@ def test_who_passes_on_everything_and_has_tried_too_often_does_not_hide_the_head
     with (
         head.listening() as listener,
         relay(listener.addresses[0]) as (between, _),
-        slow_road(listener.addresses[0], delay_s=0.05) as direct,
+        slow_road(listener.addresses[0], delay_s=0.2) as direct,  # he is there before it
     ):
         found, _ = by(worker, head.codes.new(), [between, direct])
         assert found.addresses == (direct,)
