@@ -99,7 +99,7 @@ def test_stop_ends_what_does_not_end_by_itself_and_says_so(
     monkeypatch.setattr(serve_verbs, "NOW_LIMIT_S", 1.5)
     with holder(home, kind) as process:
         result = shoal(*arguments)
-        assert process.wait(timeout=1) == -signal.SIGKILL
+        assert process.wait(timeout=10) == -signal.SIGKILL
     assert result.exit_code == 0
     assert f"the daemon (pid {process.pid}) did not end by itself and was killed" in result.stderr
     assert shoal("stop").exit_code == 4
@@ -200,7 +200,7 @@ def test_a_daemon_that_ends_leaves_no_child(home: Home, tmp_path: Path, job: str
                 for _ in range(signals):
                     process.terminate()
                 assert process.wait(timeout=10) == 0
-            assert time.monotonic() - started < 6
+            assert time.monotonic() - started < 20
             _, left = psutil.wait_procs([child], timeout=5)
             assert left == []
         finally:

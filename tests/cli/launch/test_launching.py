@@ -97,12 +97,12 @@ def test_what_went_wrong_is_one_clear_line(name: str, fake_ssh: Path) -> None:
     began_s = time.monotonic()
     found = joined(Host(name, name))
     assert (found.trouble, found.fingerprint) == (FAILURES[name], "")
-    assert time.monotonic() - began_s < 4
+    assert time.monotonic() - began_s < 15
 
 
 def test_an_ssh_that_hangs_is_ended_with_all_that_it_started(fake_ssh: Path) -> None:
-    found = joined(Host("hanging", "h"), limit_s=0.5)
-    assert found.trouble == "no answer within 0 s; the last that it said: debug: waiting"
+    found = joined(Host("hanging", "h"), limit_s=2.0)
+    assert found.trouble == "no answer within 2 s; the last that it said: debug: waiting"
     pid = int(Path(f"{fake_ssh}.pid").read_text())
     wait_for(lambda: not alive(pid), 5)
 
@@ -120,7 +120,7 @@ def test_giving_up_ends_all(fake_ssh: Path) -> None:
     began_s = time.monotonic()
     host = Host("hanging", "h")
     assert join_over_ssh(host, ssh_command(host, [], ""), "c", 60, given_up).trouble == "given up"
-    assert time.monotonic() - began_s < 5
+    assert time.monotonic() - began_s < 30
 
 
 def test_without_ssh_it_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

