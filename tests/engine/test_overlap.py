@@ -102,7 +102,13 @@ def test_closing_waits_for_the_sum_under_way_and_drops_the_rest(ahead: Any) -> N
     totals = [sums.start(rows(value)) for value in (1, 2)]
     while not asked:
         time.sleep(0.001)
-    threading.Timer(0.05, goes.set).start()
+
+    def let_go() -> None:
+        while not sums._closed:
+            time.sleep(0.001)
+        goes.set()
+
+    threading.Thread(target=let_go, daemon=True).start()
     sums.close()
     assert totals[0].result(0)[0, 0] == 2
     assert totals[1].cancelled()

@@ -29,9 +29,10 @@ for again in range(3):
     termios.tcsetattr(0, termios.TCSADRAIN, own)
     os.tcsetpgrp(0, child)
     os.kill(-child, signal.SIGCONT)
-    time.sleep(1)
-    flags = termios.tcgetattr(0)[3]
-    print("quiet" if not flags & (termios.ECHO | termios.ICANON) else "echoes", flush=True)
+    until_s = time.monotonic() + 15
+    while (echoes := termios.tcgetattr(0)[3] & (termios.ECHO | termios.ICANON)) and time.monotonic() < until_s:
+        time.sleep(0.01)
+    print("echoes" if echoes else "quiet", flush=True)
 os.kill(child, signal.SIGKILL)
 """
 

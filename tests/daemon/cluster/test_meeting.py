@@ -179,13 +179,16 @@ def test_a_rank_is_at_work_while_its_sums_travel_and_is_not_while_it_waits_for_t
     meeting = Meeting(slow, pulse)
     pending = meeting.start(home, np.ones((1, 4), np.float32))
     assert pulse.at_work
-    seen: list[bool] = []
-    timer = threading.Timer(0.05, lambda: (seen.append(pulse.at_work), slow.goes.set()))
-    timer.start()
+
+    def let_go() -> None:
+        wait_for(lambda: not pulse.at_work)
+        slow.goes.set()
+
+    letting_go = threading.Thread(target=let_go)
+    letting_go.start()
     assert pending()[0, 0] == 2
-    assert seen == [False]
     assert pulse.at_work
     meeting.settle()
     meeting.settle()
-    timer.join()
+    letting_go.join()
     assert meeting.allreduce(home, np.zeros((1, 4), np.float32))[0, 0] == 1

@@ -15,6 +15,7 @@ import pytest
 from fakes.group.weights import VECTORS, Cut, asked, fetched, served, shard_of
 from fakes.packing import assert_holds
 
+from shoal.daemon.cluster.weights import shard_cache
 from shoal.daemon.cluster.weights.shard_cache import ShardCache
 from shoal.daemon.cluster.weights.shard_fetch import ShardWeights, fetch_shard
 from shoal.daemon.cluster.weights.weight_server import WeightServer
@@ -194,7 +195,10 @@ def test_clearing_leaves_what_is_in_use(checkpoint: Checkpoint, cache: ShardCach
     assert cache.clear() == ([], [])
 
 
-def test_who_looks_at_the_cache_is_in_nobodys_way(checkpoint: Checkpoint, cache: ShardCache) -> None:
+def test_who_looks_at_the_cache_is_in_nobodys_way(
+    checkpoint: Checkpoint, cache: ShardCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_cache, "CLAIM_TRIES", 500)
     fetched(checkpoint, cache)
     (shard,) = cache.list()
     looking = cache.lock(shard.directory)
