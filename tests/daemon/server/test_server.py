@@ -282,7 +282,7 @@ def test_a_reader_that_stops_for_good_is_forgotten():
 
 
 def test_a_slow_but_reading_client_gets_everything():
-    limits = replace(QUICK, queue_messages=2)
+    limits = replace(QUICK, queue_messages=2, outbox_s=PATIENCE_S)
     with running(limits=limits) as daemon, RawClient(daemon.address, RCVHWM=2, RCVBUF=4096) as slow:
         slow.send(Generate(prompt="manual"))
         run = daemon.backend.run("manual")
