@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,9 @@ from shoal.partition.spec import BlockId
 from shoal.partition.sum_cost import Topology
 
 PATIENCE_S = 20.0
+PORTS = 100
+_first = 12_000 + PORTS * (os.getpid() % 200)
+_ports = cycle(range(_first, _first + PORTS))
 WORKER_BYTES = 1 << 30
 
 
@@ -187,8 +193,13 @@ class Cluster:
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+    """One that nobody has, of those that the system does not give to whoever asks for any: so nobody takes it before it
+    is used, or while it is let go of for a moment. Each process that tests has ports of its own."""
+    for _ in range(PORTS):
+        port = next(_ports)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise OSError("no port is free")
 
 
 def wait_for(condition: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:

@@ -102,8 +102,8 @@ def test_what_was_asked_for_stays_open(tmp_path: Path) -> None:
 
 
 def test_another_program_has_an_address(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]
+    port = free_port()
+    with socket.create_server(("127.0.0.1", port)) as other:
         found = listening(tmp_path, f"auto:{port}", own=[CABLE, WIFI])
         try:
             assert found.addresses == (("127.0.0.2", port),)

@@ -131,9 +131,9 @@ def test_equally_good_ones_do_not_take_turns(head: Head, monkeypatch: pytest.Mon
 def test_decoys_hold_nobody_up(head: Head, tmp_path: Path) -> None:
     """A mute one, one that is closed, one that is another machine."""
     other = Machine.at(tmp_path, "other")
-    with socket.create_server(("127.0.0.1", 0)) as mute, socket.create_server(("127.0.0.1", 0)) as closed:
+    with socket.create_server(("127.0.0.1", 0)) as mute, socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and does not listen
         gone = closed.getsockname()
-        closed.close()
         with other.listening() as listener:
             way = head.route(mute.getsockname(), gone, listener.addresses[0], head.address)
             with way.dial("control") as control:

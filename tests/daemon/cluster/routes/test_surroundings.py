@@ -22,9 +22,9 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ports_that_answer_and_that_do_not() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as open_, socket.create_server(("127.0.0.1", 0)) as closed:
+    with socket.create_server(("127.0.0.1", 0)) as open_, socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and does not listen
         gone = closed.getsockname()[1]
-        closed.close()
         listening = [f"127.0.0.1:{port}" for port in (open_.getsockname()[1], gone)]
         around = look_around(
             listening, {"pi3": "127.0.0.1:5", "other": "127.0.0.1", "away": "", "odd": "x:1"}
