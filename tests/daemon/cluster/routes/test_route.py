@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from fakes.group.clusters import free_port
 from fakes.group.networks import slow_road
 from fakes.group.nodes import Machine, paired
 
@@ -143,8 +144,7 @@ def test_decoys_hold_nobody_up(head: Head, tmp_path: Path) -> None:
 
 
 def test_a_head_with_another_address_is_looked_for(head: Head) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        gone = closed.getsockname()
+    gone = "127.0.0.1", free_port()
     start = head.machine.fingerprint[:16]
     found = [
         FoundHead("other", "0" * 16, (("127.0.0.1", 1),)),
@@ -216,8 +216,7 @@ def test_without_multicast_the_reason_is_still_that_of_the_address(head: Head) -
     def look() -> list[FoundHead]:
         raise OSError("no multicast here")
 
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        gone = closed.getsockname()
+    gone = "127.0.0.1", free_port()
     with pytest.raises(CommError, match="cannot be reached"):
         head.route(gone, look=look).dial("control")
 
