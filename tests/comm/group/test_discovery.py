@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import time
 import pytest
 
 from shoal.comm.group.discovery import (
+    FINGERPRINT_DIGITS,
     MAX_HEADS,
     SERVICE,
     Announcement,
@@ -27,8 +29,10 @@ from shoal.comm.group.peers import MAX_ADDRESSES
 
 LOOPBACK = ["127.0.0.1"]
 LO = {"127.0.0.1": "lo"}
-HEAD = FoundHead("pi3", "ab" * 32, (("192.0.2.5", 7447), ("2001:db8::5", 7447)), Speaks(1, 3))
-SHORT = FoundHead("pi3", "ab" * 8, HEAD.addresses, HEAD.speaks)
+# What is announced on loopback, other processes hear that run these tests just now.
+DIGITS, OTHER = (os.urandom(FINGERPRINT_DIGITS // 2).hex() for _ in range(2))
+HEAD = FoundHead("pi3", DIGITS * 4, (("192.0.2.5", 7447), ("2001:db8::5", 7447)), Speaks(1, 3))
+SHORT = FoundHead("pi3", DIGITS, HEAD.addresses, HEAD.speaks)
 
 
 def test_what_is_announced_can_be_read() -> None:
@@ -108,16 +112,16 @@ loopback = pytest.mark.skipif(not multicast_on_loopback(), reason="no multicast 
 @loopback
 def test_a_head_is_found_until_it_goes() -> None:
     threads = threading.active_count()
-    other = FoundHead("pi3", "cd" * 32, (("192.0.2.6", 7448),))  # of the same name
+    other = FoundHead("pi3", OTHER * 4, (("192.0.2.6", 7448),))  # of the same name
     said = [Announcement(head, LOOPBACK) for head in (HEAD, other)]
     try:
         found = {head.fingerprint: head for head in find_heads(LOOPBACK)}
-        assert found["ab" * 8] == SHORT
-        assert found["cd" * 8].addresses == other.addresses
+        assert found[DIGITS] == SHORT
+        assert found[OTHER].addresses == other.addresses
     finally:
         for one in said:
             one.close()
-    assert not {"ab" * 8, "cd" * 8} & {head.fingerprint for head in find_heads(LOOPBACK, 1.5)}
+    assert not {DIGITS, OTHER} & {head.fingerprint for head in find_heads(LOOPBACK, 1.5)}
     assert threading.active_count() <= threads  # of former tests some may have ended
 
 
