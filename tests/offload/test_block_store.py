@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fakes.group.nodes import begun_threads
 from fakes.running import Running
 from fakes.streaming import MODELS, packed, streaming_plan
 
@@ -53,9 +53,9 @@ def test_both_readers_give_the_same_blocks(model: tuple[Path, Pack, Plan]) -> No
 def test_progress_ends_at_all_bytes(model: tuple[Path, Pack, Plan]) -> None:
     _, pack, plan = model
     told: list[tuple[int, int]] = []
-    before = threading.active_count()
+    left = begun_threads()
     ResidentStore.load(plan, PackReader(pack), lambda done, total: told.append((done, total)))
-    assert threading.active_count() == before, "nothing will be read any more"
+    assert not left(), "nothing will be read any more"
     assert len(told) == len(plan.blocks)
     assert told == sorted(told)
     assert told[-1] == (plan.weights_bytes, plan.weights_bytes)
@@ -63,7 +63,7 @@ def test_progress_ends_at_all_bytes(model: tuple[Path, Pack, Plan]) -> None:
 
 def test_a_load_that_is_given_up_ends_its_readers(model: tuple[Path, Pack, Plan]) -> None:
     _, pack, plan = model
-    before = threading.active_count()
+    left = begun_threads()
 
     def give_up(done: int, total: int) -> None:
         raise KeyboardInterrupt
@@ -71,7 +71,7 @@ def test_a_load_that_is_given_up_ends_its_readers(model: tuple[Path, Pack, Plan]
     with pytest.raises(KeyboardInterrupt) as given_up:
         ResidentStore.load(plan, PackReader(pack), give_up)
     assert given_up.value.__traceback__ is not None, "which keeps what was begun"
-    assert threading.active_count() == before
+    assert not left()
 
 
 def test_an_altered_block_is_found_and_the_pack_marked(tmp_path: Path) -> None:
@@ -81,8 +81,8 @@ def test_an_altered_block_is_found_and_the_pack_marked(tmp_path: Path) -> None:
     with pack.path.open("r+b") as file:
         file.seek(pack.blocks[BlockId("ffn", 1)].offset + 100)
         file.write(b"altered")
-    before = threading.active_count()
+    left = begun_threads()
     with pytest.raises(PackCorrupt, match=r"layers\.1\.ffn"):
         ResidentStore.load(plan, PackReader(pack))
     assert pack.damaged
-    assert threading.active_count() == before
+    assert not left()

@@ -11,6 +11,7 @@ import threading
 import time
 
 import pytest
+from fakes.group.nodes import begun_threads
 
 from shoal.comm.group.discovery import (
     FINGERPRINT_DIGITS,
@@ -111,7 +112,7 @@ loopback = pytest.mark.skipif(not multicast_on_loopback(), reason="no multicast 
 
 @loopback
 def test_a_head_is_found_until_it_goes() -> None:
-    threads = threading.active_count()
+    left = begun_threads()
     other = FoundHead("pi3", OTHER * 4, (("192.0.2.6", 7448),))  # of the same name
     said = [Announcement(head, LOOPBACK) for head in (HEAD, other)]
     try:
@@ -122,7 +123,7 @@ def test_a_head_is_found_until_it_goes() -> None:
         for one in said:
             one.close()
     assert not {DIGITS, OTHER} & {head.fingerprint for head in find_heads(LOOPBACK, 1.5)}
-    assert threading.active_count() <= threads  # of former tests some may have ended
+    assert not left()
 
 
 @pytest.mark.parametrize("hosts", [[], ["192.0.2.77"], ["192.0.2.77", "2001:db8::77"]])
@@ -215,7 +216,7 @@ def test_who_answers_too_much_is_bounded() -> None:
                     packet[source.randrange(len(packet))] = source.randrange(256)
                 sending.sendto(packet, (GROUPS[socket.AF_INET], MDNS_PORT))
 
-    threads = threading.active_count()
+    left = begun_threads()
     shouting = threading.Thread(target=shout)
     shouting.start()
     try:
@@ -227,4 +228,4 @@ def test_who_answers_too_much_is_bounded() -> None:
     finally:
         stop.set()
         shouting.join()
-    assert threading.active_count() <= threads  # of former tests some may have ended
+    assert not left()

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from fakes import tiny
+from fakes.group.nodes import begun_threads
 from fakes.running import planned
 
 from shoal.comm.home import Home
@@ -222,11 +223,11 @@ def test_a_load_that_fails_late_leaves_nothing_behind(
 
     with Node(CONFIG, packs=packs) as node:
         node.budget.limit_bytes = node.budget.held_bytes + least(path)
-        held, threads = node.budget.held_bytes, threading.active_count()
+        held, left = node.budget.held_bytes, begun_threads()
         monkeypatch.setattr(part, fails)
         with pytest.raises(MemoryError):
             Assembly(node.budget, packs, KvFiles(tmp_path / "kv", None)).load("late", path, CONFIG)
-        assert (node.budget.held_bytes, threading.active_count()) == (held, threads)
+        assert (node.budget.held_bytes, left()) == (held, [])
 
 
 def test_the_budget_is_given_back_when_the_last_step_has_ended(path: Path, packs: Packs) -> None:
@@ -383,6 +384,6 @@ def test_planning_keeps_no_error(path: Path) -> None:
             for memory_bytes in (high, low):
                 make_plan(weighed(checkpoint, "keep"), CONFIG, memory_bytes)
             assert isinstance(make_plan(weighed(checkpoint, "keep"), CONFIG, 0), Misfit)
-            assert errors() == before
+            assert errors() <= before  # those of other threads may go meanwhile
         finally:
             gc.enable()

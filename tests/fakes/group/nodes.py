@@ -6,7 +6,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +79,13 @@ def joined(directory: Path, speaks: Speaks = BARE) -> Iterator[tuple[Channel, Ch
 def footprint() -> tuple[int, int]:
     """Threads and descriptors of this process."""
     return threading.active_count(), psutil.Process().num_fds()
+
+
+def begun_threads() -> Callable[[], list[str]]:
+    """→ what tells the names of the threads that have begun since now and are still there. Those of an earlier test may
+    end meanwhile, so numbers say little."""
+    before = threading.enumerate()
+    return lambda: [it.name for it in threading.enumerate() if it not in before]
 
 
 def back_to(before: tuple[int, int]) -> bool:

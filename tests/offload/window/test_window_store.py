@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 import pytest
+from fakes.group.nodes import begun_threads
 from fakes.running import Running
 from fakes.streaming import MODELS, Streaming, packed, run, streaming_plan, texts
 from hypothesis import HealthCheck, given, settings
@@ -125,12 +125,12 @@ def test_the_best_speed_is_of_whole_seconds_and_stays(tied: Case, monkeypatch: p
 
 
 def test_closing_ends_everything(tied: Case) -> None:
-    before = threading.active_count()
+    left = begun_threads()
     streaming = Streaming(tied.path, tied.pack)
     run(streaming, tied.ids)
     streaming.store.close()
     streaming.store.close()
-    assert threading.active_count() == before
+    assert not left()
     with pytest.raises(StoreError, match="not read any more"):
         run(streaming, tied.ids)
 

@@ -11,6 +11,7 @@ import pytest
 from fakes.asking import CONFIG
 from fakes.group.clusters import SPEED, wait_for
 from fakes.group.networks import FakeNetwork
+from fakes.group.nodes import begun_threads
 
 from shoal.comm.cluster_messages import Invitation, Invite
 from shoal.comm.group.discovery import MAX_HEADS, FoundHead
@@ -179,7 +180,7 @@ def test_what_is_announced_is_of_use_to_others() -> None:
 
 
 def test_a_machine_that_is_alone_has_no_thread_for_it(tmp_path: Path) -> None:
-    home = Home(tmp_path)
+    home, begun = Home(tmp_path), begun_threads()
     alone = Membership(
         home.cluster,
         CONFIG,
@@ -190,5 +191,5 @@ def test_a_machine_that_is_alone_has_no_thread_for_it(tmp_path: Path) -> None:
         network=LocalNetwork(),
     )
     alone.start()
-    assert "shoal-announce" not in {thread.name for thread in threading.enumerate()}
+    assert "shoal-announce" not in begun()
     alone.close()
