@@ -51,11 +51,13 @@ def chosen(device: OpenDevice) -> ChosenKernels:
     if asked == "torch":
         return ChosenKernels(TorchKernels(), f"{VARIABLE} says torch")
     try:
-        from .triton_kernels import TritonKernels
+        from .triton_kernels import TritonKernels, too_old
     except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: it finds no driver that it can use
         return ChosenKernels(TorchKernels(), f"triton cannot be imported: {_line(error)}")
     if asked:
         return ChosenKernels(TritonKernels(), "")
+    if why := too_old():
+        return ChosenKernels(TorchKernels(), why)
     torch = DeviceHome(device, TorchKernels())
     used, said = [], []
     for rows in (FEW, SOME):

@@ -30,6 +30,10 @@ MOST_INPUTS = 1024  # arranged at once: 64 MiB at most, for which torch's scratc
 AT_ONCE = 3  # matrices in a launch
 TILE_INPUTS = 64  # rows of inputs that a program has at most; with 128 some kernels spill registers
 PROGRAMS = 264  # two for each processor of a large card; with fewer, columns are split among more
+LEAST_CAPABILITY = (
+    7,
+    0,
+)  # of a card: for older ones Triton's compiler may end the process instead of saying so
 THREAD_GROUPS = 8  # groups that the threads of a warp take side by side, four threads each
 
 
@@ -108,6 +112,16 @@ class TritonKernels(TorchKernels):
             for w, bias, out in zip(all.matrices, all.biases, made, strict=True):
                 _many_rows(inputs, w, bias, out[part])
         return made
+
+
+def too_old() -> str:
+    """Why nothing should be compiled for this thread's card; "" where that may be tried."""
+    has = torch.cuda.get_device_capability() if torch.cuda.is_available() else LEAST_CAPABILITY
+    if has >= LEAST_CAPABILITY:
+        return ""
+    return "triton is for cards of compute capability {}.{} or more, this one has {}.{}".format(
+        *LEAST_CAPABILITY, *has
+    )
 
 
 def covers(w: Matrix) -> bool:

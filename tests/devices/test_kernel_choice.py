@@ -78,6 +78,15 @@ def test_a_compiler_that_fails(device: TorchOnHost, monkeypatch: pytest.MonkeyPa
         chosen(device)
 
 
+def test_a_card_that_is_too_old_for_triton(device: TorchOnHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (6, 1))
+    kernels, why = chosen(device)
+    assert kernels.name == "torch"
+    assert why == "triton is for cards of compute capability 7.0 or more, this one has 6.1"
+
+
 def test_a_card_that_is_lost_while_it_is_tried(device: TorchOnHost, monkeypatch: pytest.MonkeyPatch) -> None:
     def loses(_: Any) -> None:
         raise DeviceLost("cuda:7", "an illegal memory access")
