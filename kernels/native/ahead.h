@@ -2,7 +2,7 @@
 //
 // Knows lines of a cache, not what lies in them.
 #pragma once
-#include "simd.h"
+#include "product.h"
 
 namespace {
 
@@ -17,8 +17,8 @@ INLINE void fetch(const uint8_t* from, int64_t bytes) {
 }
 
 // What to fetch of two blocks: the first or the second half of each stream, that is of each FOLLOWED bytes, a line of
-// every stream in turn. A thread may ask for so few lines at a time that memory could give more; what the processor's own
-// prefetcher asks for comes in addition, and it runs ahead in every stream.
+// every stream in turn. A thread may ask for so few lines at a time that memory could give more; what the processor's
+// own prefetcher asks for comes in addition, and it runs ahead in every stream.
 struct Ahead {
     const uint8_t* blocks[2] = {nullptr, nullptr};  // or nothing
     int64_t apart = 0, end = 0, at = 0;
@@ -27,7 +27,7 @@ struct Ahead {
     // `second` may be null.
     Ahead(const uint8_t* first, const uint8_t* second, int64_t bytes, bool second_half)
         : blocks{first, second ? second : first} {
-        const int64_t streams = bytes / FOLLOWED < 1 ? 1 : bytes / FOLLOWED < MOST_STREAMS ? bytes / FOLLOWED : MOST_STREAMS;
+        const int64_t streams = most<int64_t>(least(bytes / FOLLOWED, MOST_STREAMS), 1);
         apart = bytes / (streams * LINE) * LINE;
         end = streams * apart;
         at = second_half ? apart / (2 * LINE) * LINE : 0;

@@ -101,19 +101,6 @@ struct Bench {
           columns(reinterpret_cast<Columns*>(all.out + Result::floats(rows, wide))) {}
 };
 
-// V vectors of consecutive cells, as `load2` leaves them. `ordered` puts sums of such vectors into the order of the
-// cells.
-template <class Cell, int V>
-INLINE void load_cells(const uint8_t* p, vf* cells) {
-    static_assert(V == 1 || V % 2 == 0);
-    if constexpr (V == 1) cells[0] = Cell::load(p);
-    for (int v = 0; v + 1 < V; v += 2) Cell::load2(p + v * LANES * Cell::bytes, cells[v], cells[v + 1]);
-}
-template <class Cell, int V>
-INLINE void ordered(vf* sums) {
-    for (int v = 0; v + 1 < V; v += 2) Cell::order(sums[v], sums[v + 1]);
-}
-
 // scores (R, SCORES) of R queries and V vectors of keys of a page. Pages may be widened to floats: what is fetched
 // meanwhile is as it is stored.
 template <class Cell, class Stored, int R, int V>

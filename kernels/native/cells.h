@@ -84,6 +84,19 @@ struct CellI8 : InTurn<CellI8> {
     static INLINE void store(uint8_t* p, vf v) { store_i8(p, to_int(v)); }
 };
 
+// V vectors of consecutive cells, as `load2` leaves them. `ordered` puts sums of such vectors into the order of the
+// cells.
+template <class Cell, int V>
+INLINE void load_cells(const uint8_t* p, vf* cells) {
+    static_assert(V == 1 || V % 2 == 0);
+    if constexpr (V == 1) cells[0] = Cell::load(p);
+    for (int v = 0; v + 1 < V; v += 2) Cell::load2(p + v * LANES * Cell::bytes, cells[v], cells[v + 1]);
+}
+template <class Cell, int V>
+INLINE void ordered(vf* sums) {
+    for (int v = 0; v + 1 < V; v += 2) Cell::order(sums[v], sums[v + 1]);
+}
+
 constexpr float SMALLEST_CELL = 1e-30f;  // a row is stored as zeros if none of its numbers reaches this
 
 // Stores x as `count` cells, whole vectors, and returns their scale: NaN if any x is NaN or infinite, so that this
