@@ -326,14 +326,14 @@ void attend_span(const Queries& q, const Layout& l, int64_t span, const Bench& b
     const auto block = [&](int64_t start, int64_t head, int64_t at) {
         return q.page(page0 + start / PAGE) + head * l.head_bytes + at;
     };
-    const bool goes_on = (span + 1) * SPAN < q.position + rows / q.group;
-    const uint8_t* then = goes_on ? block(SPAN, 0, 0) : q.after;
     const int64_t blocks = ceil_div(last - first_page, PAGE) * q.heads;
+    const int64_t end = q.position + rows / q.group - span * SPAN;  // of all that is seen, in later spans, too
     // All blocks in the order in which they are read: keys, values and the first ones after these, or null.
     const auto nth = [&](int64_t i) -> const uint8_t* {
-        const int64_t of = i % blocks;
-        if (i < 2 * blocks) return block(first_page + of / q.heads * PAGE, of % q.heads, i < blocks ? 0 : l.values);
-        return then && of < q.heads ? then + of * l.head_bytes : nullptr;
+        const int64_t head = i % blocks % q.heads, start = i % blocks / q.heads * PAGE;
+        if (i < 2 * blocks) return block(first_page + start, head, i < blocks ? 0 : l.values);
+        if (end > SPAN) return SPAN + start < end ? block(SPAN + start, head, 0) : nullptr;
+        return q.after && start == 0 ? q.after + head * l.head_bytes : nullptr;
     };
     // While two blocks are in use, the next two are fetched.
     const auto after = [&](int64_t i, int64_t bytes) {
