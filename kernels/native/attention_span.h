@@ -6,8 +6,10 @@
 // which rows share a register tile, nor whether a page was widened to floats before.
 //
 // Keys and values are read once, so few rows are as fast as memory. The heads of a page lie one after the other and are
-// read so, and while a block (the keys or the values of one head in a page) is in use, the next one is fetched.
+// read so, and while two blocks (a block is the keys or the values of one head in a page) are in use, the next two are
+// fetched.
 #pragma once
+#include "ahead.h"
 #include "cells.h"
 #include "product.h"
 
@@ -99,49 +101,19 @@ struct Bench {
           columns(reinterpret_cast<Columns*>(all.out + Result::floats(rows, wide))) {}
 };
 
-// What is fetched while a block is in use: `bytes` from `from` on at each step, so that requests come evenly. The
-// machine's own prefetchers stop at every 4 KiB.
-struct Ahead {
-    const uint8_t* from;
-    int64_t bytes;
-
-    INLINE void fetch(int64_t step) const {
-        if (!from) return;
-        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + step * bytes + i, 0, 2);
-    }
-    Ahead after(int64_t steps) const { return {from ? from + steps * bytes : nullptr, bytes}; }
-};
-
-// V vectors of consecutive cells, as `load2` leaves them. `ordered` puts sums of such vectors into the order of the
-// cells, `as_loaded` back into that of the vectors.
-template <class Cell, int V>
-INLINE void load_cells(const uint8_t* p, vf* cells) {
-    static_assert(V == 1 || V % 2 == 0);
-    if constexpr (V == 1) cells[0] = Cell::load(p);
-    for (int v = 0; v + 1 < V; v += 2) Cell::load2(p + v * LANES * Cell::bytes, cells[v], cells[v + 1]);
-}
-template <class Cell, int V>
-INLINE void ordered(vf* sums) {
-    for (int v = 0; v + 1 < V; v += 2) Cell::order(sums[v], sums[v + 1]);
-}
-template <class Cell, int V>
-INLINE void as_loaded(vf* sums) {
-    for (int v = 0; v + 1 < V; v += 2) Cell::unorder(sums[v], sums[v + 1]);
-}
-
-// scores (R, SCORES) of R queries and V vectors of keys of a page.
-template <class Cell, int R, int V>
-INLINE void score_columns(const float* q, int64_t dim, const uint8_t* keys, const Ahead& ahead, float* scores) {
+// scores (R, SCORES) of R queries and V vectors of keys of a page. Pages may be widened to floats: what is fetched
+// meanwhile is as it is stored.
+template <class Cell, class Stored, int R, int V>
+INLINE void score_columns(const float* q, int64_t dim, const uint8_t* keys, Ahead& ahead, float* scores) {
     vf sum[R][V] = {};
-    for (int64_t d = 0; d < dim; d++, keys += PAGE * Cell::bytes) {
-        ahead.fetch(d);
+    fetching<V * LANES * Stored::bytes>(ahead, 0, dim, [&](int64_t d) INLINE_LAMBDA {
         vf key[V];
-        load_cells<Cell, V>(keys, key);
+        load_cells<Cell, V>(keys + d * PAGE * Cell::bytes, key);
         for (int r = 0; r < R; r++) {
             const vf x = splat(q[r * dim + d]);
             for (int v = 0; v < V; v++) sum[r][v] = fma(x, key[v], sum[r][v]);
         }
-    }
+    });
     for (int r = 0; r < R; r++) {
         ordered<Cell, V>(sum[r]);
         for (int v = 0; v < V; v++) store(scores + r * SCORES + v * LANES, sum[r][v]);
@@ -149,62 +121,72 @@ INLINE void score_columns(const float* q, int64_t dim, const uint8_t* keys, cons
 }
 
 // Columns [from, to) of a page, whole vectors.
-template <class Cell, int R>
+template <class Cell, class Stored, int R>
 void score(const float* q, int64_t dim, const uint8_t* keys, int64_t from, int64_t to, Ahead ahead, float* scores) {
     for (; from + QUERY_VECS * LANES <= to; from += QUERY_VECS * LANES) {
-        score_columns<Cell, R, QUERY_VECS>(q, dim, keys + from * Cell::bytes, ahead, scores + from);
-        ahead = ahead.after(dim);
+        score_columns<Cell, Stored, R, QUERY_VECS>(q, dim, keys + from * Cell::bytes, ahead, scores + from);
     }
     for (; from < to; from += LANES) {
-        score_columns<Cell, R, 1>(q, dim, keys + from * Cell::bytes, ahead, scores + from);
-        ahead = ahead.after(dim);
+        score_columns<Cell, Stored, R, 1>(q, dim, keys + from * Cell::bytes, ahead, scores + from);
     }
 }
 
-// out (R, wide) += weights (R, SCORES) @ values, for V vectors of the values of positions [from, to) of a page.
-template <class Cell, int R, int V>
-INLINE void mix_columns(const float* weights, int64_t from, int64_t to, const uint8_t* values, const Ahead& ahead,
+// out (R, wide) += weights (R, SCORES) @ values, for V vectors of the values of positions [from, to) of a page. Vectors
+// of `out` are in the order of those of values until `order_rows`.
+template <class Cell, class Stored, int R, int V>
+INLINE void mix_columns(const float* weights, int64_t from, int64_t to, const uint8_t* values, Ahead& ahead,
                         int64_t wide, float* out) {
     vf sum[R][V];
     for (int r = 0; r < R; r++) {
         for (int v = 0; v < V; v++) sum[r][v] = load(out + r * wide + v * LANES);
-        as_loaded<Cell, V>(sum[r]);
     }
-    for (int64_t t = from; t < to; t++) {
-        ahead.fetch(t);
+    fetching<V * LANES * Stored::bytes>(ahead, from, to, [&](int64_t t) INLINE_LAMBDA {
         vf value[V];
         load_cells<Cell, V>(values + t * wide * Cell::bytes, value);
         for (int r = 0; r < R; r++) {
             const vf x = splat(weights[r * SCORES + t]);
             for (int v = 0; v < V; v++) sum[r][v] = fma(x, value[v], sum[r][v]);
         }
-    }
+    });
     for (int r = 0; r < R; r++) {
-        ordered<Cell, V>(sum[r]);
         for (int v = 0; v < V; v++) store(out + r * wide + v * LANES, sum[r][v]);
     }
 }
 
-template <class Cell, int R>
+template <class Cell, class Stored, int R>
 void mix(const float* weights, int64_t from, int64_t to, const uint8_t* values, int64_t wide, Ahead ahead, float* out) {
     int64_t d = 0;
     for (; d + QUERY_VECS * LANES <= wide; d += QUERY_VECS * LANES) {
-        mix_columns<Cell, R, QUERY_VECS>(weights, from, to, values + d * Cell::bytes, ahead, wide, out + d);
-        ahead = ahead.after(PAGE);
+        mix_columns<Cell, Stored, R, QUERY_VECS>(weights, from, to, values + d * Cell::bytes, ahead, wide, out + d);
     }
     for (; d < wide; d += LANES) {
-        mix_columns<Cell, R, 1>(weights, from, to, values + d * Cell::bytes, ahead, wide, out + d);
-        ahead = ahead.after(PAGE);
+        mix_columns<Cell, Stored, R, 1>(weights, from, to, values + d * Cell::bytes, ahead, wide, out + d);
+    }
+}
+
+// Puts the sums of `rows` rows of mixed values into the order of cells.
+template <class Cell>
+void order_rows(int64_t rows, int64_t wide, float* out) {
+    if (Cell::in_order) return;
+    for (int64_t r = 0; r < rows; r++, out += wide) {
+        for (int64_t d = 0; d + QUERY_VECS * LANES <= wide; d += QUERY_VECS * LANES) {
+            vf sum[QUERY_VECS];
+            for (int v = 0; v < QUERY_VECS; v++) sum[v] = load(out + d + v * LANES);
+            ordered<Cell, QUERY_VECS>(sum);
+            for (int v = 0; v < QUERY_VECS; v++) store(out + d + v * LANES, sum[v]);
+        }
     }
 }
 
 // Indexed by the number of rows minus one.
-template <class Cell>
+template <class Cell, class Stored>
 struct Kernels {
-    static constexpr decltype(&score<Cell, 1>) scores[QUERIES] = {score<Cell, 1>, score<Cell, 2>, score<Cell, 3>,
-                                                               score<Cell, 4>, score<Cell, 5>, score<Cell, 6>};
-    static constexpr decltype(&mix<Cell, 1>) mixes[QUERIES] = {mix<Cell, 1>, mix<Cell, 2>, mix<Cell, 3>,
-                                                            mix<Cell, 4>, mix<Cell, 5>, mix<Cell, 6>};
+    static constexpr decltype(&score<Cell, Stored, 1>) scores[QUERIES] = {
+        score<Cell, Stored, 1>, score<Cell, Stored, 2>, score<Cell, Stored, 3>,
+        score<Cell, Stored, 4>, score<Cell, Stored, 5>, score<Cell, Stored, 6>};
+    static constexpr decltype(&mix<Cell, Stored, 1>) mixes[QUERIES] = {
+        mix<Cell, Stored, 1>, mix<Cell, Stored, 2>, mix<Cell, Stored, 3>,
+        mix<Cell, Stored, 4>, mix<Cell, Stored, 5>, mix<Cell, Stored, 6>};
 };
 
 INLINE int64_t whole_vectors_down(int64_t n) { return n / LANES * LANES; }
@@ -220,22 +202,22 @@ struct Part {
 };
 
 // The scores of all rows of a head in one page.
-template <class Cell>
+template <class Cell, class Stored>
 void score_page(const float* q, int64_t all_rows, const Columns* seen, int64_t start, int64_t dim, const uint8_t* keys,
                 const Ahead& ahead, float* scores) {
     for (int64_t r = 0; r < all_rows; r += QUERIES) {
         const int64_t rows = least(all_rows - r, (int64_t)QUERIES);
         const Part part(seen[r].first, seen[r + rows - 1].last, start);
         if (part.none()) continue;
-        Kernels<Cell>::scores[rows - 1](q + r * dim, dim, keys, whole_vectors_down(part.from),
-                                        whole_vectors_up(part.to), r == 0 ? ahead : Ahead{},
-                                        scores + r * SCORES + start);
+        Kernels<Cell, Stored>::scores[rows - 1](q + r * dim, dim, keys, whole_vectors_down(part.from),
+                                                whole_vectors_up(part.to), r == 0 ? ahead : Ahead{},
+                                                scores + r * SCORES + start);
     }
 }
 
 // Adds the weighted values of one page for all rows of a head: together for positions that every row of a register tile sees, row
 // by row for the others.
-template <class Cell>
+template <class Cell, class Stored>
 void mix_page(int64_t all_rows, const Columns* seen, int64_t start, int64_t wide, const uint8_t* values,
               const Ahead& ahead, const float* weights, float* out) {
     for (int64_t r = 0; r < all_rows; r += QUERIES) {
@@ -247,8 +229,8 @@ void mix_page(int64_t all_rows, const Columns* seen, int64_t start, int64_t wide
                 const Part own(seen[i].first, seen[i].last, start);
                 const int64_t first = most(from, own.from), last = least(own.to, to);
                 if (first >= last) continue;
-                Kernels<Cell>::mixes[0](weights + i * SCORES + start, first, last, values, wide, Ahead{},
-                                       out + i * wide);
+                Kernels<Cell, Stored>::mixes[0](weights + i * SCORES + start, first, last, values, wide, Ahead{},
+                                                out + i * wide);
             }
         };
         const Part all(seen[end].first, seen[r].last, start);
@@ -257,8 +239,8 @@ void mix_page(int64_t all_rows, const Columns* seen, int64_t start, int64_t wide
             continue;
         }
         if (any.from < all.from) row_by_row(any.from, all.from);
-        Kernels<Cell>::mixes[rows - 1](weights + r * SCORES + start, all.from, all.to, values, wide,
-                                       r == 0 ? ahead : Ahead{}, out + r * wide);
+        Kernels<Cell, Stored>::mixes[rows - 1](weights + r * SCORES + start, all.from, all.to, values, wide,
+                                               r == 0 ? ahead : Ahead{}, out + r * wide);
         if (all.to < any.to) row_by_row(all.to, any.to);
     }
 }
@@ -344,11 +326,21 @@ void attend_span(const Queries& q, const Layout& l, int64_t span, const Bench& b
     const auto block = [&](int64_t start, int64_t head, int64_t at) {
         return q.page(page0 + start / PAGE) + head * l.head_bytes + at;
     };
-    // What is read after the block `at` of a head: that of the next head, or of the next page, or `then`.
-    const auto next = [&](int64_t start, int64_t head, int64_t at, const uint8_t* then) {
-        if (head + 1 < q.heads) return block(start, head + 1, at);
-        return start + PAGE < last ? block(start + PAGE, 0, at) : then;
+    const int64_t blocks = ceil_div(last - first_page, PAGE) * q.heads;
+    const int64_t end = q.position + rows / q.group - span * SPAN;  // of all that is seen, in later spans, too
+    // All blocks in the order in which they are read: keys, values and the first ones after these, or null.
+    const auto nth = [&](int64_t i) -> const uint8_t* {
+        const int64_t head = i % blocks % q.heads, start = i % blocks / q.heads * PAGE;
+        if (i < 2 * blocks) return block(first_page + start, head, i < blocks ? 0 : l.values);
+        if (end > SPAN) return SPAN + start < end ? block(SPAN + start, head, 0) : nullptr;
+        return q.after && start == 0 ? q.after + head * l.head_bytes : nullptr;
     };
+    // While two blocks are in use, the next two are fetched.
+    const auto after = [&](int64_t i, int64_t bytes) {
+        const int64_t first = (i / 2 + 1) * 2;
+        return Ahead(nth(first), nth(first + 1), bytes, i % 2);
+    };
+    int64_t number = 0;
     const bool direct = rows <= DIRECT_ROWS || Cell::bytes == sizeof(float);
     const int64_t key_bytes = PAGE * Cell::bytes, value_bytes = l.wide * Cell::bytes;
     for (int64_t start = first_page; start < last; start += PAGE) {
@@ -356,15 +348,17 @@ void attend_span(const Queries& q, const Layout& l, int64_t span, const Bench& b
             const uint8_t* keys = block(start, h, 0);
             float *scores = bench.scores + h * rows * SCORES, *scales = bench.scales + h * 2 * SPAN + start;
             if (Cell::scaled) {
+                if (number + 2 < blocks) fetch(nth(number + 2) + l.scales, 2 * PAGE * sizeof(float));
                 memcpy(scales, keys + l.scales, PAGE * sizeof(float));
                 memcpy(scales + SPAN, keys + l.scales + PAGE * sizeof(float), PAGE * sizeof(float));
             }
-            const Ahead ahead{next(start, h, 0, block(first_page, 0, l.values)), key_bytes * QUERY_VECS * LANES / PAGE};
+            const Ahead ahead = after(number++, l.dim * key_bytes);
             if (direct) {
-                score_page<Cell>(q.of_head(h), rows, columns, start, l.dim, keys, ahead, scores);
+                score_page<Cell, Cell>(q.of_head(h), rows, columns, start, l.dim, keys, ahead, scores);
             } else {
                 widen<Cell>(keys, PAGE * l.dim, bench.page);
-                score_page<CellF32>(q.of_head(h), rows, columns, start, l.dim, (const uint8_t*)bench.page, ahead, scores);
+                const uint8_t* floats = (const uint8_t*)bench.page;
+                score_page<CellF32, Cell>(q.of_head(h), rows, columns, start, l.dim, floats, ahead, scores);
             }
         }
     }
@@ -375,23 +369,22 @@ void attend_span(const Queries& q, const Layout& l, int64_t span, const Bench& b
                                           : Seen{0, 0};
     }
     memset(result.out, 0, (size_t)(q.heads * rows * l.wide) * sizeof(float));
-    const bool goes_on = (span + 1) * SPAN < q.position + rows / q.group;
-    const uint8_t* after = goes_on ? block(SPAN, 0, 0) : q.after;
     for (int64_t start = first_page; start < last; start += PAGE) {
         for (int64_t h = 0; h < q.heads; h++) {
             const uint8_t* values = block(start, h, l.values);
             const float* weights = bench.scores + h * rows * SCORES;
             float* out = result.out + h * rows * l.wide;
-            const Ahead ahead{next(start, h, l.values, after), value_bytes * QUERY_VECS * LANES / l.wide};
+            const Ahead ahead = after(number++, PAGE * value_bytes);
             if (direct) {
-                mix_page<Cell>(rows, columns, start, l.wide, values, ahead, weights, out);
+                mix_page<Cell, Cell>(rows, columns, start, l.wide, values, ahead, weights, out);
             } else {
                 const Part part(first, last, start);
                 widen<Cell>(values + part.from * value_bytes, (part.to - part.from) * l.wide, bench.page + part.from * l.wide);
-                mix_page<CellF32>(rows, columns, start, l.wide, (const uint8_t*)bench.page, ahead, weights, out);
+                mix_page<CellF32, Cell>(rows, columns, start, l.wide, (const uint8_t*)bench.page, ahead, weights, out);
             }
         }
     }
+    if (direct) order_rows<Cell>(q.heads * rows, l.wide, result.out);
 }
 
 }  // namespace

@@ -9,15 +9,15 @@
 namespace {
 
 // load: LANES cells as floats, without their scale. store: LANES floats as cells. load2: 2 * LANES cells as two vectors,
-// in an order of which `order` makes that of the cells, and `unorder` makes it again.
+// in an order of which `order` makes that of the cells, unless it is.
 template <class Cell>
 struct InTurn {
+    static constexpr bool in_order = true;
     static INLINE void load2(const uint8_t* p, vf& first, vf& second) {
         first = Cell::load(p);
         second = Cell::load(p + LANES * Cell::bytes);
     }
     static INLINE void order(vf&, vf&) {}
-    static INLINE void unorder(vf&, vf&) {}
 };
 
 struct CellF32 : InTurn<CellF32> {
@@ -34,27 +34,31 @@ struct CellF16 : InTurn<CellF16> {
     static INLINE void store(uint8_t* p, vf v) { store_half(p, v); }
 };
 
-#if defined(__AVX512F__)
-// The even cells, then the odd ones: a shift and a mask, half the operations of widening. (On AVX2 it is no quicker.)
+#if defined(__AVX2__) || defined(__ARM_NEON)
+// The even cells, then the odd ones: a shift and a mask, half the operations of widening.
 struct EvenThenOdd {
+    static constexpr bool in_order = false;
     static INLINE void load2(const uint8_t* p, vf& even, vf& odd) {
         const vi both = read<vi>(p);
         even = bits_to_float(both << 16);
         odd = bits_to_float(both & (int32_t)0xffff0000);
     }
     static INLINE void order(vf& a, vf& b) {
+#if defined(__AVX512F__)
         const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
         const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
         const __m512 even = (__m512)a, odd = (__m512)b;
         a = (vf)_mm512_permutex2var_ps(even, low, odd);
         b = (vf)_mm512_permutex2var_ps(even, high, odd);
-    }
-    static INLINE void unorder(vf& a, vf& b) {
-        const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-        const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-        const __m512 low = (__m512)a, high = (__m512)b;
-        a = (vf)_mm512_permutex2var_ps(low, even, high);
-        b = (vf)_mm512_permutex2var_ps(low, odd, high);
+#elif defined(__AVX2__)
+        const __m256 low = _mm256_unpacklo_ps((__m256)a, (__m256)b), high = _mm256_unpackhi_ps((__m256)a, (__m256)b);
+        a = (vf)_mm256_permute2f128_ps(low, high, 0x20);
+        b = (vf)_mm256_permute2f128_ps(low, high, 0x31);
+#else
+        const float32x4_t even = (float32x4_t)a, odd = (float32x4_t)b;
+        a = (vf)vzip1q_f32(even, odd);
+        b = (vf)vzip2q_f32(even, odd);
+#endif
     }
 };
 using LoadsBF16 = EvenThenOdd;
@@ -79,6 +83,19 @@ struct CellI8 : InTurn<CellI8> {
     static INLINE vf load(const uint8_t* p) { return to_float(load_i8(p)); }
     static INLINE void store(uint8_t* p, vf v) { store_i8(p, to_int(v)); }
 };
+
+// V vectors of consecutive cells, as `load2` leaves them. `ordered` puts sums of such vectors into the order of the
+// cells.
+template <class Cell, int V>
+INLINE void load_cells(const uint8_t* p, vf* cells) {
+    static_assert(V == 1 || V % 2 == 0);
+    if constexpr (V == 1) cells[0] = Cell::load(p);
+    for (int v = 0; v + 1 < V; v += 2) Cell::load2(p + v * LANES * Cell::bytes, cells[v], cells[v + 1]);
+}
+template <class Cell, int V>
+INLINE void ordered(vf* sums) {
+    for (int v = 0; v + 1 < V; v += 2) Cell::order(sums[v], sums[v + 1]);
+}
 
 constexpr float SMALLEST_CELL = 1e-30f;  // a row is stored as zeros if none of its numbers reaches this
 
