@@ -14,6 +14,8 @@ constexpr int64_t LOOK_ROWS = 96;   // widening a page costs as much as its use 
 constexpr int64_t THREAD_PARTS = 4;  // what is more than 1/4 of a thread's share is cut into spans, then into heads
 constexpr int64_t MOST_PART_FLOATS = 4 << 20;  // that cut tiles may take
 
+constexpr int64_t STORED_AHEAD = 4;  // the rows of a head are far apart in q, k and v, and processors do not see that coming
+
 constexpr float LOG2_E = 1.44269504f;  // so that weights are powers of two
 
 // Some rows of a segment, all stored in one page.
@@ -85,6 +87,10 @@ void put_columns(const uint8_t* rows, int64_t tokens, int64_t row_bytes, int64_t
     }
 }
 
+INLINE void fetch(const float* x, int64_t count) {
+    for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(x + i);
+}
+
 // Stores the rows of one page for one K/V head, and makes the queries of its group ready.
 template <class Cell>
 void store_job(const void* context, int64_t index, int worker) {
@@ -98,11 +104,20 @@ void store_job(const void* context, int64_t index, int worker) {
     uint8_t* values = head + w.layout.values + column * wide * Cell::bytes;
     float* scales = reinterpret_cast<float*>(head + w.layout.scales) + column;
 
+    // A key has a number in each of `dim` places.
+    for (int64_t d = 0; d < dim; d++) __builtin_prefetch(head + (d * PAGE + column) * Cell::bytes, 1, 2);
+
     float* row = w.bench(worker);
     uint8_t* cells = reinterpret_cast<uint8_t*>(row + wide);
     memset(row, 0, (size_t)wide * sizeof(float));
     for (int64_t t = 0; t < tokens; t++) {
         const int64_t token = s.first + piece.from + t, at = (token * heads + kv_head) * dim;
+        if (t + STORED_AHEAD < tokens) {
+            const int64_t later = at + STORED_AHEAD * heads * dim;
+            fetch(a.k + later, dim);
+            fetch(a.v + later, dim);
+            fetch(a.q + later * w.group, w.group * dim);
+        }
         ready(w, a.k + at, a.k_norm, token, row);
         const float key_scale = encode<Cell>(row, wide, cells + t * wide * Cell::bytes);
         memcpy(row, a.v + at, (size_t)dim * sizeof(float));

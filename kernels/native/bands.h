@@ -49,9 +49,8 @@ INLINE vb bits(vb v, int right, uint8_t mask) {
     return (vb)(right < 0 ? (vuw)v << -right : (vuw)v >> right) & mask;
 }
 
-// Sums and differences that may wrap around.
+// A sum that may wrap around.
 INLINE vi wrapped_sum(vi a, vi b) { return (vi)((vu)a + (vu)b); }
-INLINE vi wrapped_difference(vi a, vi b) { return (vi)((vu)a - (vu)b); }
 
 // Byte `i` of each lane, unsigned or signed.
 INLINE vi byte_of(vb v, int i) { return (vi)v >> 8 * i & 255; }

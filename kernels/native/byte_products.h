@@ -27,7 +27,6 @@ INLINE void arrange_planes(vi x, char* out) {
 
 struct Bytes {
     static constexpr int HALVES = 1, QUAD = 4, CHAINS = SIDE_BY_SIDE;
-    static constexpr bool CROSSED = false;
     typedef vb Half;
     typedef vi Sum;
     typedef Nothing Besides;
@@ -70,7 +69,6 @@ struct Bytes {
 
 struct Planes {
     static constexpr int HALVES = 1, QUAD = 8, CHAINS = SIDE_BY_SIDE;
-    static constexpr bool CROSSED = false;
     typedef vb Half;
     typedef Nothing Besides;
     struct Sum {
@@ -100,7 +98,6 @@ struct Planes {
 
 struct Bytes {
     static constexpr int HALVES = 1, QUAD = 4, CHAINS = 1;
-    static constexpr bool CROSSED = false;
     typedef vb Half;
 
     template <class W>
@@ -182,7 +179,6 @@ struct Bytes {
 
 struct Planes {
     static constexpr int HALVES = 1, QUAD = 8, CHAINS = 1;
-    static constexpr bool CROSSED = false;
     typedef vb Half;
     typedef Nothing Besides;
     struct Sum {

@@ -144,34 +144,19 @@ struct Tile {
     typename Scheme::Half halves[W::weights / 4][Scheme::HALVES][VECTORS];
     vf scale[W::RUNS][VECTORS];
     vf low[W::HAS_LOW ? W::RUNS : 1][VECTORS];
-    vi own[Scheme::CROSSED ? W::RUNS : 1][VECTORS];  // what `Crossed` takes away, negative
 };
 
 template <class W, class Scheme>
 INLINE void unpack_tile(const Lines& lines, int v, Tile<W, Scheme>& tile) {
-    vi own[W::RUNS] = {};
     W::unpack(lines, [&](int i, vb q) INLINE_LAMBDA {
         typename Scheme::Half w[Scheme::HALVES];
         Scheme::template halve<W>(q, w);
         for (int half = 0; half < Scheme::HALVES; half++) tile.halves[i][half][v] = w[half];
-        if constexpr (Scheme::CROSSED) own[i / W::QUADS] = wrapped_difference(own[i / W::QUADS], Scheme::own(w[0]));
     });
-    for (int run = 0; Scheme::CROSSED && run < W::RUNS; run++) tile.own[run][v] = own[run];
     W::scales(lines, [&](int run, vf scale, vf low) INLINE_LAMBDA {
         tile.scale[run][v] = scale;
         if (W::HAS_LOW) tile.low[run][v] = low;
     });
-}
-
-// The first values of a token's sums.
-template <class W, class Scheme>
-INLINE void start_tile(const Tile<W, Scheme>& w, const Known& known, int run, typename Scheme::Sum* sum) {
-    if constexpr (Scheme::CROSSED) {
-        const vi own = vi{} + known.besides;
-        for (int v = 0; v < VECTORS; v++) sum[v] = Words::begin(done(wrapped_sum(w.own[run][v], own)));
-    } else {
-        for (int v = 0; v < VECTORS; v++) sum[v] = Scheme::template start<W>(known);
-    }
 }
 
 // Adds to the sums of a tile's rows and T tokens, which are zero at first.
@@ -191,7 +176,8 @@ void multiply_tile(const Tile<W, Scheme>* w, int64_t blocks, const Input<Scheme>
 #pragma GCC unroll 8
             for (int t = 0; t < T; t++) {
                 q[t] = input_of<W>(in[t], run).q[run * W::QUADS % 8];
-                start_tile<W, Scheme>(*w, known_of<W>(in[t], run), run, sum[t]);
+                const Known known = known_of<W>(in[t], run);
+                for (int v = 0; v < VECTORS; v++) sum[t][v] = Scheme::template start<W>(known);
             }
 #pragma GCC unroll 8
             for (int i = 0; i < W::QUADS; i++) {

@@ -2,9 +2,9 @@
 //
 // Weights are unpacked to bytes q from 0 to 255, four columns in a lane, and mean q - OFFSET. Words multiply two columns
 // at a time. Planes multiply four, on machines that multiply bytes, and split each input into 256 * high + low. AVX2
-// multiplies bytes, too, but adds up the products in 16 bits, which only types of small q have room in. Crossed, on
-// AVX2, needs half the products of words. Bytes are for inputs of 8 bits, with half the steps of planes. All schemes
-// give the same numbers. Sums wrap around, so that only the last has to fit.
+// multiplies bytes, too, but adds up the products in 16 bits, which only types of small q have room in. Bytes are for
+// inputs of 8 bits, with half the steps of planes. All schemes give the same numbers. Sums wrap around, so that only the
+// last has to fit.
 //
 // A vector of weights makes HALVES operands; `arrange` orders inputs as `mac` reads them, QUAD bytes for every four
 // columns; `start` is the first value of a run's sum, from what is known of its inputs (`Known`), and `total` its value.
@@ -28,17 +28,17 @@ struct Bits16 {
     template <class W>
     using Few = Planes;
     template <class W>
-    using Many = Words;
-#elif defined(SHOAL_CROSSED)
+    using Many = SignedWords;
+#elif defined(__AVX2__) && !defined(__AVX512F__)
     template <class W>
     using Few = std::conditional_t<(2 * W::TOP * 128 * W::QUADS < 1 << 15), Planes, Words>;
     template <class W>
-    using Many = Crossed;
+    using Many = SignedWords;
 #else
     template <class W>
     using Few = Words;
     template <class W>
-    using Many = Words;
+    using Many = SignedWords;
 #endif
     template <class Scheme>
     static constexpr Form form() {
@@ -62,7 +62,7 @@ struct Bits8 {
     template <class W>
     using Few = Words;
     template <class W>
-    using Many = Words;
+    using Many = SignedWords;
 #endif
     template <class Scheme>
     static constexpr Form form() {

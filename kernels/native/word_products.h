@@ -1,10 +1,6 @@
-// Products of words: `Words` multiply two columns at a time, `Crossed`, on AVX2, need half the products (`operands.h`).
+// Products of words, two columns at a time (`operands.h`).
 #pragma once
 #include "known_inputs.h"
-
-#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(__AVXVNNI__)
-#define SHOAL_CROSSED 1
-#endif
 
 namespace {
 
@@ -31,7 +27,6 @@ INLINE vw splat_words(const char* x) { return (vw)(vi{} + read<int32_t>(x)); }
 
 struct Words {
     static constexpr int HALVES = 2, QUAD = 8, CHAINS = SIDE_BY_SIDE;  // halves: even and odd columns
-    static constexpr bool CROSSED = false;
     typedef vw Half;
 
     template <class W>
@@ -78,60 +73,20 @@ struct Words {
         const quads even_odd = (q & 0xffff00000000ffff) | (q & 0xffff0000) << 16 | (q >> 16 & 0xffff0000);
         memcpy(out, &even_odd, sizeof even_odd);
     }
-
-#if defined(SHOAL_CROSSED)
-    // What `Crossed` takes away for 16 columns and for all, negative.
-    struct Besides {
-        static constexpr bool FOUND = true;
-        int32_t own[3];
-        INLINE void find(const char (*q)[QUAD]) {
-            const uint32_t halves[2] = {products(q), products(q + 4)};
-            for (int i = 0; i < 2; i++) own[i] = (int32_t)(0 - halves[i]);
-            own[2] = (int32_t)(0 - halves[0] - halves[1]);
-        }
-        static INLINE uint32_t products(const char (*x)[QUAD]) {
-            __m128i sum = _mm_setzero_si128();
-            for (int i = 0; i < 4; i += 2) {
-                const __m128i words = read<__m128i>(x[i]);
-                sum = _mm_add_epi32(sum, _mm_madd_epi16(words, _mm_srli_epi64(words, 32)));
-            }
-            return (uint32_t)_mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_unpackhi_epi64(sum, sum)));
-        }
-    };
-#else
     typedef Nothing Besides;
-#endif
 };
 
-#if defined(SHOAL_CROSSED)
-
-// Of columns 0 and 1, x0 * w0 + x1 * w1 = (x0 + w1) * (x1 + w0) - x0 * x1 - w0 * w1 (S. Winograd, 1968). What is taken
-// away is worked out once for every token and once for every row, so one product does the work of two, and sums of words
-// take the place of the other; these go twice as fast as products, or faster. x + w fits 16 bits.
-struct Crossed {
-    static constexpr int HALVES = 1, QUAD = Words::QUAD;
-    static constexpr bool CROSSED = true;
-    struct Half {
-        vw even, odd;
-    };
-    typedef Words::Sum Sum;
-    typedef Words::Besides Besides;
-
+// Words of weights that lose their OFFSET when they are unpacked: less to do where many tokens share that.
+struct SignedWords : Words {
     template <class W>
     static INLINE void halve(vb q, Half* out) {
-        out[0] = {(vw)((vuw)q & 255) - (int16_t)W::OFFSET, (vw)((vuw)q >> 8) - (int16_t)W::OFFSET};
-    }
-    // What is taken away for four columns of a row.
-    static INLINE vi own(const Half& w) { return Words::whole(Words::dot(Words::begin(vi{}), w.even, w.odd)); }
-    static INLINE Sum mac(const Sum& sum, const Half& w, const char* x, int) {
-        return Words::dot(sum, w.odd + splat_words(x), w.even + splat_words(x + 4));
+        out[0] = (vw)((vuw)q & 255) - (int16_t)W::OFFSET;
+        out[1] = (vw)((vuw)q >> 8) - (int16_t)W::OFFSET;
     }
     template <class W>
-    static INLINE vi total(const Sum& sum, const Known&) {
-        return Words::whole(sum);
+    static INLINE Sum start(const Known&) {
+        return begin(vi{});
     }
 };
-
-#endif
 
 }  // namespace
