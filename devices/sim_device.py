@@ -28,7 +28,15 @@ from shoal.kernels.compute_home import HERE
 from shoal.partition.amounts import format_bytes
 from shoal.partition.placement import PINNED_BYTES
 
-from .device import PACKET_BYTES, DeviceArray, DeviceBudget, DeviceEvent, DeviceMemory, DeviceWork
+from .device import (
+    PACKET_BYTES,
+    DeviceArray,
+    DeviceBudget,
+    DeviceEvent,
+    DeviceMemory,
+    DeviceWork,
+    StagedPart,
+)
 from .device_names import SIM_LINK_BYTES_PER_S
 from .errors import DeviceLost, NotPageLocked
 from .page_locked import LockedRanges
@@ -155,16 +163,15 @@ class SimDevice:
         return f"{format_bytes(nbytes)}{more} were asked for, and at most {format_bytes(most)} may be page-locked"
 
     def copy_in(self, source: Array, target: DeviceArray, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
-        return self._copy("in", source, target.inside, after)
+        return self._copy("in", [(source, target.inside)], after)
 
     def stage_in(
         self,
-        source: Array,
-        target: DeviceArray,
+        parts: Sequence[StagedPart],
         after: Sequence[DeviceEvent] = (),
         lent: AbstractContextManager[object] = HERE,
     ) -> DeviceEvent:
-        return self._copy("stage", source, target.inside, after, lent)
+        return self._copy("stage", [(it.source, it.target.inside) for it in parts], after, lent)
 
     def settle(self) -> None:
         with self._lock:
@@ -178,7 +185,7 @@ class SimDevice:
                         self._reach(state.flying[-1])
 
     def copy_out(self, source: DeviceArray, target: Array, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
-        return self._copy("out", source.inside, target, after)
+        return self._copy("out", [(source.inside, target)], after)
 
     def compute(
         self, what: str, work: DeviceWork, run: Callable[[], Any], after: Sequence[DeviceEvent]
@@ -201,22 +208,25 @@ class SimDevice:
     def _copy(
         self,
         queue: Queue,
-        source: Array,
-        target: Array,
+        parts: Sequence[tuple[Array, Array]],
         after: Sequence[DeviceEvent],
         lent: AbstractContextManager[object] = HERE,
     ) -> DeviceEvent:
-        assert (source.shape, source.dtype) == (target.shape, target.dtype), "a copy changes nothing"
+        """From the first to the second of each part."""
+        for source, target in parts:
+            assert (source.shape, source.dtype) == (target.shape, target.dtype), "a copy changes nothing"
 
         def land() -> None:
             with lent:
-                target[...] = source
+                for source, target in parts:
+                    target[...] = source
 
         with self._lock:
             self._look()
-            _bytes_of(target)[...] = POISON
-            seconds = target.nbytes / self._bytes_per_s(queue, source)
-            begun = self._begin(queue, "copy", target.nbytes, seconds, after)
+            for _, target in parts:
+                _bytes_of(target)[...] = POISON
+            seconds = sum(source.nbytes / self._bytes_per_s(queue, source) for source, _ in parts)
+            begun = self._begin(queue, "copy", sum(it.nbytes for it, _ in parts), seconds, after)
             begun.after, begun.land = tuple(after), land
             self._queues[queue].flying.append(begun)
             return begun
