@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
-from itertools import cycle
+from itertools import cycle, islice
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -28,10 +28,8 @@ _ROWS = (1, 64, 512)
 _CALLS = 3  # one after the other, of which only the end is waited for
 _ROUNDS = 3
 _TOGETHER_S = 0.05  # for so long copies go on beside computing
-_HOST_COLS, _HOST_BYTES = (
-    4096,
-    64 << 20,
-)  # of weights that the processor reads meanwhile, as K and V from memory
+# Of weights that come meanwhile, and of those that the processor reads, as it would K and V from memory.
+_HOST_COLS, _HOST_BYTES, _HOST_PIECES = 4096, 64 << 20, 16
 MOST_SHAPES = 16
 COPIED_NUMBERS = 2048  # of a small copy
 
@@ -64,7 +62,8 @@ def device_speed(home: DeviceHome, shapes: Collection[Shape]) -> DeviceSpeed:
         flops = max(flops, *(2.0 * rows * w.rows * w.cols / it for rows, it in zip(_ROWS, took, strict=True)))
     memory = max(1 / law.byte_s[0] for law in laws)
     copy_s = min(_copy_s(home) for _ in range(3))
-    return DeviceSpeed(tuple(laws), memory, flops, link, copy_s, copy_contention(home, parts[0], link))
+    contention = copy_contention(home, max(parts, key=_nbytes), link)
+    return DeviceSpeed(tuple(laws), memory, flops, link, copy_s, contention)
 
 
 def tried_for_speed_bytes(shapes: Collection[Shape]) -> int:
@@ -72,8 +71,7 @@ def tried_for_speed_bytes(shapes: Collection[Shape]) -> int:
     parts = _parts(shapes)
     most = max(it.cols + _CALLS * it.rows for it in parts)
     largest = max(it.nbytes for it in parts)
-    tried = largest + F32_BYTES * (_ROWS[-1] * most + COPIED_NUMBERS)
-    return max(tried, 2 * largest + F32_BYTES * (parts[0].cols + parts[0].rows))
+    return largest + max(2 * largest, F32_BYTES * (_ROWS[-1] * most + COPIED_NUMBERS))
 
 
 def copy_contention(home: DeviceHome, shape: Shape, link_bytes_per_s: float) -> CopyContention:
@@ -82,11 +80,12 @@ def copy_contention(home: DeviceHome, shape: Shape, link_bytes_per_s: float) -> 
     HomeLost."""
     if _virtual(home.device):
         return CopyContention()
-    w = Matrix(shape.type, np.zeros(shape.nbytes, np.uint8), shape.rows, shape.cols)
-    staging, kept = home.staging(w.nbytes), Linears([home.keep_matrix(w)])
-    x = home.keep_vector(np.zeros((1, w.cols), np.float32))
-    pieces = np.array_split(np.ones((_HOST_BYTES // (F32_BYTES * _HOST_COLS), _HOST_COLS), np.float32), 16)
-    read = cycle([Linears([Matrix.of(it)]) for it in pieces])
+    memory = np.ones(max(1, _HOST_BYTES // shape.nbytes) * shape.nbytes, np.uint8)  # no cache holds it
+    sources = [Matrix(shape.type, it, shape.rows, shape.cols) for it in memory.reshape(-1, shape.nbytes)]
+    staging, kept = home.staging(shape.nbytes), Linears([home.keep_matrix(sources[0])])
+    x = home.keep_vector(np.zeros((1, shape.cols), np.float32))
+    numbers = np.ones((_HOST_BYTES // (F32_BYTES * _HOST_COLS), _HOST_COLS), np.float32)
+    read = cycle([Linears([Matrix.of(it)]) for it in np.array_split(numbers, _HOST_PIECES)])
     here = np.ones((1, _HOST_COLS), np.float32)
 
     def on_host() -> None:
@@ -96,12 +95,11 @@ def copy_contention(home: DeviceHome, shape: Shape, link_bytes_per_s: float) -> 
         made: Any = home.linears(x, kept)[0]
         home.device.wait(made.memory.ready)
 
-    copies = max(2, round(_TOGETHER_S * link_bytes_per_s / w.nbytes))
-    coming = [Staged(w, staging, 0)]
+    copies = max(2, round(_TOGETHER_S * link_bytes_per_s / shape.nbytes))
+    coming = [Staged(it, staging, 0) for it in islice(cycle(sources), copies)]
 
     def come() -> Any:
-        for _ in range(copies):
-            home.stage(coming)
+        home.stage(coming)
         return staging.memory.ready
 
     both = [_beside(home.device, come, work) for work in (on_host, on_device) for _ in range(_ROUNDS)]
@@ -138,6 +136,10 @@ def _beside(device: OpenDevice, come: Callable[[], Any], work: Callable[[], None
     device.wait(ready)
     lost_s = device.now_s - began_s - came_s  # while that worked, as copies went on alone after it
     return _Kept(count * each_s / worked_s, 1 - lost_s / worked_s)
+
+
+def _nbytes(shape: Shape) -> int:
+    return shape.nbytes
 
 
 def _share(value: float) -> float:

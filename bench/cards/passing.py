@@ -92,17 +92,21 @@ class SlowLink(SimDevice):
         lent: AbstractContextManager[object] = HERE,
     ) -> DeviceEvent:
         with self._lock:  # what used the targets has been computed, as that is done at once
-            asked_s = self.now_s
-            copy = self._thread.begin(lambda: self._carry(parts, lent, asked_s))
+            asked_s, bytes_per_s = self.now_s, self.bytes_per_s
+            copy = self._thread.begin(lambda: self._carry(parts, lent, asked_s, bytes_per_s))
             begun = self._begin("stage", "copy", sum(it.source.nbytes for it in parts), 0.0, ())
             begun.land = lambda: copy.event
             self._queues["stage"].flying.append(begun)
             return begun
 
     def _carry(
-        self, parts: Sequence[StagedPart], lent: AbstractContextManager[object], asked_s: float
+        self,
+        parts: Sequence[StagedPart],
+        lent: AbstractContextManager[object],
+        asked_s: float,
+        bytes_per_s: float,
     ) -> None:
-        if not self.bytes_per_s:
+        if not bytes_per_s:
             return
         began_s = time.perf_counter()
         with lent:
@@ -112,13 +116,13 @@ class SlowLink(SimDevice):
             # What lies in page-locked memory already keeps the link busy while this thread waits for its turn: of
             # weights that are locked where they lie all, of others what the ring holds.
             locked = all(self._ranges.whole(it.source.ctypes.data, it.source.nbytes) for it in parts)
-            ahead_s = np.inf if locked else RING_BYTES / self.bytes_per_s
+            ahead_s = np.inf if locked else RING_BYTES / bytes_per_s
             self._free_s = max(self._free_s, asked_s, came_s - ahead_s)
             for source, target in parts:
                 for start in range(0, len(source), PACKET_BYTES):
                     packet = slice(start, start + PACKET_BYTES)
                     np.copyto(target.inside[packet], source[packet])
-                    self._free_s += len(source[packet]) / self.bytes_per_s
+                    self._free_s += len(source[packet]) / bytes_per_s
                     ahead_s = self._free_s - time.perf_counter()
                     if ahead_s > LEAST_SLEEP_S:
                         time.sleep(ahead_s)
