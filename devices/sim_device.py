@@ -104,7 +104,9 @@ class SimDevice:
             "compute": _QueueState(),
             "out": _QueueState(),
         }
-        self._staged: deque[Scheduled] = deque()  # not all packets of these have passed
+        self._staged: deque[tuple[Scheduled, int]] = (
+            deque()
+        )  # copies that have not passed whole, bytes of a packet
         self._lock = threading.RLock()  # a computation may reserve memory
 
     def lose(self, why: str) -> None:
@@ -226,7 +228,10 @@ class SimDevice:
             for _, target in parts:
                 _bytes_of(target)[...] = POISON
             seconds = sum(source.nbytes / self._bytes_per_s(queue, source) for source, _ in parts)
-            begun = self._begin(queue, "copy", sum(it.nbytes for it, _ in parts), seconds, after)
+            largest = max((it.nbytes for it, _ in parts), default=0)
+            nbytes = sum(it.nbytes for it, _ in parts)
+            packet_bytes = max(1, min(largest, PACKET_BYTES))
+            begun = self._begin(queue, "copy", nbytes, seconds, after, packet_bytes)
             begun.after, begun.land = tuple(after), land
             self._queues[queue].flying.append(begun)
             return begun
@@ -236,7 +241,13 @@ class SimDevice:
         return self._pinned_bytes_per_s if comes else self.link_bytes_per_s
 
     def _begin(
-        self, queue: Queue, what: str, nbytes: int, seconds: float, after: Sequence[DeviceEvent]
+        self,
+        queue: Queue,
+        what: str,
+        nbytes: int,
+        seconds: float,
+        after: Sequence[DeviceEvent],
+        packet_bytes: int = PACKET_BYTES,
     ) -> _Begun:
         state = self._queues[queue]
         begin_s = max(
@@ -248,16 +259,16 @@ class SimDevice:
         begun = Scheduled(queue, what, nbytes, begin_s, end_s)
         self.schedule.append(begun)
         if queue == "stage":
-            self._staged.append(begun)
+            self._staged.append((begun, packet_bytes))
         return _Begun(queue, end_s)
 
     def _between_packets(self, at_s: float) -> float:
         """When a copy in may begin that could at `at_s`, if the link had no packet on it."""
-        while self._staged and self._staged[0].end_s <= self.now_s:
+        while self._staged and self._staged[0][0].end_s <= self.now_s:
             self._staged.popleft()
-        packet_s = PACKET_BYTES / self.link_bytes_per_s
-        for it in self._staged:
+        for it, packet_bytes in self._staged:
             if it.begin_s < at_s < it.end_s:
+                packet_s = packet_bytes / self.link_bytes_per_s
                 packets = ceil((at_s - it.begin_s - LAUNCH_S) / packet_s - 1e-9)
                 return max(at_s, min(it.end_s, it.begin_s + LAUNCH_S + packets * packet_s))
         return at_s

@@ -85,7 +85,7 @@ def test_a_layers_experts_come_in_one_copy(mixture: Running) -> None:
     passed = [it for it in executor.plan.blocks if it.passes]
     copies = of(device, "stage")
     assert len(copies) == 3 * len(mixture.spec.layers)  # attention, router, experts
-    assert sum(it.nbytes for it in copies) == pytest.approx(sum(it.nbytes for it in passed), rel=1e-3)
+    assert sum(it.nbytes for it in copies) == pytest.approx(sum(it.nbytes for it in passed), rel=1e-2)
 
 
 @pytest.mark.parametrize("kv_type", ["i8", "bf16"])
@@ -193,7 +193,7 @@ def test_one_expert_gets_everything(mixture: Running, monkeypatch: pytest.Monkey
     assert np.array_equal(logits(executor), logits(mixture.executor))
 
 
-@pytest.mark.parametrize("copy", [0, 4, 40])
+@pytest.mark.parametrize("copy", [0, 4, 14])
 def test_a_device_that_is_lost_in_the_middle(
     mixture: Running, monkeypatch: pytest.MonkeyPatch, copy: int
 ) -> None:
