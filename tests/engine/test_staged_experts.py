@@ -69,6 +69,12 @@ def mixes(device: SimDevice) -> list[Scheduled]:
     return [it for it in of(device, "compute") if it.what == "experts"]
 
 
+def routed_s(device: SimDevice, mix: Scheduled) -> float:
+    """When the routes of these experts had come, which are copied last before they are computed."""
+    begun = list(device.schedule)
+    return next(it.end_s for it in reversed(begun[: begun.index(mix)]) if it.queue == "in")
+
+
 @pytest.mark.parametrize("there", [dense, some_experts])
 @pytest.mark.parametrize(("together", "tokens"), [(1, ALWAYS), (2, ALWAYS), (4, PROMPTS)])
 def test_logits_are_those_of_the_cpu(running: Running, there: There, together: int, tokens: int) -> None:
@@ -140,7 +146,8 @@ def test_what_is_read_before_it_has_come_is_poisoned(mixture: Running) -> None:
 def test_the_clock_is_that_of_the_schedule(
     mixture: Running, monkeypatch: pytest.MonkeyPatch, longer: str
 ) -> None:
-    """Of each layer: the longer of copying and computing, and the first copy or what the last group takes."""
+    """Of each layer: the longer of copying and computing, and the first copy (or the routes beside it) or what the last
+    group takes."""
     if longer == "compute":
         monkeypatch.setattr(sim_device, "SIM_FLOPS", 1e8)
     device, home = sim(link_bytes_per_s=50e6 if longer == "copy" else 16e9)
@@ -164,10 +171,11 @@ def test_the_clock_is_that_of_the_schedule(
             free = [mine[group - 2].end_s] if group > 1 else []
             assert came[group].begin_s == max(earlier + free)  # its buffer is not read any more
             before = [mine[group - 1].end_s] if group else []
-            assert mine[group].begin_s == max([came[group].end_s, *before])
+            assert mine[group].begin_s == max([came[group].end_s, routed_s(device, mine[group]), *before])
             assert came[group].end_s - came[group].begin_s == pytest.approx(copy_s, rel=1e-9)
         whole_s = mine[-1].end_s - came[0].begin_s
-        expected_s = groups * copy_s + took[-1] if longer == "copy" else copy_s + sum(took)
+        first_s = max(copy_s, routed_s(device, mine[0]) - came[0].begin_s)
+        expected_s = groups * copy_s + took[-1] if longer == "copy" else first_s + sum(took)
         assert all((copy_s > its) == (longer == "copy") for its in took)
         assert whole_s == pytest.approx(expected_s, rel=1e-9)
         if longer == "compute" and groups > 2:  # a buffer was waited for

@@ -143,7 +143,7 @@ def test_what_stays_there_is_not_read() -> None:
 
 def test_a_device_beside_the_disk_is_taken_where_it_is_quicker() -> None:
     for model, there, memory, many, said in (
-        (DENSE, card(host_bytes_per_s=1e9), 160 * MB, False, "on gpu: "),
+        (DENSE, card(host_bytes_per_s=7e8), 160 * MB, False, "on gpu: "),
         (DENSE, card(), 160 * MB, False, "through gpu from disk: "),
         (MIXED, card(), 160 * MB, False, "on gpu: "),
         (DENSE, card(), 400 * MB, True, "through gpu from disk"),
