@@ -43,7 +43,8 @@ from .weights_of import LayerKind, Product, Weighed
 _NUMBER_BYTES = 4  # of hidden states, scores, logits
 _ROUTE_BYTES = 8 + _NUMBER_BYTES  # of each expert that a row chose: its number and a factor
 _GROUPS = 2  # of rows, that take turns
-_ROUNDS = 2  # how contention is found, which depends on what it changes
+_ROUNDS = 4  # how contention is found, which depends on what it changes; where much is, two swing too far
+_SETTLED = 1e-3
 _PIECES = 1000  # of a step's reads, about, at most: larger pieces tell as much
 
 
@@ -132,8 +133,8 @@ class _Passing:
         slower = _Slower()
         for _ in range(_ROUNDS):
             found, calls_s, own_s = self._alternation(slower)
-            slower = self._contended(found, own_s)
-            if slower == _Slower():
+            before, slower = slower, self._contended(found, own_s)
+            if max(abs(now - then) for now, then in zip(slower, before, strict=True)) < _SETTLED:
                 break
         parts = self._parts
         parts["link"], parts["compute"] = found.weights_s, found.device_s
