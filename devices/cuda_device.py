@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial as bound
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +34,15 @@ from shoal.partition.amounts import format_bytes
 from shoal.partition.placement import PINNED_BYTES
 
 from .copy_thread import Begun, CopyThread
-from .device import PACKET_BYTES, DeviceArray, DeviceBudget, DeviceEvent, DeviceMemory, DeviceWork
+from .device import (
+    PACKET_BYTES,
+    DeviceArray,
+    DeviceBudget,
+    DeviceEvent,
+    DeviceMemory,
+    DeviceWork,
+    StagedPart,
+)
 from .errors import DeviceLost, NoSuchDevice, NotPageLocked
 from .page_locked import LockedRanges
 from .pinned_ring import PinnedRing
@@ -44,12 +53,22 @@ OF_FREE_MEMORY = 0.9  # of the free memory, if no size was named: libraries take
 _cuda: Any = torch.cuda  # which has no types for streams and events
 
 
-class _Copy(NamedTuple):
-    """A copy under way, and its ends."""
+class _Ends(NamedTuple):
+    """What is copied, and where to."""
 
-    ended: Any
     source: torch.Tensor
     target: torch.Tensor
+
+    @property
+    def whole(self) -> bool:
+        return bool(self.source.numel()) and all(it.is_contiguous() for it in self)
+
+
+class _Copy(NamedTuple):
+    """Under way."""
+
+    ended: Any
+    ends: Sequence[_Ends]
 
 
 class _Pinned:
@@ -171,20 +190,19 @@ class CudaDevice:
         _cuda.cudart().cudaHostUnregister(start)  # a card that is lost may keep it until the process ends
 
     def copy_in(self, source: Array, target: DeviceArray, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
-        return self._copy(self._coming, torch.from_numpy(source), target.inside, after)
+        return self._copy(self._coming, [_Ends(torch.from_numpy(source), target.inside)], after)
 
     def stage_in(
         self,
-        source: Array,
-        target: DeviceArray,
+        parts: Sequence[StagedPart],
         after: Sequence[DeviceEvent] = (),
         lent: AbstractContextManager[object] = HERE,
     ) -> DeviceEvent:
-        ends = torch.from_numpy(source), target.inside
+        ends = [_Ends(torch.from_numpy(it.source), it.target.inside) for it in parts]
 
         def begin() -> DeviceEvent:
             with lent:  # until it lies in page-locked memory, or in the driver's
-                return self._copy(self._staging, *ends, tuple(after), PACKET_BYTES)
+                return self._copy(self._staging, ends, tuple(after), PACKET_BYTES)
 
         # From the first one on that has to wait all go by the thread, so that they keep their order.
         waits = self.pinned_bytes or lent is not HERE or self._copies_begin.started
@@ -201,7 +219,7 @@ class CudaDevice:
         begun.clear()
 
     def copy_out(self, source: DeviceArray, target: Array, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
-        return self._copy(self._going, source.inside, torch.from_numpy(target), after)
+        return self._copy(self._going, [_Ends(source.inside, torch.from_numpy(target))], after)
 
     def compute(
         self, what: str, work: DeviceWork, run: Callable[[], Any], after: Sequence[DeviceEvent]
@@ -220,60 +238,72 @@ class CudaDevice:
     def _copy(
         self,
         stream: torch.cuda.Stream,
-        source: torch.Tensor,
-        target: torch.Tensor,
+        all: Sequence[_Ends],
         after: Sequence[DeviceEvent],
         together: int | None = None,
     ) -> DeviceEvent:
-        """`together`: so many numbers, of arrays that have one dimension; None: all."""
-        whole = source.numel() and source.is_contiguous() and target.is_contiguous()
-        if whole and (pinned := self._pinned.get(stream)) is not None:
-            came: DeviceEvent = self._packets(stream, pinned, _bytes(source), _bytes(target), after)
-            self._keep(came, source, target)
-            return came
+        """All, one after the other. `together`: so many numbers, of arrays that have one dimension; None: all."""
+        pinned = self._pinned.get(stream)
+        ended: Any = None
+        for whole, some in groupby(all, lambda its: pinned is not None and its.whole):
+            if whole:
+                assert pinned is not None
+                ended = self._packets(stream, pinned, [*some], after)
+            else:
+                ended = self._plainly(stream, [*some], after, together)
+            after = ()
+        with self._lock:
+            self._copies.append(_Copy(ended, all))
+        return ended  # type: ignore[no-any-return]
 
+    def _plainly(
+        self,
+        stream: torch.cuda.Stream,
+        all: Sequence[_Ends],
+        after: Sequence[DeviceEvent],
+        together: int | None,
+    ) -> Any:
         def run() -> None:
-            step = together or max(1, len(source))
-            for start in range(0, len(source), step):
-                part = slice(start, start + step)
-                target[part].copy_(source[part], non_blocking=True)
+            for source, target in all:
+                step = together or max(1, len(source))
+                for start in range(0, len(source), step):
+                    part = slice(start, start + step)
+                    target[part].copy_(source[part], non_blocking=True)
 
-        _, ended = self._on(stream, after, run)
-        self._keep(ended, source, target)
-        return ended
+        return self._on(stream, after, run)[1]
 
     def _packets(
         self,
         stream: torch.cuda.Stream,
         pinned: _Pinned,
-        source: torch.Tensor,
-        target: torch.Tensor,
+        all: Sequence[_Ends],
         after: Sequence[DeviceEvent],
     ) -> Any:
-        """The same by way of page-locked memory, in packets of PACKET_BYTES; waits where all of that is in use."""
+        """Bytes by way of page-locked memory, in packets of PACKET_BYTES; waits where all of that is in use. What is
+        locked where it lies needs none of it, and what of that comes together is begun in one call."""
         leaves = stream is self._going
         ended: Any = None
-        for start in range(0, max(1, len(source)), PACKET_BYTES):
-            mine, theirs = (it[start : start + PACKET_BYTES] for it in (source, target))
-            if not leaves and self._ranges.whole(mine.data_ptr(), len(mine)):
-                _, ended = self._on(stream, after, bound(_begin_copy, theirs, mine))
+        for locked, packets in groupby(_cut(all), lambda its: not leaves and self._locked(its.source)):
+            if locked:
+                _, ended = self._on(stream, after, bound(_begin_copies, [*packets]))
                 after = ()
                 continue
-            with pinned.lock:
-                with self._calling():
-                    place = pinned.ring.place(len(mine))
-                packet = pinned.memory[place : place + len(mine)]
-                if not leaves:
-                    packet.copy_(mine)
-                way = (packet, mine) if leaves else (theirs, packet)
-                _, ended = self._on(stream, after, bound(_begin_copy, *way))
-                pinned.ring.take(len(mine), ended, bound(_land, ended, theirs if leaves else None, packet))
-            after = ()
+            for mine, theirs in packets:
+                with pinned.lock:
+                    with self._calling():
+                        place = pinned.ring.place(len(mine))
+                    packet = pinned.memory[place : place + len(mine)]
+                    if not leaves:
+                        packet.copy_(mine)
+                    way = _Ends(mine, packet) if leaves else _Ends(packet, theirs)
+                    _, ended = self._on(stream, after, bound(_begin_copies, [way]))
+                    there = theirs if leaves else None
+                    pinned.ring.take(len(mine), ended, bound(_land, ended, there, packet))
+                after = ()
         return ended
 
-    def _keep(self, ended: Any, source: torch.Tensor, target: torch.Tensor) -> None:
-        with self._lock:
-            self._copies.append(_Copy(ended, source, target))
+    def _locked(self, packet: torch.Tensor) -> bool:
+        return self._ranges.whole(packet.data_ptr(), len(packet))
 
     def _forget_ended(self) -> None:
         with self._lock:
@@ -330,8 +360,16 @@ def _recorded(event: DeviceEvent) -> Any:
     return event.event if isinstance(event, Begun) else event
 
 
-def _begin_copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    target.copy_(source, non_blocking=True)
+def _cut(all: Sequence[_Ends]) -> Iterator[_Ends]:
+    """The same in packets of bytes."""
+    for source, target in ((_bytes(its.source), _bytes(its.target)) for its in all):
+        for start in range(0, len(source), PACKET_BYTES):
+            yield _Ends(source[start : start + PACKET_BYTES], target[start : start + PACKET_BYTES])
+
+
+def _begin_copies(all: Sequence[_Ends]) -> None:
+    for source, target in all:
+        target.copy_(source, non_blocking=True)
 
 
 def _land(ended: Any, target: torch.Tensor | None, packet: torch.Tensor) -> None:

@@ -108,6 +108,13 @@ class DeviceArray:
     __array__ = __bool__ = __len__ = __iter__ = __getitem__ = _refused
 
 
+class StagedPart(NamedTuple):
+    """Numbers of the host, (n,), contiguous, and where in a device's memory they are copied to."""
+
+    source: Array
+    target: DeviceArray
+
+
 class DeviceBudget:
     """Of the memory of device `name`, at most `limit_bytes` are held at a time. `peak_bytes`: the most that ever were.
     Any thread may call it."""
@@ -223,14 +230,14 @@ class OpenDevice(Protocol):
 
     def stage_in(
         self,
-        source: Array,
-        target: DeviceArray,
+        parts: Sequence[StagedPart],
         after: Sequence[DeviceEvent] = (),
         lent: AbstractContextManager[object] = HERE,
     ) -> DeviceEvent:
-        """As `copy_in`, in the queue for weights that come and go, and in packets of `PACKET_BYTES`: other copies in
-        pass between two of them. `lent` is entered before the source is looked at, which may take as long as reading it
-        from a disk does, and left when it has been. What that raises is raised by whoever needs the copy."""
+        """As `copy_in` of each part, one after the other, in the queue for weights that come and go, and in packets of
+        `PACKET_BYTES`: other copies in pass between two of them. `lent` is entered before a source is looked at, which
+        may take as long as reading it from a disk does, and left when all have been. What that raises is raised by
+        whoever needs the copy."""
         ...
 
     def settle(self) -> None:

@@ -17,11 +17,19 @@ import numpy as np
 from shoal.kernels import routing
 from shoal.kernels.arrays import Array, Bytes, Floats, Hidden, Ids
 from shoal.kernels.attention_operands import HeadNorms, KvPages, Rotation, Scoring, Segments
-from shoal.kernels.compute_home import HERE, ComputeHome
+from shoal.kernels.compute_home import HERE, ComputeHome, Staged
 from shoal.kernels.matrix import FeedForward, Linears, Matrix, Routes
 from shoal.partition.placement import DeviceRoom
 
-from .device import DeviceArray, DeviceEvent, DeviceWork, Leaving, OpenDevice
+from .device import (
+    DeviceArray,
+    DeviceEvent,
+    DeviceMemory,
+    DeviceWork,
+    Leaving,
+    OpenDevice,
+    StagedPart,
+)
 from .on_device import OnDevice
 from .page_locked import PageLocked
 
@@ -69,16 +77,25 @@ class DeviceHome(ComputeHome):
             self.device.wait(made.memory.ready)
         return made
 
-    def stage(
-        self, w: Matrix, staging: Any, start: int, lent: AbstractContextManager[object] = HERE
-    ) -> Matrix:
-        memory = staging.memory
-        inside = self._kernels.part(staging.inside, slice(start, start + w.nbytes))
-        # Copies there come one after the other anyhow, and one that failed is no reason why the next one should.
-        after = [memory.used] if memory.used is not None else []
-        memory.ready = self.device.stage_in(w.data, self.device.within(memory, inside), after, lent)
-        there: Any = DeviceArray(memory, self._kernels.as_they_lie(inside, w), UINT8, w.data.shape, (1,))
+    def staged(self, its: Staged) -> Matrix:
+        w, staging, _ = its
+        inside = self._kernels.as_they_lie(self._target(its), w)
+        there: Any = DeviceArray(_memory(staging), inside, UINT8, w.data.shape, (1,))
         return Matrix(w.type, there, w.rows, w.cols)
+
+    def stage(self, all: Sequence[Staged], lent: AbstractContextManager[object] = HERE) -> None:
+        memories = {id(it.staging): _memory(it.staging) for it in all}.values()
+        # Copies there come one after the other anyhow, and one that failed is no reason why the next one should.
+        after = [memory.used for memory in memories if memory.used is not None]
+        within = self.device.within
+        parts = [StagedPart(it.matrix.data, within(_memory(it.staging), self._target(it))) for it in all]
+        came = self.device.stage_in(parts, after, lent)
+        for memory in memories:
+            memory.ready = came
+
+    def _target(self, its: Staged) -> Any:
+        staging: Any = its.staging
+        return self._kernels.part(staging.inside, slice(its.start, its.start + its.matrix.nbytes))
 
     def lock(self, all: Sequence[Bytes]) -> PageLocked | None:
         # What lies beside locked pages has to pass through other memory: drivers copy nothing that is locked in part.
@@ -337,6 +354,11 @@ class DeviceHome(ComputeHome):
     def _begun_to_leave(self, x: DeviceArray) -> Leaving:
         here: Array = np.empty(x.shape, x.dtype)
         return Leaving(here, self.device.copy_out(x, here, _events([x])))
+
+
+def _memory(staging: Any) -> DeviceMemory:
+    memory: DeviceMemory = staging.memory
+    return memory
 
 
 def _inside(x: Any) -> Any:

@@ -6,32 +6,45 @@ So nobody has to write down how fast a card or its link is. Knows a home; not wh
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import NamedTuple
+import time
+from collections.abc import Callable, Collection
+from itertools import cycle, islice
+from statistics import median
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from shoal.kernels.arrays import Bytes
+from shoal.kernels.compute_home import Staged
+from shoal.kernels.homes import cpu
 from shoal.kernels.matrix import Linears, Matrix
-from shoal.partition.throughput.profile import RowsLaw
+from shoal.partition.throughput.profile import CopyContention, RowsLaw
 
+from .device import OpenDevice
 from .device_home import F32_BYTES, DeviceHome
 from .expert_timing import TRIED_BYTES, Shape, part_of
 
 _ROWS = (1, 64, 512)
 _CALLS = 3  # one after the other, of which only the end is waited for
+_ROUNDS = 3
+_TOGETHER_S = 0.05  # for so long copies go on beside computing
+# Of weights that come meanwhile, and of those that the processor reads, as it would K and V from memory.
+_HOST_COLS, _HOST_BYTES, _HOST_PIECES = 4096, 64 << 20, 16
 MOST_SHAPES = 16
 COPIED_NUMBERS = 2048  # of a small copy
 
 
 class DeviceSpeed(NamedTuple):
     """`products`: for each shape. `flops`: the most that any reached; `memory_bytes_per_s`: likewise, of weights with
-    one row. `link_bytes_per_s`: of weights that come. `copy_s`: of a small copy, one way, with the waiting."""
+    one row. `link_bytes_per_s`: of weights that come. `copy_s`: of a small copy, one way, with the waiting.
+    `contention`: what is left of these while copies go on."""
 
     products: tuple[RowsLaw, ...]
     memory_bytes_per_s: float
     flops: float
     link_bytes_per_s: float
     copy_s: float
+    contention: CopyContention = CopyContention()
 
 
 def device_speed(home: DeviceHome, shapes: Collection[Shape]) -> DeviceSpeed:
@@ -43,29 +56,111 @@ def device_speed(home: DeviceHome, shapes: Collection[Shape]) -> DeviceSpeed:
         w = Matrix(shape.type, np.zeros(shape.nbytes, np.uint8), shape.rows, shape.cols)
         come_s = min(_come_s(home, w, staging) for _ in range(2))
         link = max(link, w.nbytes / come_s)
-        there = home.stage(w, staging, 0)
+        there = home.staged(Staged(w, staging, 0))
         took = [_product_s(home, there, rows) for rows in _ROWS]
         laws.append(RowsLaw(shape.type.name, float(w.nbytes), _ROWS, tuple(it / w.nbytes for it in took)))
         flops = max(flops, *(2.0 * rows * w.rows * w.cols / it for rows, it in zip(_ROWS, took, strict=True)))
     memory = max(1 / law.byte_s[0] for law in laws)
-    return DeviceSpeed(tuple(laws), memory, flops, link, min(_copy_s(home) for _ in range(3)))
+    copy_s = min(_copy_s(home) for _ in range(3))
+    contention = copy_contention(home, max(parts, key=_nbytes), link)
+    return DeviceSpeed(tuple(laws), memory, flops, link, copy_s, contention)
 
 
 def tried_for_speed_bytes(shapes: Collection[Shape]) -> int:
     """What that takes of the device's memory, at most."""
     parts = _parts(shapes)
     most = max(it.cols + _CALLS * it.rows for it in parts)
-    return max(it.nbytes for it in parts) + F32_BYTES * (_ROWS[-1] * most + COPIED_NUMBERS)
+    largest = max(it.nbytes for it in parts)
+    return largest + max(2 * largest, F32_BYTES * (_ROWS[-1] * most + COPIED_NUMBERS))
+
+
+def copy_contention(home: DeviceHome, shape: Shape, link_bytes_per_s: float) -> CopyContention:
+    """What weights that come, this machine's processor and the device keep of their speed while others work: each alone
+    and beside copies, in turn. Where the device has a clock of its own, nothing is shared. Raises HomeFull and
+    HomeLost."""
+    if _virtual(home.device):
+        return CopyContention()
+    memory = np.ones(max(1, _HOST_BYTES // shape.nbytes) * shape.nbytes, np.uint8)  # no cache holds it
+    sources = [Matrix(shape.type, it, shape.rows, shape.cols) for it in memory.reshape(-1, shape.nbytes)]
+    staging, kept = home.staging(shape.nbytes), Linears([home.keep_matrix(sources[0])])
+    x = home.keep_vector(np.zeros((1, shape.cols), np.float32))
+    numbers = np.ones((_HOST_BYTES // (F32_BYTES * _HOST_COLS), _HOST_COLS), np.float32)
+    read = cycle([Linears([Matrix.of(it)]) for it in np.array_split(numbers, _HOST_PIECES)])
+    here = np.ones((1, _HOST_COLS), np.float32)
+
+    def on_host() -> None:
+        cpu().linears(here, next(read))
+
+    def on_device() -> None:
+        made: Any = home.linears(x, kept)[0]
+        home.device.wait(made.memory.ready)
+
+    copies = max(2, round(_TOGETHER_S * link_bytes_per_s / shape.nbytes))
+    coming = [Staged(it, staging, 0) for it in islice(cycle(sources), copies)]
+
+    def come() -> Any:
+        home.stage(coming)
+        return staging.memory.ready
+
+    both = [_beside(home.device, come, work) for work in (on_host, on_device) for _ in range(_ROUNDS)]
+    host, device = both[:_ROUNDS], both[_ROUNDS:]
+    return CopyContention(
+        _share(median(its.work for its in host)),
+        _share(median(its.work for its in device)),
+        _share(median(its.copies for its in both)),
+    )
+
+
+class _Kept(NamedTuple):
+    work: float
+    copies: float
+
+
+def _beside(device: OpenDevice, come: Callable[[], Any], work: Callable[[], None]) -> _Kept:
+    """What some work and copies keep of their speed, alone and then together: copies begin with the work, and outlast
+    it unless it keeps less than half."""
+    began_s = device.now_s
+    device.wait(come())
+    came_s = device.now_s - began_s
+    work()
+    count, began_s = 0, device.now_s
+    while device.now_s - began_s < came_s / 2:
+        work()
+        count += 1
+    each_s = (device.now_s - began_s) / count
+    count, began_s = max(1, round(came_s / each_s / 2)), device.now_s
+    ready = come()
+    for _ in range(count):
+        work()
+    worked_s = device.now_s - began_s
+    device.wait(ready)
+    lost_s = device.now_s - began_s - came_s  # while that worked, as copies went on alone after it
+    return _Kept(count * each_s / worked_s, 1 - lost_s / worked_s)
+
+
+def _nbytes(shape: Shape) -> int:
+    return shape.nbytes
+
+
+def _share(value: float) -> float:
+    return min(1.0, max(0.05, value))
+
+
+def _virtual(device: OpenDevice) -> bool:
+    """Whether its clock stands still while this machine's goes on."""
+    began_s = device.now_s
+    time.sleep(1e-3)
+    return device.now_s - began_s < 5e-4
 
 
 def _parts(shapes: Collection[Shape]) -> list[Shape]:
     return list(dict.fromkeys(part_of(it, TRIED_BYTES) for it in shapes))[:MOST_SHAPES]
 
 
-def _come_s(home: DeviceHome, w: Matrix, staging: object) -> float:
+def _come_s(home: DeviceHome, w: Matrix, staging: Bytes) -> float:
     device = home.device
     begun_s = device.now_s
-    home.stage(w, staging, 0)
+    home.stage([Staged(w, staging, 0)])
     device.wait(staging.memory.ready)  # type: ignore[attr-defined]
     return device.now_s - begun_s
 

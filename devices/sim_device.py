@@ -28,7 +28,15 @@ from shoal.kernels.compute_home import HERE
 from shoal.partition.amounts import format_bytes
 from shoal.partition.placement import PINNED_BYTES
 
-from .device import PACKET_BYTES, DeviceArray, DeviceBudget, DeviceEvent, DeviceMemory, DeviceWork
+from .device import (
+    PACKET_BYTES,
+    DeviceArray,
+    DeviceBudget,
+    DeviceEvent,
+    DeviceMemory,
+    DeviceWork,
+    StagedPart,
+)
 from .device_names import SIM_LINK_BYTES_PER_S
 from .errors import DeviceLost, NotPageLocked
 from .page_locked import LockedRanges
@@ -96,7 +104,9 @@ class SimDevice:
             "compute": _QueueState(),
             "out": _QueueState(),
         }
-        self._staged: deque[Scheduled] = deque()  # not all packets of these have passed
+        self._staged: deque[tuple[Scheduled, int]] = (
+            deque()
+        )  # copies that have not passed whole, bytes of a packet
         self._lock = threading.RLock()  # a computation may reserve memory
 
     def lose(self, why: str) -> None:
@@ -155,16 +165,15 @@ class SimDevice:
         return f"{format_bytes(nbytes)}{more} were asked for, and at most {format_bytes(most)} may be page-locked"
 
     def copy_in(self, source: Array, target: DeviceArray, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
-        return self._copy("in", source, target.inside, after)
+        return self._copy("in", [(source, target.inside)], after)
 
     def stage_in(
         self,
-        source: Array,
-        target: DeviceArray,
+        parts: Sequence[StagedPart],
         after: Sequence[DeviceEvent] = (),
         lent: AbstractContextManager[object] = HERE,
     ) -> DeviceEvent:
-        return self._copy("stage", source, target.inside, after, lent)
+        return self._copy("stage", [(it.source, it.target.inside) for it in parts], after, lent)
 
     def settle(self) -> None:
         with self._lock:
@@ -178,7 +187,7 @@ class SimDevice:
                         self._reach(state.flying[-1])
 
     def copy_out(self, source: DeviceArray, target: Array, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
-        return self._copy("out", source.inside, target, after)
+        return self._copy("out", [(source.inside, target)], after)
 
     def compute(
         self, what: str, work: DeviceWork, run: Callable[[], Any], after: Sequence[DeviceEvent]
@@ -201,22 +210,28 @@ class SimDevice:
     def _copy(
         self,
         queue: Queue,
-        source: Array,
-        target: Array,
+        parts: Sequence[tuple[Array, Array]],
         after: Sequence[DeviceEvent],
         lent: AbstractContextManager[object] = HERE,
     ) -> DeviceEvent:
-        assert (source.shape, source.dtype) == (target.shape, target.dtype), "a copy changes nothing"
+        """From the first to the second of each part."""
+        for source, target in parts:
+            assert (source.shape, source.dtype) == (target.shape, target.dtype), "a copy changes nothing"
 
         def land() -> None:
             with lent:
-                target[...] = source
+                for source, target in parts:
+                    target[...] = source
 
         with self._lock:
             self._look()
-            _bytes_of(target)[...] = POISON
-            seconds = target.nbytes / self._bytes_per_s(queue, source)
-            begun = self._begin(queue, "copy", target.nbytes, seconds, after)
+            for _, target in parts:
+                _bytes_of(target)[...] = POISON
+            seconds = sum(source.nbytes / self._bytes_per_s(queue, source) for source, _ in parts)
+            largest = max((it.nbytes for it, _ in parts), default=0)
+            nbytes = sum(it.nbytes for it, _ in parts)
+            packet_bytes = max(1, min(largest, PACKET_BYTES))
+            begun = self._begin(queue, "copy", nbytes, seconds, after, packet_bytes)
             begun.after, begun.land = tuple(after), land
             self._queues[queue].flying.append(begun)
             return begun
@@ -226,7 +241,13 @@ class SimDevice:
         return self._pinned_bytes_per_s if comes else self.link_bytes_per_s
 
     def _begin(
-        self, queue: Queue, what: str, nbytes: int, seconds: float, after: Sequence[DeviceEvent]
+        self,
+        queue: Queue,
+        what: str,
+        nbytes: int,
+        seconds: float,
+        after: Sequence[DeviceEvent],
+        packet_bytes: int = PACKET_BYTES,
     ) -> _Begun:
         state = self._queues[queue]
         begin_s = max(
@@ -238,16 +259,16 @@ class SimDevice:
         begun = Scheduled(queue, what, nbytes, begin_s, end_s)
         self.schedule.append(begun)
         if queue == "stage":
-            self._staged.append(begun)
+            self._staged.append((begun, packet_bytes))
         return _Begun(queue, end_s)
 
     def _between_packets(self, at_s: float) -> float:
         """When a copy in may begin that could at `at_s`, if the link had no packet on it."""
-        while self._staged and self._staged[0].end_s <= self.now_s:
+        while self._staged and self._staged[0][0].end_s <= self.now_s:
             self._staged.popleft()
-        packet_s = PACKET_BYTES / self.link_bytes_per_s
-        for it in self._staged:
+        for it, packet_bytes in self._staged:
             if it.begin_s < at_s < it.end_s:
+                packet_s = packet_bytes / self.link_bytes_per_s
                 packets = ceil((at_s - it.begin_s - LAUNCH_S) / packet_s - 1e-9)
                 return max(at_s, min(it.end_s, it.begin_s + LAUNCH_S + packets * packet_s))
         return at_s

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import count
+from typing import NamedTuple
 
 from shoal.kernels import ComputeHome
 from shoal.kernels.arrays import Bytes, Floats
+from shoal.kernels.compute_home import Staged
 from shoal.models.weights import Weights
-from shoal.offload.block_store import Coming
 from shoal.partition.memory_layout import staged_starts
 from shoal.partition.plan import Plan
 from shoal.partition.spec import BlockId
@@ -54,31 +55,41 @@ class ExpertStaging:
     def brought(
         self, experts: Mapping[int, Weights], coming: Collection[int], number: int
     ) -> Mapping[int, Weights]:
-        """Those of a layer's group of this number, of which some are `coming`: now."""
+        """Those of a layer's group of this number, of which some are `coming`: now, in one go."""
+        assert self._home is not None
         starts = count(0, self._slot_bytes)
         buffer = self._buffers[number % 2]
-        return {
-            expert: self._brought(its, buffer, next(starts)) if expert in coming else its
+        come = {
+            expert: beside(self._home, its, buffer, next(starts), self._slot_bytes)
             for expert, its in experts.items()
+            if expert in coming
         }
+        if come:
+            self._home.stage([it for its in come.values() for it in its.parts])
+        return {**experts, **{expert: its.there for expert, its in come.items()}}
 
-    def _brought(self, weights: Weights, buffer: Bytes, start: int) -> Weights:
-        assert self._home is not None
-        return brought(self._home, Coming(weights), buffer, start, self._slot_bytes)
+
+class OnItsWay(NamedTuple):
+    """Weights of the host as they will be `there`, when their `parts` have been staged."""
+
+    there: Weights
+    parts: Sequence[Staged]
 
 
-def brought(
+def beside(
     home: ComputeHome,
-    coming: Coming,
+    weights: Weights,
     room: Bytes,
     start: int,
     room_bytes: int,
     vectors: Mapping[str, Floats] | None = None,
-) -> Weights:
-    """The same weights in `room_bytes` from byte `start` of some memory of a device, with vectors that are there
-    already: begins to bring the matrices, one behind the other."""
-    weights, lent = coming
+) -> OnItsWay:
+    """The same weights in `room_bytes` from byte `start` of some memory of a device, one matrix behind the other, with
+    vectors that are there already. Nothing is begun."""
     *starts, end = staged_starts([matrix.nbytes for matrix in weights.matrix.values()])
     assert end <= room_bytes, "a block is larger than planned"
-    places = (start + its for its in starts)
-    return weights.elsewhere(lambda matrix: home.stage(matrix, room, next(places), lent), vectors)
+    parts = [
+        Staged(matrix, room, start + its) for matrix, its in zip(weights.matrix.values(), starts, strict=True)
+    ]
+    coming = iter(parts)
+    return OnItsWay(weights.elsewhere(lambda matrix: home.staged(next(coming)), vectors), parts)

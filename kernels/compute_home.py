@@ -10,7 +10,7 @@ Letters in shapes: T rows, n numbers in a row.
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from shoal.kernels.arrays import Bytes, Floats, Hidden, Ids
 from shoal.kernels.attention_operands import KvPages, Scoring, Segments
@@ -18,6 +18,14 @@ from shoal.kernels.matrix import FeedForward, Linears, Matrix, Routes
 from shoal.kernels.routing import Routing
 
 HERE: AbstractContextManager[object] = nullcontext()  # what does not have to come first
+
+
+class Staged(NamedTuple):
+    """Weights of the host, and the memory of another home that they come to, from byte `start` of it on."""
+
+    matrix: Matrix
+    staging: Bytes
+    start: int
 
 
 class Locked(Protocol):
@@ -53,11 +61,13 @@ class HomeMemory(Protocol):
         """Memory for weights that come and go, uint8 (nbytes,)."""
         ...
 
-    def stage(
-        self, w: Matrix, staging: Bytes, start: int, lent: AbstractContextManager[object] = HERE
-    ) -> Matrix:
-        """The same weights, at byte `start` of `staging`. Begins to bring them there as soon as nothing that was there
-        is computed with any more. Until a step that uses them has ended, nobody may change w; where it is `lent`, it is
+    def staged(self, its: Staged) -> Matrix:
+        """The weights where they come to, as kernels take them: those that were staged there last."""
+        ...
+
+    def stage(self, all: Sequence[Staged], lent: AbstractContextManager[object] = HERE) -> None:
+        """Begin to bring these weights, in one go, as soon as nothing that was in their memory is computed with any
+        more. Until a step that uses them has ended, nobody may change them on the host; where they are `lent`, they are
         there, and may not be changed, from when that was entered until it is left, once, by any thread. What entering
         raises is raised by whoever computes with the weights."""
         ...

@@ -15,7 +15,7 @@ import numpy as np
 from shoal.kernels import routing
 from shoal.kernels.arrays import FLOAT32, Bytes, Floats, Ids
 from shoal.kernels.attention_operands import KvPages, Scoring, Segments
-from shoal.kernels.compute_home import HERE, ComputeHome
+from shoal.kernels.compute_home import HERE, ComputeHome, Staged
 from shoal.kernels.errors import OperandError
 from shoal.kernels.huge_pages import Arena
 from shoal.kernels.matrix import FeedForward, Linears, Matrix, Routes
@@ -50,10 +50,11 @@ class CpuHome(ComputeHome, Protocol):
     def staging(self, nbytes: int) -> Bytes:
         return np.empty(0, np.uint8)  # weights are here
 
-    def stage(
-        self, w: Matrix, staging: Bytes, start: int, lent: AbstractContextManager[object] = HERE
-    ) -> Matrix:
-        return w
+    def staged(self, its: Staged) -> Matrix:
+        return its.matrix
+
+    def stage(self, all: Sequence[Staged], lent: AbstractContextManager[object] = HERE) -> None:
+        return  # weights are here
 
     def lock(self, all: Sequence[Bytes]) -> None:
         return  # weights are here

@@ -37,8 +37,8 @@ class ReadStage(NamedTuple):
 
 
 class Coming(NamedTuple):
-    """A block's weights, for copies that are begun now and made later. The bytes are there from when `lent` was entered
-    until it is left, once for each matrix, by any thread; entering raises OffloadError."""
+    """A block's weights, for a copy that is begun now and made later. The bytes are there from when `lent` was entered
+    until it is left, once, by any thread; entering raises OffloadError."""
 
     weights: Weights
     lent: AbstractContextManager[object] = HERE

@@ -8,9 +8,10 @@ that keeps to so many GB/s of real time (`--links`). What the device and the pro
 together, as they are one processor here: so only cells say something in which copies or reads take longer than that
 does, and these are marked. `--disk`: half of what passes comes from a pack on disk, through a window.
 
-Figures of each cell: bytes that come ÷ link, computing (the same step where copies take no time), reading (laps of the
+Figures of each cell: bytes that come ÷ link, computing (the same step where nothing is copied), reading (laps of the
 window in which nothing is copied), and a step, in ms, medians with the least and the most of the steps; the ratio of a
-step to the longest of them; the prediction of the throughput model, from speeds measured in the same minute.
+step to the longest of them; the prediction of the throughput model, from speeds measured in the same minute and written
+before any step is.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,14 +37,13 @@ from shoal.daemon.throughput.brief_profile import _measured
 from shoal.daemon.throughput.device_figures import device_figures
 from shoal.daemon.throughput.model_sizes import weighed
 from shoal.devices.copy_thread import CopyThread
-from shoal.devices.device import PACKET_BYTES, DeviceArray, DeviceEvent
+from shoal.devices.device import PACKET_BYTES, DeviceEvent, StagedPart
 from shoal.devices.device_home import DeviceHome
 from shoal.devices.sim_device import SimDevice
 from shoal.devices.sim_kernels import SimKernels
 from shoal.engine.collective import Alone
 from shoal.engine.executor import Executor, attention_homes
 from shoal.kernels import set_threads
-from shoal.kernels.arrays import Array
 from shoal.kernels.compute_home import HERE
 from shoal.kernels.homes import cpu
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -56,9 +56,9 @@ from shoal.offload.window.pinned import PackReader
 from shoal.offload.window.window_store import WindowStore
 from shoal.partition.placement import PINNED_BYTES, ModelBytes, NoRoomThere
 from shoal.partition.plan import Plan, Wanted
-from shoal.partition.throughput.laws import Rows
-from shoal.partition.throughput.placing.passing_plans import plan_passing_from_disk, spread
-from shoal.partition.throughput.profile import Accelerator, Device
+from shoal.partition.throughput.laws import THROUGH_WINDOW, Rows
+from shoal.partition.throughput.placing.passing_plans import ahead_bytes, plan_passing_from_disk, spread
+from shoal.partition.throughput.profile import Device
 from shoal.partition.throughput.with_device import device_step
 
 NAME = "sim:link"
@@ -66,14 +66,14 @@ ROOMY = 1 << 40
 CONTEXT = 32
 LEAST_SLEEP_S = 2e-4
 RING_BYTES = PINNED_BYTES // 3  # that a card's weights pass through
-NO_TIME = 1e15
+NOTHING = 0.0  # bytes a second: nothing is copied, and what came last is computed with
 
 
 class SlowLink(SimDevice):
     """Weights that come and go take the time that a link of so many bytes a second takes, on this machine's clock."""
 
     def __init__(self) -> None:
-        self.bytes_per_s = NO_TIME
+        self.bytes_per_s = NOTHING
         self._free_s = 0.0
         self._thread = CopyThread("link")
         super().__init__(NAME, ROOMY)
@@ -87,36 +87,45 @@ class SlowLink(SimDevice):
 
     def stage_in(
         self,
-        source: Array,
-        target: DeviceArray,
+        parts: Sequence[StagedPart],
         after: Sequence[DeviceEvent] = (),
         lent: AbstractContextManager[object] = HERE,
     ) -> DeviceEvent:
-        with self._lock:  # what used the target has been computed, as that is done at once
-            asked_s = self.now_s
-            copy = self._thread.begin(lambda: self._carry(source, target.inside, lent, asked_s))
-            begun = self._begin("stage", "copy", target.nbytes, 0.0, ())
+        with self._lock:  # what used the targets has been computed, as that is done at once
+            asked_s, bytes_per_s = self.now_s, self.bytes_per_s
+            copy = self._thread.begin(lambda: self._carry(parts, lent, asked_s, bytes_per_s))
+            begun = self._begin("stage", "copy", sum(it.source.nbytes for it in parts), 0.0, ())
             begun.land = lambda: copy.event
             self._queues["stage"].flying.append(begun)
             return begun
 
     def _carry(
-        self, source: Array, target: Array, lent: AbstractContextManager[object], asked_s: float
+        self,
+        parts: Sequence[StagedPart],
+        lent: AbstractContextManager[object],
+        asked_s: float,
+        bytes_per_s: float,
     ) -> None:
+        if not bytes_per_s:
+            return
         began_s = time.perf_counter()
         with lent:
             came_s = time.perf_counter()
             if came_s - began_s > LEAST_SLEEP_S:  # it was read meanwhile
                 asked_s = came_s
-            # What lies in page-locked memory already keeps the link busy while this thread waits for its turn.
-            self._free_s = max(self._free_s, asked_s, came_s - RING_BYTES / self.bytes_per_s)
-            for start in range(0, len(source), PACKET_BYTES):
-                packet = slice(start, start + PACKET_BYTES)
-                np.copyto(target[packet], source[packet])
-                self._free_s += len(source[packet]) / self.bytes_per_s
-                ahead_s = self._free_s - time.perf_counter()
-                if ahead_s > LEAST_SLEEP_S:
-                    time.sleep(ahead_s)
+            # What lies in page-locked memory already keeps the link busy while this thread waits for its turn: of
+            # weights that are locked where they lie all, of others what the ring holds.
+            locked = all(self._ranges.whole(it.source.ctypes.data, it.source.nbytes) for it in parts)
+            ahead_s = np.inf if locked else RING_BYTES / bytes_per_s
+            self._free_s = max(self._free_s, asked_s, came_s - ahead_s)
+            for source, target in parts:
+                for start in range(0, len(source), PACKET_BYTES):
+                    packet = slice(start, start + PACKET_BYTES)
+                    np.copyto(target.inside[packet], source[packet])
+                    self._free_s += len(source[packet]) / bytes_per_s
+                    ahead_s = self._free_s - time.perf_counter()
+                    if ahead_s > LEAST_SLEEP_S:
+                        time.sleep(ahead_s)
 
 
 class Case:
@@ -124,6 +133,7 @@ class Case:
 
     def __init__(self, checkpoint: Checkpoint, pack: Pack, rows: int, threads: int, disk: bool) -> None:
         self.device = SlowLink()
+        self.device.pin()
         home = DeviceHome(self.device, SimKernels(cpu()))
         self.model = weighed(checkpoint, "keep")
         wanted = Wanted(checkpoint.spec, 64, rows * 64, "bf16", 64, rows, 0, threads)
@@ -179,8 +189,13 @@ class Case:
             found.append(time.perf_counter() - began_s)
         return found[1:]
 
-    def predicted_s(self, machine: Device, there: Accelerator, link: float) -> float:
-        host = replace(machine, accelerators=(replace(there, name=NAME, host_bytes_per_s=link),))
+    def predicted_s(self, machine: Device, link: float) -> float:
+        """From what is tried of the device now."""
+        self.device.bytes_per_s = link
+        there = device_figures(self.home, self.model, ROOMY, None, laws=True).laws
+        assert there is not None
+        self.there = replace(there, name=NAME, host_bytes_per_s=link)
+        host = replace(machine, accelerators=(self.there,))
         return device_step(
             self.model, self.plan, host, [Rows(self._rows, 1, CONTEXT)], self._rows, None
         ).seconds
@@ -198,8 +213,7 @@ def _half_from_disk(plan: Plan) -> Plan:
         else replace(it, tier="ram" if it.block in kept else "disk")
         for it in plan.blocks
     )
-    largest = max(it.nbytes for it in passing)
-    return replace(plan, blocks=blocks, window_bytes=max(2 * largest, 32 << 20))
+    return replace(plan, blocks=blocks, window_bytes=ahead_bytes(passing))
 
 
 @contextmanager
@@ -236,40 +250,48 @@ def cells(
     kinds = Counter({it.kind: it.nbytes for its in case.model.products.values() for it in its})
     most = [kind for kind, _ in kinds.most_common(2)]
     machine = _measured(options.threads, place, most, None, lambda: True)  # whoever else computes
-    there = device_figures(case.home, case.model, ROOMY, None, laws=True).laws
     read = case.read_s(options.steps)  # before the first step, or copies would want others
-    computed = case.took_s(NO_TIME, options.steps)
-    for link in (float(it) * 1e9 for it in options.links.split(",")):
-        step = case.took_s(link, options.steps)
+    if any(read):
+        speed = THROUGH_WINDOW * case.plan.cyclic_bytes / median(read)
+        machine = replace(machine, disk_bytes_per_s=speed, reads=None)
+    links, cell = [float(it) * 1e9 for it in options.links.split(",")], {}
+    for link in links:
+        predicted = case.predicted_s(machine, link)
+        cell[link] = {
+            "model": checkpoint.path.name, "rows": rows, "link": link, "come_bytes": case.come_bytes,
+            "disk_bytes": case.plan.cyclic_bytes, "predicted": predicted, "keeps": asdict(case.there.contention),
+        }  # fmt: skip
+        yield cell[link]
+    steps = {link: case.took_s(link, options.steps) for link in links}
+    computed = case.took_s(NOTHING, options.steps)
+    for link in links:
+        step = steps[link]
         each = {"copy": case.come_bytes / link, "compute": median(computed), "disk": median(read)}
         longest = max(each.values())
-        found: dict[str, Any] = {
-            "model": checkpoint.path.name, "rows": rows, "link": link, "come_bytes": case.come_bytes, **each,
-            "disk_bytes": case.plan.cyclic_bytes, "computes": computed, "reads": read, "steps": step,
+        yield {
+            **cell[link], **each, "computes": computed, "reads": read, "steps": step,
             "ratio": median(step) / longest, "bound": max(each, key=lambda it: each[it]),
+            "error": cell[link]["predicted"] / median(step) - 1,
         }  # fmt: skip
-        if there is not None:
-            host = machine
-            if any(read):
-                host = replace(
-                    machine, disk_bytes_per_s=1.1 * case.plan.cyclic_bytes / median(read), reads=None
-                )
-            predicted = case.predicted_s(host, there, link)
-            found |= {"predicted": predicted, "error": predicted / median(step) - 1}
-        yield found
     case.close()
 
 
 def said(its: dict[str, Any]) -> str:
-    step, ms = its["steps"], 1e3
-    line = f"{its['model']}, {its['rows']} rows, {its['link'] / 1e9:g} GB/s: copy {its['copy'] * ms:.0f}, compute "
+    ms = 1e3
+    line = f"{its['model']}, {its['rows']} rows, {its['link'] / 1e9:g} GB/s: "
+    if "steps" not in its:
+        keeps = ", ".join(
+            f"{name.removesuffix('_keeps')} {share:.0%}" for name, share in its["keeps"].items()
+        )
+        return f"{line}predicted {its['predicted'] * ms:.0f} ms (beside others keep: {keeps})"
+    step = its["steps"]
+    line += f"copy {its['copy'] * ms:.0f}, compute "
     line += f"{its['compute'] * ms:.0f} ({min(its['computes']) * ms:.0f}–{max(its['computes']) * ms:.0f})"
     if its["disk"]:
         line += f", disk {its['disk'] * ms:.0f} ({min(its['reads']) * ms:.0f}–{max(its['reads']) * ms:.0f})"
     line += f", step {median(step) * ms:.0f} ({min(step) * ms:.0f}–{max(step) * ms:.0f}) ms"
     line += f", {its['ratio']:.3f} times the longest"
-    if "error" in its:
-        line += f", predicted {its['predicted'] * ms:.0f} ms ({its['error']:+.1%})"
+    line += f", predicted {its['predicted'] * ms:.0f} ms ({its['error']:+.1%})"
     return line + (f"  [{its['bound']}-bound]" if its["bound"] != "compute" else "")
 
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_FORM = 1  # of what is tried
+_FORM = 2  # of what is tried
 _FILE_BYTES = 1 << 20
 _MOST_KEPT = 32  # models on devices; those that were tried longest ago go first
 
@@ -149,6 +149,7 @@ def _laws(home: DeviceHome, shapes: list[Shape], free_bytes: int) -> Accelerator
         calls.mixture_s,
         speed.copy_s,
         float(home.room(0).kernel_bytes),
+        speed.contention,
         measured=True,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from shoal.partition.amounts import format_bytes, format_delay
-from shoal.partition.throughput.profile import Device, Profile
+from shoal.partition.throughput.profile import CopyContention, Device, Profile
 
 _SHOWN_ROWS = (1, 4, 16, 64, 256)
 _NS = 1e9
@@ -45,6 +45,9 @@ def device_facts(device: Device) -> Iterator[tuple[str, str]]:
         sizes_of = f"{format_bytes(one.memory_bytes)} at {format_bytes(one.memory_bytes_per_s)}/s"
         link = f"{format_bytes(one.host_bytes_per_s)}/s from its host"
         yield f"accelerator {one.name}", f"{sizes_of}, {one.flops / 1e12:,.3g} TFLOP/s, {link}"
+        if (its := one.contention) != CopyContention():
+            keeps = f"the processor keeps {its.host_keeps:.0%}, {one.name} {its.device_keeps:.0%}"
+            yield "beside its copies", f"{keeps}, and the link {its.link_keeps:.0%}"
 
 
 def _kept(device: Device) -> str:

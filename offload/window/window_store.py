@@ -18,7 +18,7 @@ from shoal.kernels.huge_pages import Arena
 from shoal.models.weights import Weights
 from shoal.offload.block_store import Coming, Hearing, ReadStage, Resident, keep, placed
 from shoal.offload.bytes_done import BytesDone, unheard
-from shoal.offload.errors import OffloadError, StoreError
+from shoal.offload.errors import StoreError
 from shoal.offload.pack.pack import Pack
 from shoal.partition.plan import Plan
 from shoal.partition.spec import BlockId
@@ -46,33 +46,6 @@ class _Lease:
 
     def __exit__(self, *_: object) -> None:
         self._readers.give_back(self._region, self._passage)
-
-
-class _Together:
-    """A lease that so many copies need, one after the other, in any thread: the first of them waits for the block, and
-    it is given back after the last. Where it cannot be read, all of them fail."""
-
-    def __init__(self, lease: AbstractContextManager[Weights], copies: int) -> None:
-        self._lease, self._left = lease, copies
-        self._held = False
-        self._error: OffloadError | None = None
-
-    def __enter__(self) -> None:
-        self._left -= 1
-        if self._error is not None:
-            raise type(self._error)(*self._error.args)
-        if not self._held:
-            try:
-                self._lease.__enter__()
-            except OffloadError as error:
-                self._error = error.with_traceback(None)
-                raise type(error)(*error.args) from None
-            self._held = True
-
-    def __exit__(self, *_: object) -> None:
-        if not self._left:
-            self._held = False
-            self._lease.__exit__(None, None, None)
 
 
 class WindowStore:
@@ -158,8 +131,7 @@ class WindowStore:
             return Coming(kept.enter_result)
         assert block not in self._slotted, "an expert has no place of its own"
         lease = self.acquire(block)
-        weights = self._ring.weights(self._readers.pack, self._window.place(block))
-        return Coming(weights, _Together(lease, len(weights.matrix)))
+        return Coming(self._ring.weights(self._readers.pack, self._window.place(block)), lease)
 
     @contextmanager
     def acquire_all(self, blocks: Sequence[BlockId]) -> Generator[list[Weights], None, None]:

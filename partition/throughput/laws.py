@@ -165,10 +165,12 @@ def together(device: Device, computing: float, reading: float) -> tuple[float, f
     """How many times longer computing takes, and reading, if they do so for these shares of a time: whatever one does
     while the other works takes longer."""
     keeps = device.contention
-    return (
-        1 / (1 - (1 - keeps.compute_keeps) * min(1.0, reading)),
-        1 / (1 - (1 - keeps.disk_keeps) * min(1.0, computing)),
-    )
+    return longer(keeps.compute_keeps, reading), longer(keeps.disk_keeps, computing)
+
+
+def longer(keeps: float, share: float) -> float:
+    """How many times longer something takes that keeps so much of its speed for this share of the time."""
+    return 1 / (1 - (1 - keeps) * min(1.0, share))
 
 
 def distinct_experts(experts: int, active: int, rows: float, share: float | None = None) -> float:

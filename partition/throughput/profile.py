@@ -194,6 +194,16 @@ class Corrections:
 
 
 @dataclass(frozen=True)
+class CopyContention:
+    """What is left of a speed while something else goes on, from 0 (nothing) to 1 (all of it), where weights come to a
+    device."""
+
+    host_keeps: float = 1.0  # of what the processor computes, while they come
+    device_keeps: float = 1.0  # of what the device computes, while they come
+    link_keeps: float = 1.0  # of copies, while either computes
+
+
+@dataclass(frozen=True)
 class Accelerator:
     """A device with memory of its own behind a link to its host. `step_s`, `layer_s`, `mixture_s`: as `Overheads`, of
     what it computes. `copy_s`: until a small copy has come to one side, as the other knows. `scratch_bytes`: of
@@ -210,6 +220,7 @@ class Accelerator:
     mixture_s: float = MIXTURE_S
     copy_s: float = COPY_S
     scratch_bytes: float = DEVICE_SCRATCH_BYTES
+    contention: CopyContention = CopyContention()
     measured: bool = False
 
     @property

@@ -37,6 +37,7 @@ _LIMITS: Mapping[str, tuple[float, float]] = {
     "scratch_bytes": (0, 2.0**50),
     "compute_keeps": (0.01, 1),
     "disk_keeps": (0.01, 1),
+    **dict.fromkeys(("host_keeps", "device_keeps", "link_keeps"), (0.01, 1)),
     **dict.fromkeys(("memory_apart", "compute_apart", "disk_apart"), (0, 1)),
     **dict.fromkeys(("memory", "compute", "disk", "network", "link", "overhead"), CORRECTED),
 }
@@ -80,6 +81,7 @@ def check_profile(profile: Profile) -> Profile:
             within.add(accelerator.name)
             path = f"{where}.accelerators[{number}]"
             _check_figures(path, vars(accelerator))
+            _check_figures(f"{path}.contention", vars(accelerator.contention))
             _check_laws(f"{path}.products", accelerator.products)
         _check_laws(f"{where}.products", device.products)
         _check_laws(f"{where}.attention", device.attention)

@@ -36,6 +36,16 @@ class Feeding(NamedTuple):
     mixed_s: float
     added_s: float
 
+    def slower(self, device: float) -> Feeding:
+        """If computing takes so many times as long."""
+        return self._replace(
+            normed_s=device * self.normed_s,
+            scored_s=device * self.scored_s,
+            shared_s=device * self.shared_s,
+            mixed_s=device * self.mixed_s,
+            added_s=device * self.added_s,
+        )
+
 
 class LayerTurn(NamedTuple):
     """One layer for one group, in seconds: the device asks (q, k and v), which leave; the host attends; what it found
@@ -49,6 +59,16 @@ class LayerTurn(NamedTuple):
     attended_s: float
     added_s: float
     feeding: Feeding | None = None
+
+    def slower(self, host: float, device: float) -> LayerTurn:
+        """If attending takes so many times as long, and computing on the device so many."""
+        return self._replace(
+            asked_s=device * self.asked_s,
+            attends_s=host * self.attends_s,
+            attended_s=device * self.attended_s,
+            added_s=device * self.added_s,
+            feeding=self.feeding and self.feeding.slower(device),
+        )
 
 
 class ComingBlock(NamedTuple):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 from ..placement import FEW_ROWS, MANY_ROWS, DeviceRoom, ExpertTimes
 from ..plan import BlockPlan, Plan
@@ -17,6 +18,7 @@ from .laws import (
     as_it_ran,
     attention,
     distinct_experts,
+    longer,
     product,
     products,
     together,
@@ -41,7 +43,8 @@ from .weights_of import LayerKind, Product, Weighed
 _NUMBER_BYTES = 4  # of hidden states, scores, logits
 _ROUTE_BYTES = 8 + _NUMBER_BYTES  # of each expert that a row chose: its number and a factor
 _GROUPS = 2  # of rows, that take turns
-_ROUNDS = 2  # how contention is found, which depends on what it changes
+_ROUNDS = 4  # how contention is found, which depends on what it changes; where much is, two swing too far
+_SETTLED = 1e-3
 _PIECES = 1000  # of a step's reads, about, at most: larger pieces tell as much
 
 
@@ -88,6 +91,15 @@ def device_step(
     return staying_step(model, plan, host, there, segments, wanted, share)
 
 
+class _Slower(NamedTuple):
+    """How many times longer each takes than alone, by what goes on beside it."""
+
+    host: float = 1.0
+    device: float = 1.0
+    link: float = 1.0
+    disk: float = 1.0
+
+
 class _Passing:
     def __init__(
         self,
@@ -118,10 +130,12 @@ class _Passing:
         return self._host.corrections.overhead * self._host.overheads.layer_s
 
     def step(self) -> DeviceStep:
-        slower = 1.0, 1.0
-        for _ in range(_ROUNDS if self._read_bytes else 1):
-            found, calls_s, own_s = self._alternation(*slower)
-            slower = together(self._host, own_s / found.step_s, found.disk_s / found.step_s)
+        slower = _Slower()
+        for _ in range(_ROUNDS):
+            found, calls_s, own_s = self._alternation(slower)
+            before, slower = slower, self._contended(found, own_s)
+            if max(abs(now - then) for now, then in zip(slower, before, strict=True)) < _SETTLED:
+                break
         parts = self._parts
         parts["link"], parts["compute"] = found.weights_s, found.device_s
         parts["memory"], parts["overhead"] = max(0.0, found.host_s - calls_s), calls_s
@@ -134,9 +148,24 @@ class _Passing:
     def _read_bytes(self) -> int:
         return self._plan.cyclic_bytes
 
-    def _alternation(self, computed: float, read: float) -> tuple[Alternation, float, float]:
-        """(the step, seconds of calls, seconds in which the processor attends), where both work and take so many times
-        as long for that."""
+    def _contended(self, found: Alternation, own_s: float) -> _Slower:
+        """If things go on beside each other as `found`. A processor that attends, a disk that reads and copies that
+        pass share the host's memory; where the device is this machine's processor, so does what it computes."""
+        keeps, step_s = self._link.contention, found.step_s
+        coming = found.weights_s / step_s
+        attended, read = together(
+            self._host, own_s / step_s, found.disk_s / step_s if self._read_bytes else 0.0
+        )
+        return _Slower(
+            attended * longer(keeps.host_keeps, coming),
+            longer(keeps.device_keeps, coming),
+            longer(keeps.link_keeps, (own_s + found.device_s) / step_s),
+            read,
+        )
+
+    def _alternation(self, slower: _Slower) -> tuple[Alternation, float, float]:
+        """(the step, seconds of calls, seconds in which the processor attends), where each takes so many times as long
+        as alone."""
         spec, own = self._model.spec, self._host.overheads
         groups = _GROUPS if self._rows > 1 else 1
         rows = self._rows / groups
@@ -148,8 +177,12 @@ class _Passing:
             key = kind, layer == last
             if key not in turns:
                 turn = self._turn(kind, rows, groups, fed=layer < last)
-                turns[key] = turn._replace(attends_s=computed * turn.attends_s)
-            layers.append(Layer(self._comes(layer, kind), (turns[key],) * groups))
+                turns[key] = turn.slower(slower.host, slower.device)
+            comes = {
+                piece: [it._replace(copy_s=slower.link * it.copy_s) for it in its]
+                for piece, its in self._comes(layer, kind).items()
+            }
+            layers.append(Layer(comes, (turns[key],) * groups))
         fed = self._feeding(self._model.kind_of(last), self._wanted) if self._wanted else None
         heads_s = logits_s = 0.0
         if self._wanted:
@@ -157,8 +190,10 @@ class _Passing:
             logits_s = self._carried_s(self._wanted * spec.vocab)
         between_s = max(own.step_s, self._link.step_s) + own.logit_s * self._wanted * spec.vocab
         between_s *= self._host.corrections.overhead
-        tail = Tail(0.0, 0.0, fed, heads_s, logits_s, between_s)
-        speed = windowed_bytes_per_s(self._host) / (self._host.corrections.disk * read)
+        if fed is not None:
+            fed = fed.slower(slower.device)
+        tail = Tail(0.0, 0.0, fed, slower.device * heads_s, logits_s, between_s)
+        speed = windowed_bytes_per_s(self._host) / (self._host.corrections.disk * slower.disk)
         piece_bytes = max(Disk().piece_bytes, self._read_bytes // _PIECES)
         disk = Disk(speed, self._plan.window_bytes, piece_bytes)
         found = alternate(layers, tail, self._carried_s(self._rows * spec.hidden), disk)

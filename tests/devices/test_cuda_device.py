@@ -17,7 +17,7 @@ from fakes.cuda_on_host import FREE_BYTES, Event, cuda, runtime
 
 from shoal.devices import cuda_device
 from shoal.devices.cuda_device import OF_FREE_MEMORY, CudaDevice
-from shoal.devices.device import PACKET_BYTES, DeviceWork
+from shoal.devices.device import PACKET_BYTES, DeviceWork, StagedPart
 from shoal.devices.device_home import DeviceHome
 from shoal.devices.errors import DeviceFull, DeviceLost, NoSuchDevice
 from shoal.devices.page_locked import PageLocked
@@ -126,7 +126,7 @@ def test_staged_weights_go_in_packets(monkeypatch: pytest.MonkeyPatch) -> None:
         return copy(there, here, **how)
 
     monkeypatch.setattr(torch.Tensor, "copy_", seen)
-    device.wait(device.stage_in(source, target, [target.memory.ready]))
+    device.wait(device.stage_in([StagedPart(source, target)], [target.memory.ready]))
     assert np.array_equal(target.inside.numpy(), source)
     assert sizes == [PACKET_BYTES, PACKET_BYTES, 10]
     assert not device._copies
@@ -157,7 +157,7 @@ def test_through_page_locked_memory_everything_arrives(monkeypatch: pytest.Monke
         source = generator.standard_normal(size, np.float32)
         there, staged = (device.allocate(source.shape, F32) for _ in range(2))
         came = device.copy_in(source, there, [there.memory.ready])
-        came = device.stage_in(source, staged, [staged.memory.ready, came])
+        came = device.stage_in([StagedPart(source, staged)], [staged.memory.ready, came])
         expected = source.copy()
         device.wait(came)
         source[:] = 7
@@ -195,7 +195,7 @@ def test_who_stages_weights_goes_on_at_once(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(Event, "synchronize", slow)
     source = np.arange(5 * PACKET_BYTES + 10).astype(np.uint8)
     there = device.allocate(source.shape, source.dtype)
-    came = [device.stage_in(source, there, [there.memory.ready]) for _ in range(2)]
+    came = [device.stage_in([StagedPart(source, there)], [there.memory.ready]) for _ in range(2)]
     assert not np.array_equal(there.inside.numpy(), source)
     goes_on.set()
     device.wait(came[1])
@@ -207,7 +207,7 @@ def test_what_goes_wrong_while_weights_are_staged_is_handed_on(monkeypatch: pyte
     source = np.zeros(4 * PACKET_BYTES, np.uint8)
     there = device.allocate(source.shape, source.dtype)
     Event.fails = RuntimeError("CUDA error: the bus is gone")
-    came = device.stage_in(source, there)
+    came = device.stage_in([StagedPart(source, there)])
     for _ in range(2):
         with pytest.raises(DeviceLost, match="the bus is gone"):
             device.wait(came)
@@ -217,7 +217,7 @@ def test_what_goes_wrong_while_weights_are_staged_is_handed_on(monkeypatch: pyte
     monkeypatch.setattr(torch, "from_numpy", lambda array: torch.zeros(3))  # not as long as what it goes to
     for _ in range(2):
         with pytest.raises(RuntimeError, match="size"):
-            again.wait(again.stage_in(source, there))
+            again.wait(again.stage_in([StagedPart(source, there)]))
     assert not again.lost
 
 
@@ -287,14 +287,14 @@ def test_weights_that_are_locked_where_they_lie_are_copied_from_there(
     for source, expected in ((whole, ["there"] * 3), (half, ["host", "ring"] * 2)):
         there = device.allocate(source.shape, source.dtype)
         ways.clear()
-        device.wait(device.stage_in(source, there, [there.memory.ready]))
+        device.wait(device.stage_in([StagedPart(source, there)], [there.memory.ready]))
         assert np.array_equal(there.inside.numpy(), source)
         assert ways == expected
     locked.release()
     assert (device.locked_bytes, len(runtime().held)) == (0, 1)
     ways.clear()
     there = device.allocate(whole.shape, whole.dtype)
-    device.wait(device.stage_in(whole, there, [there.memory.ready]))
+    device.wait(device.stage_in([StagedPart(whole, there)], [there.memory.ready]))
     assert ways == ["host", "ring"] * 3
 
 
@@ -304,7 +304,7 @@ def test_what_was_copied_from_is_not_kept(lost: bool, monkeypatch: pytest.Monkey
     device = pinned(monkeypatch)
     source = np.zeros(2 * PACKET_BYTES, np.uint8)
     there, kept = device.allocate(source.shape, source.dtype), weakref.ref(source)
-    device.stage_in(source, there)
+    device.stage_in([StagedPart(source, there)])
     assert device._copies_begin.begin(lambda: None).event is None
     del source
     assert kept() is not None
@@ -390,12 +390,12 @@ def test_weights_that_come_from_a_disk_are_waited_for_by_another_thread(
         raise StoreError("block 7 cannot be read")
         yield
 
-    ended = device.stage_in(source, there, (), lent())
-    failed = device.stage_in(source, there, (), failing_disk())
+    ended = device.stage_in([StagedPart(source, there)], (), lent())
+    failed = device.stage_in([StagedPart(source, there)], (), failing_disk())
     other = np.full_like(source, 9)
     elsewhere = device.allocate(source.shape, source.dtype)
     elsewhere.inside.fill_(0)
-    again = device.stage_in(other, elsewhere)  # not before those
+    again = device.stage_in([StagedPart(other, elsewhere)])  # not before those
     assert not np.array_equal(elsewhere.inside.numpy(), other)
     here.set()
     device.wait(ended)

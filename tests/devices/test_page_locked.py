@@ -9,6 +9,7 @@ import pytest
 from fakes.on_device import sim
 
 from shoal.devices import page_locked
+from shoal.devices.device import StagedPart
 from shoal.devices.errors import NotPageLocked
 from shoal.devices.page_locked import SYSTEM_PAGE_BYTES, LockedRanges, PageLocked
 from shoal.devices.sim_device import LAUNCH_S, SimDevice
@@ -104,7 +105,7 @@ def test_copies_from_there_have_the_links_speed() -> None:
         source = memory[start * SYSTEM_PAGE_BYTES : (start + 8) * SYSTEM_PAGE_BYTES]
         there = here.allocate(source.shape, np.dtype(np.uint8))
         before_s = here.now_s
-        here.wait(here.stage_in(source, there))
+        here.wait(here.stage_in([StagedPart(source, there)]))
         assert here.now_s - before_s == pytest.approx(8 * SYSTEM_PAGE_BYTES / speed + LAUNCH_S)
 
 

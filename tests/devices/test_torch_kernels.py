@@ -12,6 +12,7 @@ from shoal.devices import torch_kernels
 from shoal.devices.errors import NoSuchDevice
 from shoal.devices.opening import device_home
 from shoal.kernels.band_layout import to_bands
+from shoal.kernels.compute_home import Staged
 from shoal.kernels.homes import cpu
 from shoal.kernels.matrix import Linears, Matrix
 from shoal.kernels.reference import ReferenceHome
@@ -46,7 +47,9 @@ def test_staged_weights_lie_as_on_the_host(kind: WeightType, monkeypatch: pytest
         w = Matrix(kind, to_bands(kind, stored).reshape(-1), rows, cols)
         staging = home.staging(256 + w.nbytes)
         x = home.place(GENERATOR.standard_normal((3, cols), np.float32))
-        kept, staged = home.keep_matrix(w), home.stage(w, staging, 256)
+        kept, coming = home.keep_matrix(w), Staged(w, staging, 256)
+        home.stage([coming])
+        staged = home.staged(coming)
         ours, theirs = (home.fetch(home.linears(x, Linears([it]))[0]) for it in (staged, kept))
         assert np.array_equal(ours, theirs, equal_nan=True)
 

@@ -21,6 +21,7 @@ from shoal.devices.device_home import DeviceHome
 from shoal.devices.triton_kernels import COVERED, TritonKernels, covers
 from shoal.kernels.arrays import Bytes, Floats
 from shoal.kernels.band_layout import to_bands
+from shoal.kernels.compute_home import Staged
 from shoal.kernels.matrix import FeedForward, Linears, Matrix, Routes
 from shoal.kernels.reference import ReferenceHome, decode
 from shoal.kernels.self_test import disagreements
@@ -94,7 +95,9 @@ def test_every_type_by_one_row_and_by_many(kind: WeightType, home: DeviceHome) -
         w, numbers = made(kind, rows, cols)
         assert covers(w)
         staging = home.staging(64 + w.nbytes)
-        there = home.stage(w, staging, 64) if tokens == 2 else home.keep_matrix(w)
+        coming = Staged(w, staging, 64)
+        home.stage([coming])
+        there = home.staged(coming) if tokens == 2 else home.keep_matrix(w)
         x = inputs(tokens, cols)
         ours = home.fetch(home.linears(home.place(x), Linears([there]))[0])
         assert away(ours, x, numbers) < (ONE if tokens == 1 else MANY)

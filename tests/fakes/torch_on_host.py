@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from shoal.devices.device import DeviceArray, DeviceEvent, DeviceMemory
+from shoal.devices.device import DeviceArray, DeviceEvent, DeviceMemory, StagedPart
 from shoal.devices.device_home import DeviceHome
 from shoal.devices.on_device import OnDevice
 from shoal.devices.opening import device_home
@@ -29,19 +29,18 @@ class TorchOnHost(SimDevice):
         return DeviceArray(memory, tensor, array.dtype, array.shape, array.strides)
 
     def copy_in(self, source: Array, target: DeviceArray, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
-        return self._copy("in", source, target.inside.numpy(), after)
+        return self._copy("in", [(source, target.inside.numpy())], after)
 
     def stage_in(
         self,
-        source: Array,
-        target: DeviceArray,
+        parts: Sequence[StagedPart],
         after: Sequence[DeviceEvent] = (),
         lent: AbstractContextManager[object] = HERE,
     ) -> DeviceEvent:
-        return self._copy("stage", source, target.inside.numpy(), after, lent)
+        return self._copy("stage", [(it.source, it.target.inside.numpy()) for it in parts], after, lent)
 
     def copy_out(self, source: DeviceArray, target: Array, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
-        return self._copy("out", source.inside.numpy(), target, after)
+        return self._copy("out", [(source.inside.numpy(), target)], after)
 
 
 def torch_home() -> DeviceHome:

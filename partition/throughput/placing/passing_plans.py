@@ -10,7 +10,6 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from ...hardware_guesses import WINDOW_SHARE
 from ...memory_layout import kv_page_bytes
 from ...placement import (
     DeviceRoom,
@@ -38,6 +37,9 @@ from ...spec import BlockId
 from ...streamed_plan import READING_BYTES, least_memory
 
 READ_AHEAD_BYTES = 32 << 20  # of a window to a device, if there is room: twice what readers have under way
+# Blocks of the largest size that it holds: while one is copied, the next is there, and another one is read. With two a
+# block often waits for the one before it, as it has to lie in one piece, and then the link waits for the disk.
+AHEAD_BLOCKS = 3
 
 
 def plan_passing(
@@ -126,17 +128,18 @@ def _from_disk(
     if isinstance(through, NoRoomThere):
         return through
     passing = [it for it in through.blocks if it.passes]
-    sizes = sorted((it.nbytes for it in passing), reverse=True)
-    ahead = max(sum(sizes[:2]), READ_AHEAD_BYTES)  # so that enough reads are under way
+    largest = max(it.nbytes for it in passing)
+    ahead = ahead_bytes(passing)
     beside = scratch_bytes(wanted) + READING_BYTES + model.vectors
 
     def made(memory_bytes: int) -> Plan | None:
         pages, page_bytes = through.kv.pages, kv_page_bytes(wanted.spec, wanted.kv_type)
         if wanted.kv_tokens is None:
             pages = max(pages, min(pages * wanted.sequences, memory_bytes // kv_share // page_bytes))
-        window = max(sizes[0], min(ahead, memory_bytes // WINDOW_SHARE))
         scratch = beside + arena_slack(memory_bytes)
-        pinned = spread(passing, memory_bytes - scratch - pages * page_bytes - window)
+        room = memory_bytes - scratch - pages * page_bytes
+        window = max(largest, min(ahead, room))  # first: without it, more that stays saves nothing
+        pinned = spread(passing, room - window)
         blocks = tuple(
             it if it.tier == "gpu" or it.block in pinned else replace(it, tier="disk")
             for it in through.blocks
@@ -154,6 +157,12 @@ def _from_disk(
         return plan if plan.peak_bytes <= memory_bytes else None
 
     return made(memory_bytes) or least_memory(made, memory_bytes)
+
+
+def ahead_bytes(passing: Sequence[BlockPlan]) -> int:
+    """Of a window that these pass through, if there is room."""
+    sizes = sorted((it.nbytes for it in passing), reverse=True)
+    return max(sum(sizes[:AHEAD_BLOCKS]), READ_AHEAD_BYTES)
 
 
 def spread(blocks: Sequence[BlockPlan], room_bytes: int) -> frozenset[BlockId]:

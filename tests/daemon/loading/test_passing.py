@@ -83,7 +83,7 @@ def test_answers_are_those_of_the_cpu(
         device, stage_in, copies = sim(), sim().stage_in, count()
 
         def coming(*args: Any) -> Any:
-            if lost and next(copies) == 200:
+            if lost and next(copies) == 40:
                 device.lose("the driver was restarted")
             return stage_in(*args)
 

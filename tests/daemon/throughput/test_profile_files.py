@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.throughput.profile_files import parse_profile, profile_text, read_profile
+from shoal.daemon.throughput.profile_words import device_facts
 from shoal.partition.throughput.profile import AttentionLaw, CacheLaw, Profile, ReadLaw, RowsLaw
 from shoal.partition.throughput.profile_checks import MAX_LAWS
 
@@ -178,6 +179,11 @@ def test_a_measured_profile_comes_back(tmp_path: Path) -> None:
         ),
         ("devices.0.contention", {"compute_keeps": 0}, "devices[0].contention.compute_keeps=0"),
         (
+            "devices.0.accelerators.0.contention",
+            {"device_keeps": 1.5},
+            "devices[0].accelerators[0].contention.device_keeps=1.5",
+        ),
+        (
             "devices.0.products",
             [LAW] * (MAX_LAWS + 1),
             "devices[0].products has 257 laws: must be at most 256",
@@ -261,3 +267,12 @@ def test_any_value_in_any_place_is_a_profile_or_one_line(path: str, value: Any) 
         said = error.message
     assert said.startswith("p.json: ")
     assert "\n" not in said
+
+
+def test_what_copies_leave_of_other_speeds_is_said_if_it_is_known() -> None:
+    assert "beside its copies" not in dict(device_facts(parse(json.dumps(HAND).encode()).head))
+    keeps = {"host_keeps": 0.7, "device_keeps": 0.85, "link_keeps": 0.95}
+    head = parse(changed("devices.0.accelerators.0.contention", keeps)).head
+    name = head.accelerators[0].name
+    said = f"the processor keeps 70%, {name} 85%, and the link 95%"
+    assert dict(device_facts(head))["beside its copies"] == said

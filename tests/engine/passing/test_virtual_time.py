@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import pytest
@@ -100,14 +101,17 @@ def measured(
     moe, norms = spec.moe, {"full": ["norm", "norm"]}.get(spec.qk_norm, [])
     after = ["norm"] if spec.post_norm else []
     blocks = {it.block: it for it in plan.blocks}
-    matrices = {"attn": 4, "ffn": 3, "router": 5 if moe and moe.shared_gated else 1, "expert": 3}
 
     def coming(all: Sequence[BlockId]) -> list[ComingBlock]:
+        """A copy for each block from disk, and one for those of a layer's experts that lie in memory together."""
         its = [blocks[block] for block in all if blocks[block].passes]
-        return [
-            ComingBlock(took.copies("stage", matrices[it.block.kind]), it.nbytes if it.tier == "disk" else 0)
-            for it in its
-        ]
+        found = []
+        for tier, together in groupby(its, lambda it: it.tier):
+            if tier == "ram":
+                found.append(ComingBlock(took.copies("stage")))
+            else:
+                found += [ComingBlock(took.copies("stage"), it.nbytes) for it in together]
+        return found
 
     comes: list[dict[PassingPiece, list[ComingBlock]]] = []
     for layer in range(LAYERS):

@@ -10,11 +10,10 @@ from typing import Any
 from fakes.on_device import ROOMY
 
 from shoal.devices import sim_device
-from shoal.devices.device import DeviceArray, DeviceEvent
+from shoal.devices.device import DeviceEvent, StagedPart
 from shoal.devices.device_home import DeviceHome
 from shoal.devices.sim_device import SimDevice
 from shoal.devices.sim_kernels import SimKernels
-from shoal.kernels.arrays import Array
 from shoal.kernels.compute_home import HERE
 from shoal.kernels.homes import cpu
 from shoal.offload.block_store import BlockStore, Coming
@@ -58,10 +57,10 @@ class ClockedDisk:
 
 
 class _Lent:
-    """A block for its copies; entering it takes no time here."""
+    """A block for its copy; entering it takes no time here."""
 
-    def __init__(self, disk: ClockedDisk, block: BlockId, copies: int) -> None:
-        self.block, self.disk, self.left = block, disk, copies
+    def __init__(self, disk: ClockedDisk, block: BlockId) -> None:
+        self.block, self.disk = block, disk
 
     def __enter__(self) -> None: ...
     def __exit__(self, *_: object) -> None: ...
@@ -77,7 +76,7 @@ class ClockedStore:
         coming = self._store.coming(block)
         if block not in self._disk.on_disk:
             return coming
-        return Coming(coming.weights, _Lent(self._disk, block, len(coming.weights.matrix)))
+        return Coming(coming.weights, _Lent(self._disk, block))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
@@ -87,16 +86,14 @@ class SimBehindDisk(SimDevice):
     """Copies of blocks that a clocked disk lends begin when they have been read."""
 
     def stage_in(
-        self, source: Array, target: DeviceArray, after: Sequence[DeviceEvent] = (), lent: Any = HERE
+        self, parts: Sequence[StagedPart], after: Sequence[DeviceEvent] = (), lent: Any = HERE
     ) -> DeviceEvent:
         if not isinstance(lent, _Lent):
-            return super().stage_in(source, target, after, lent)
+            return super().stage_in(parts, after, lent)
         here = sim_device._Begun("stage", lent.disk.arrival(lent.block))
-        copied = super().stage_in(source, target, (*after, here), lent)
+        copied = super().stage_in(parts, (*after, here), lent)
         assert isinstance(copied, sim_device._Begun)
-        lent.left -= 1
-        if not lent.left:
-            lent.disk.leave(lent.block, copied.end_s)
+        lent.disk.leave(lent.block, copied.end_s)
         return copied
 
 

@@ -28,6 +28,7 @@ from shoal.partition.throughput.profile import (
     Accelerator,
     CacheLaw,
     Contention,
+    CopyContention,
     Corrections,
     Device,
     Overheads,
@@ -142,7 +143,7 @@ def test_what_stays_there_is_not_read() -> None:
 
 def test_a_device_beside_the_disk_is_taken_where_it_is_quicker() -> None:
     for model, there, memory, many, said in (
-        (DENSE, card(host_bytes_per_s=1e9), 160 * MB, False, "on gpu: "),
+        (DENSE, card(host_bytes_per_s=7e8), 160 * MB, False, "on gpu: "),
         (DENSE, card(), 160 * MB, False, "through gpu from disk: "),
         (MIXED, card(), 160 * MB, False, "on gpu: "),
         (DENSE, card(), 400 * MB, True, "through gpu from disk"),
@@ -233,3 +234,38 @@ def test_all_of_them_are_shown_side_by_side() -> None:
         if shown:
             assert found.chosen is not None
             assert found.chosen.name.startswith("on gpu: ")
+
+
+@pytest.mark.parametrize(("longest", "link"), [("link", 1e9), ("device", 2e9)])
+def test_what_copies_and_products_leave_of_each_others_speed_counts(longest: str, link: float) -> None:
+    """For as long as both go on, of what a step waits for; what is hidden may take longer."""
+    rows = 512
+    there = card(host_bytes_per_s=link, flops=1e12)
+    plan = plans(DENSE, there, 400 * MB)["through gpu from disk"]
+    machine = replace(MACHINE, memory_bytes_per_s=1e13, flops=1e15, disk_bytes_per_s=1e11)
+
+    def step_s(**keeps: float) -> float:
+        keeping = replace(there, contention=CopyContention(**keeps))
+        return cost(DENSE, plan, replace(machine, accelerators=(keeping,)), Job(1, 2, rows)).token_s
+
+    alone = cost(DENSE, plan, replace(machine, accelerators=(there,)), Job(1, 2, rows))
+    busy = {"link": alone.parts["link"], "device": alone.parts["compute"]}
+    assert max(busy, key=lambda it: busy[it]) == longest
+    other = min(busy.values()) / alone.token_s
+    assert 0.5 < other < 0.8
+    own, hidden = ("link_keeps", "device_keeps") if longest == "link" else ("device_keeps", "link_keeps")
+    assert step_s() == alone.token_s
+    assert step_s(**{own: 0.7}) / alone.token_s == pytest.approx(1 + 0.3 * other, rel=0.03)
+    assert 1 <= step_s(**{hidden: 0.9}) / alone.token_s < 1.03
+    assert step_s(host_keeps=0.7) == pytest.approx(alone.token_s, rel=0.01)
+
+
+@pytest.mark.parametrize("memory", [180, 250, 300, 400])
+def test_a_disk_as_quick_as_the_link_keeps_it_busy(memory: int) -> None:
+    """Though blocks are of several sizes and each lies in one piece of the window."""
+    there = card(host_bytes_per_s=1e9)
+    plan = plans(DENSE, there, memory * MB)["through gpu from disk"]
+    machine = replace(MACHINE, disk_bytes_per_s=THROUGH_WINDOW * 1e9, accelerators=(there,))
+    found = cost(DENSE, plan, machine, Job(1, 2, 2))
+    assert 0 < found.parts["disk"] < found.parts["link"]
+    assert found.token_s < 1.04 * found.parts["link"]
