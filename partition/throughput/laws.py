@@ -9,8 +9,9 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..memory_layout import KV_FORMATS, PAGE_TOKENS, KvLayout
+from ..memory_layout import KV_FORMATS, PAGE_TOKENS, KvLayout, kv_page_bytes
 from ..spec import ModelSpec
+from .prediction import Job
 from .profile import ANY, AttentionLaw, Device, RowsLaw
 from .weights_of import Product
 
@@ -145,6 +146,24 @@ def _seeing_s(contexts: tuple[int, ...], number_s: tuple[float, ...], context: f
 def kv_token_bytes(spec: ModelSpec, kv_type: str) -> float:
     """K and V of one token in one layer."""
     return spec.kv_heads * KvLayout.of(KV_FORMATS[kv_type], spec.head_dim).head_bytes / PAGE_TOKENS
+
+
+class Touched(NamedTuple):
+    """Seconds in which memory for K and V is used for the first time: until the first token, and in a usual step of
+    an answer."""
+
+    ttft_s: float
+    token_s: float
+
+
+def fresh_pages(device: Device, spec: ModelSpec, kv_type: str, job: Job, share: float) -> Touched:
+    """A pool takes nothing of memory before it is used, so texts pay for the pages that nobody had before them, on the
+    device with this `share` of each: all of it as soon as it is begun, since the system's pages are larger."""
+    kv_bytes = job.fresh * share * kv_page_bytes(spec, kv_type)
+    page_s = job.batch * kv_bytes / device.first_touch_bytes_per_s
+    read = -(-job.prompt_tokens // PAGE_TOKENS)
+    begun = -(-(job.context_tokens - 1) // PAGE_TOKENS) - read  # nobody asks for what follows the last token
+    return Touched(read * page_s, begun * page_s * job.step_tokens / (job.new_tokens - 1) if begun else 0.0)
 
 
 def read_bytes_per_s(device: Device, nbytes: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from foresight import fresh_share
 from harness.cells import (
     Cell,
     Floors,
@@ -17,6 +18,8 @@ from harness.cells import (
     summary,
     verdict,
 )
+
+from shoal.partition.throughput.prediction import Job
 
 CELL = Cell("m.gguf", "keep", 2, 1, 128, 32)
 FORETOLD = Foretold(CELL, "memory", 2.0, 0.1, (8.0, 12.0), 1000, "memory", Floors(40, 2))
@@ -127,3 +130,12 @@ def test_cells_are_summed_up_by_kind() -> None:
         for it in (CELL, CELL._replace(batch=4), CELL._replace(memory=1), CELL._replace(memory=1, ranks=2))
     ]
     assert kinds == ["in memory, 1 stream", "in memory, 4 streams", "streamed", "groups"]
+
+
+def test_later_rounds_find_pages_that_others_had() -> None:
+    """Two texts of two pages each in a pool of nine: the second round of three takes the last one."""
+    job = Job(100, 20, 2)
+    assert fresh_share(16, job, 3) == 1.0
+    assert fresh_share(9, job, 3) == 0.25
+    assert fresh_share(4, job, 1) == 0.0
+    assert fresh_share(8, Job(64, 1, 2), 3) == 1.0

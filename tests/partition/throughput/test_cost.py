@@ -211,7 +211,30 @@ def test_peak_is_that_of_the_job() -> None:
     assert peak_bytes(DENSE, plan, short, 1000) + plan.kv.nbytes // 2 < whole + plan.kv.nbytes
     half = peak_bytes(DENSE, plan, short._replace(new_tokens=16 + page_tokens // 2))
     assert once + page_bytes // 2 < half < once + page_bytes, "all keys of a page, and half of its values"
+    begun = Job(page_tokens // 2, 1)
+    more = peak_bytes(DENSE, plan, begun, 4) - peak_bytes(DENSE, plan, begun)
+    assert 2 * page_bytes < more < 3 * page_bytes, "pages that were only begun are kept as well"
+    assert peak_bytes(DENSE, plan, begun, 1000) < whole - plan.kv.nbytes // 5, "and nothing is in a fourth of them"
     assert cost(DENSE, plan, device(), short).peak_bytes == {"one": once}
+
+
+def test_pages_that_nobody_had_are_paid_for() -> None:
+    """Two texts of 100 tokens begin two pages each, a third with their 29th later token; all as whole pages. Nobody
+    asks for K and V of the last token."""
+    plan, machine = in_ram(DENSE), replace(device(), touch_bytes_per_s=1e9)
+    page_s = plan.kv.nbytes / plan.kv.pages / 1e9
+
+    def more_s(job: Job) -> tuple[float, float]:
+        fresh, used = (cost(DENSE, plan, machine, job._replace(fresh=it)) for it in (1.0, 0.0))
+        assert fresh.prompt_parts["overhead"] - used.prompt_parts["overhead"] == pytest.approx(
+            fresh.ttft_s - used.ttft_s
+        )
+        return fresh.ttft_s - used.ttft_s, fresh.token_s - used.token_s
+
+    assert more_s(Job(100, 29, 2)) == pytest.approx((4 * page_s, 0.0))
+    assert more_s(Job(100, 30, 2)) == pytest.approx((4 * page_s, 2 * page_s / 29))
+    half, none = (cost(DENSE, plan, machine, Job(100, 30, 2, fresh=it)).ttft_s for it in (0.5, 0.0))
+    assert half - none == pytest.approx(2 * page_s)
 
 
 def test_experts_that_several_tokens_wake() -> None:
@@ -347,7 +370,7 @@ def test_the_parts_of_prompts_are_told_apart_from_those_of_a_token() -> None:
 
 def test_further_streams_of_a_step_cost_each_and_in_each_layer() -> None:
     own = Overheads(0.0, 0.0, 0.0, 0.0, stream_s=1e-3, stream_layer_s=1e-4)
-    plan, job = in_ram(DENSE), Job(64, 64, 4)
+    plan, job = in_ram(DENSE), Job(64, 64, 4, fresh=0.0)
     plain, costly = (
         cost(DENSE, plan, replace(device(), overheads=it, contention=ALONE), job) for it in (FREE, own)
     )
