@@ -59,15 +59,15 @@ class Cell(NamedTuple):
 @dataclass
 class Floors:
     """How fast the machine is just now: GB/s of memory on all threads, where as much comes round as in a step of the
-    cell, and of direct reads."""
+    cell, and of direct reads; GFLOP/s of rows multiplied by weights that caches hold (0: not probed)."""
 
     dram_gb_per_s: float
     disk_gb_per_s: float
+    compute_gflops: float = 0.0
 
     def mean(self, other: Floors) -> Floors:
-        return Floors(
-            (self.dram_gb_per_s + other.dram_gb_per_s) / 2, (self.disk_gb_per_s + other.disk_gb_per_s) / 2
-        )
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return Floors(*((one + another) / 2 for one, another in pairs))
 
 
 @dataclass
@@ -96,16 +96,17 @@ class Foretold:
         return abs(one - other) > VOID * max(one, other)
 
     def slower(self, now: Floors, parts: dict[str, float]) -> float:
-        """How many times longer than predicted it takes with these floors. Only reading memory and disk go with
-        floors; computing and fixed costs do not."""
+        """How many times longer than predicted it takes with these floors. Reading memory and disk and computing go
+        with theirs; fixed costs do not."""
         whole = parts or {self.binding: 1.0}
         disk_s = whole.get("disk", 0.0)
         rest = {part: seconds for part, seconds in whole.items() if part != "disk"}
         if disk_s > sum(rest.values()):  # all else hides behind it
             return self.floors.disk_gb_per_s / now.disk_gb_per_s
-        memory = self.floors.dram_gb_per_s / now.dram_gb_per_s
-        bound = "memory" if parts else self.binding
-        return sum(s * (memory if part == bound else 1.0) for part, s in rest.items()) / sum(rest.values())
+        times = {"memory" if parts else self.binding: self.floors.dram_gb_per_s / now.dram_gb_per_s}
+        if parts and now.compute_gflops:
+            times["compute"] = self.floors.compute_gflops / now.compute_gflops
+        return sum(s * times.get(part, 1.0) for part, s in rest.items()) / sum(rest.values())
 
 
 @dataclass

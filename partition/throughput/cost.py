@@ -177,10 +177,12 @@ def _step(
     mixtures: dict[int, Experts] = {}  # by the place of the use that waits for them
     computing, calls_s = NOTHING, 0.0
     last = len(model.spec.layers) - 1
+    added_s = overheads.hidden_s * model.spec.hidden / 2  # of a row, by one block of two
     for layer in range(last + 1):
         kind = model.kind_of(layer)
         attending = pieces.attention(kind)
-        own_s = overheads.layer_with_s(pieces.passing_bytes(kind, rows)) / 2
+        fixed_s = overheads.layer_with_s(pieces.passing_bytes(kind, rows)) / 2
+        own_s = fixed_s + added_s * rows
         uses.append(Use(attending.seconds + own_s, tier[BlockId("attn", layer)]))
         calls_s += own_s
         fed = rows if layer < last else wanted  # of the last layer, only what logits are wanted of is needed
@@ -188,7 +190,7 @@ def _step(
         mixed = pieces.experts(kind, fed)
         if (experts := pieces.on_disk(kind, fed, mixed, attending)) is not None:
             mixtures[len(uses)] = experts
-        own_s += overheads.mixture_s if kind.expert else 0.0
+        own_s = fixed_s + added_s * fed + (overheads.mixture_s if kind.expert else 0.0)
         block = model.spec.ffn_blocks(layer)[0]
         uses.append(Use(feeding.seconds + mixed.seconds + own_s, tier[block]))
         computing += attending + feeding + mixed

@@ -107,21 +107,35 @@ def attention(
     numbers = seen * spec.heads * spec.head_dim
     kv_bytes = min(before + rows, (window or before + rows) + rows) * kv_token_bytes(spec, kv_type)
     memory_s = kv_bytes / device.memory_bytes_per_s
-    laws = sorted((law for law in device.attention if law.kv_type == kv_type), key=lambda law: law.queries)
+    laws = [law for law in device.attention if law.kv_type == kv_type]
     if not laws:
         seconds = max(memory_s, 4 * numbers / (ATTENTION_SHARE * device.flops))
     else:
-        few, many = (
-            rows * spec.heads * spec.head_dim * _row_s(it, rows, seen / rows) for it in (laws[0], laws[-1])
+        dims = sorted({law.head_dim for law in laws})
+        low = max((it for it in dims if it <= spec.head_dim), default=dims[0])
+        high = min((it for it in dims if it >= spec.head_dim), default=dims[-1])
+        few_s, many_s = (
+            _attention_s([law for law in laws if law.head_dim == it], spec, rows, seen) for it in (low, high)
         )
-        # What a head of K and V takes is divided among the queries that share it.
-        part = 1 / laws[0].queries - 1 / laws[-1].queries
-        own = (spec.kv_heads / spec.heads - 1 / laws[-1].queries) / part if part else 0.0
-        # With more queries than were measured, no less than if all of it were of heads of K and V.
-        least = min(1.0, laws[-1].queries * spec.kv_heads / spec.heads) * min(few, many)
+        # A number costs a part of a head's weight of softmax, which is divided among its dimensions.
+        part = (1 / spec.head_dim - 1 / high) / (1 / low - 1 / high) if low < high else 0.0
         # Tables are of K and V that caches hold for the most part.
-        seconds = max(memory_s, many + own * (few - many), least)
+        seconds = max(memory_s, many_s + part * (few_s - many_s))
     return Share(seconds, min(seconds, memory_s))
+
+
+def _attention_s(laws: Sequence[AttentionLaw], spec: ModelSpec, rows: int, seen: float) -> float:
+    """By tables of one size of heads."""
+    laws = sorted(laws, key=lambda law: law.queries)
+    few, many = (
+        rows * spec.heads * spec.head_dim * _row_s(it, rows, seen / rows) for it in (laws[0], laws[-1])
+    )
+    # What a head of K and V takes is divided among the queries that share it.
+    part = 1 / laws[0].queries - 1 / laws[-1].queries
+    own = (spec.kv_heads / spec.heads - 1 / laws[-1].queries) / part if part else 0.0
+    # With more queries than were measured, no less than if all of it were of heads of K and V.
+    least = min(1.0, laws[-1].queries * spec.kv_heads / spec.heads) * min(few, many)
+    return max(many + own * (few - many), least)
 
 
 def _row_s(law: AttentionLaw, rows: int, context: float) -> float:

@@ -45,6 +45,10 @@ def test_only_what_reads_goes_with_the_floors() -> None:
     there = verdict(found, measured(0.15, 20, 20))
     assert there.token == pytest.approx(0)
     assert there.ttft == pytest.approx(0)
+    slower = replace(measured(0.15, 20, 20), before=Floors(20, 2, 50), after=Floors(20, 2, 50))
+    found = replace(found, floors=Floors(40, 2, 100))
+    assert verdict(found, slower).token == pytest.approx(-0.25)
+    assert verdict(found, slower).ttft == pytest.approx(-0.5)
     streamed = replace(found, binding="disk", parts={"disk": 0.1, "memory": 0.05})
     assert verdict(streamed, measured(0.1, 20, 20)).token == pytest.approx(0)
 

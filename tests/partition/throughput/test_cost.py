@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.partition.plan import Plan, plan_in_ram
-from shoal.partition.spec import MoeSpec
+from shoal.partition.spec import MoeSpec, RopeSpec
 from shoal.partition.streamed_plan import plan_streamed
 from shoal.partition.throughput.cost import cost
 from shoal.partition.throughput.laws import attention, distinct_experts, product
@@ -214,8 +214,35 @@ def test_peak_is_that_of_the_job() -> None:
     begun = Job(page_tokens // 2, 1)
     more = peak_bytes(DENSE, plan, begun, 4) - peak_bytes(DENSE, plan, begun)
     assert 2 * page_bytes < more < 3 * page_bytes, "pages that were only begun are kept as well"
-    assert peak_bytes(DENSE, plan, begun, 1000) < whole - plan.kv.nbytes // 5, "and nothing is in a fourth of them"
+    assert peak_bytes(DENSE, plan, begun, 1000) < whole - plan.kv.nbytes // 5, (
+        "and nothing is in a fourth of them"
+    )
     assert cost(DENSE, plan, device(), short).peak_bytes == {"one": once}
+
+
+def test_what_blocks_give_is_added_to_every_number_of_a_hidden_state() -> None:
+    """In two halves: of the last layer only the row whose logits are wanted is fed."""
+    plan, job = in_ram(DENSE), Job(64, 2)
+    own = replace(FREE, hidden_s=1e-7)
+    plain, costly = (cost(DENSE, plan, replace(device(), overheads=it), job) for it in (FREE, own))
+    hidden, layers = DENSE.spec.hidden, len(DENSE.spec.layers)
+    assert costly.token_s - plain.token_s == pytest.approx(layers * hidden * 1e-7)
+    assert costly.ttft_s - plain.ttft_s == pytest.approx(((layers - 0.5) * 64 + 0.5) * hidden * 1e-7)
+
+
+def test_a_weight_of_softmax_is_divided_among_the_dimensions_of_a_head() -> None:
+    """With 64 dimensions a number costs 1.5 times as much as with 128: half as much again for the weight of each."""
+    narrow, wide = (
+        AttentionLaw("f16", (100,), (it,), (it,), 4, dim) for it, dim in ((3e-9, 64), (2e-9, 128))
+    )
+    machine = device(memory_bytes_per_s=1e15, attention=(narrow, wide))
+
+    def number_s(dim: int) -> float:
+        its = replace(DENSE.spec, heads=16, kv_heads=4, head_dim=dim, ropes=(RopeSpec(dim, 1e4),))
+        return attention(machine, its, "f16", 1, 999, None).seconds / (1000 * 16 * dim)
+
+    assert [number_s(dim) for dim in (64, 96, 128)] == pytest.approx([3e-9, 1e-9 + 128e-9 / 96, 2e-9])
+    assert (number_s(32), number_s(256)) == pytest.approx((3e-9, 2e-9)), "beyond, nothing is made up"
 
 
 def test_pages_that_nobody_had_are_paid_for() -> None:
