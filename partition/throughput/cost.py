@@ -20,7 +20,7 @@ from .prediction import Binding, Job, Prediction, uncertainty
 from .profile import Device
 from .schedule import Experts, Use, contended
 from .step_pieces import Pieces
-from .weights_of import Weighed
+from .weights_of import Weighed, queried
 from .with_device import device_step
 
 _CACHES = 0.6, 1.6  # times as much is kept by a cache that others share, within minutes
@@ -178,11 +178,12 @@ def _step(
     computing, calls_s = NOTHING, 0.0
     last = len(model.spec.layers) - 1
     added_s = overheads.hidden_s * model.spec.hidden / 2  # of a row, by one block of two
+    normed_s = overheads.hidden_s * queried(model.spec) / 2 if model.spec.qk_norm == "full" else 0.0
     for layer in range(last + 1):
         kind = model.kind_of(layer)
         attending = pieces.attention(kind)
         fixed_s = overheads.layer_with_s(pieces.passing_bytes(kind, rows)) / 2
-        own_s = fixed_s + added_s * rows
+        own_s = fixed_s + (added_s + normed_s) * rows
         uses.append(Use(attending.seconds + own_s, tier[BlockId("attn", layer)]))
         calls_s += own_s
         fed = rows if layer < last else wanted  # of the last layer, only what logits are wanted of is needed
@@ -190,7 +191,9 @@ def _step(
         mixed = pieces.experts(kind, fed)
         if (experts := pieces.on_disk(kind, fed, mixed, attending)) is not None:
             mixtures[len(uses)] = experts
-        own_s = fixed_s + added_s * fed + (overheads.mixture_s if kind.expert else 0.0)
+        own_s = fixed_s + added_s * fed
+        if kind.expert:  # its rows are normalised apart, and its sum begins with zeros
+            own_s += overheads.mixture_s + 2 * added_s * fed
         block = model.spec.ffn_blocks(layer)[0]
         uses.append(Use(feeding.seconds + mixed.seconds + own_s, tier[block]))
         computing += attending + feeding + mixed

@@ -221,13 +221,21 @@ def test_peak_is_that_of_the_job() -> None:
 
 
 def test_what_blocks_give_is_added_to_every_number_of_a_hidden_state() -> None:
-    """In two halves: of the last layer only the row whose logits are wanted is fed."""
-    plan, job = in_ram(DENSE), Job(64, 2)
-    own = replace(FREE, hidden_s=1e-7)
-    plain, costly = (cost(DENSE, plan, replace(device(), overheads=it), job) for it in (FREE, own))
+    """In two halves: of the last layer only the row whose logits are wanted is fed. A norm over whole queries and keys,
+    and that of a mixture and the zeros it begins with, pass through as many numbers again."""
+    job, own = Job(64, 2), replace(FREE, hidden_s=1e-7)
     hidden, layers = DENSE.spec.hidden, len(DENSE.spec.layers)
-    assert costly.token_s - plain.token_s == pytest.approx(layers * hidden * 1e-7)
-    assert costly.ttft_s - plain.ttft_s == pytest.approx(((layers - 0.5) * 64 + 0.5) * hidden * 1e-7)
+
+    def more(model: Weighed) -> tuple[float, float]:
+        plan = in_ram(model)
+        plain, costly = (cost(model, plan, replace(device(), overheads=it), job) for it in (FREE, own))
+        return (costly.token_s - plain.token_s) / 1e-7, (costly.ttft_s - plain.ttft_s) / 1e-7
+
+    assert more(DENSE) == pytest.approx((layers * hidden, ((layers - 0.5) * 64 + 0.5) * hidden))
+    assert more(MIXED)[0] == pytest.approx(2 * layers * hidden)
+    normed = replace(DENSE.spec, qk_norm="full")
+    asked = (normed.heads + normed.kv_heads) * normed.head_dim
+    assert more(replace(DENSE, spec=normed))[0] == pytest.approx(layers * (hidden + asked / 2))
 
 
 def test_a_weight_of_softmax_is_divided_among_the_dimensions_of_a_head() -> None:
