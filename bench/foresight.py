@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -219,9 +220,24 @@ def measured(models: Path, foretold: Foretold) -> Measured:
     probed = read_from(file, cell.quant if foretold.plan == "stream" else "")
     threads = cell.threads * cell.ranks
     before = floors(threads, probed, foretold.round_bytes)
+    began_s, known = time.monotonic(), processor_s()
     took = (in_group if cell.ranks > 1 else alone)(file, foretold)
+    # What was started for the cell has ended.
+    others_s = sum(max(0.0, used_s - known.get(pid, 0.0)) for pid, used_s in processor_s().items())
+    others = others_s / (time.monotonic() - began_s)
     after = floors(threads, probed, foretold.round_bytes)
-    return Measured(cell, took.ttft_s, took.token_s, took.peak_bytes, before, after, took.apart)
+    return Measured(cell, took.ttft_s, took.token_s, took.peak_bytes, before, after, took.apart, others)
+
+
+def processor_s() -> dict[int, float]:
+    """By process, what it has taken of processors; not this one."""
+    found = {}
+    for place in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            fields = place.read_text().rpartition(")")[2].split()  # a name may have blanks
+            found[int(place.parent.name)] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    found.pop(os.getpid(), None)
+    return found
 
 
 def read_from(path: Path, quant: str) -> Path:

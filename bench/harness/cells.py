@@ -12,6 +12,7 @@ from statistics import median
 from typing import Literal, NamedTuple
 
 VOID = 0.10  # what floors before and after say may differ by so much
+OTHERS = 0.10  # of a processor, that other programs may take while a group is measured
 WANTED = {
     "median": 0.06,
     "90th percentile": 0.15,
@@ -91,7 +92,10 @@ class Foretold:
 
     def void(self, measured: Measured) -> bool:
         """Whether the machine changed meanwhile by more than `VOID` in what this cell goes with, so that it says
-        nothing."""
+        nothing. Ranks wait for each other some hundred times a token: another program, of whatever priority, that has a
+        processor when a message comes makes all of them wait, which no floor tells."""
+        if measured.cell.ranks > 1 and measured.others > OTHERS:
+            return True
         one, other = (self.slower(it, self.parts) for it in (measured.before, measured.after))
         return abs(one - other) > VOID * max(one, other)
 
@@ -111,7 +115,8 @@ class Foretold:
 
 @dataclass
 class Measured:
-    """What came of it. `apart`: half of the range of its rounds, as a share of their middle: of a token."""
+    """What came of it. `apart`: half of the range of its rounds, as a share of their middle: of a token. `others`:
+    processors that other programs took meanwhile, on average."""
 
     cell: Cell
     ttft_s: float
@@ -120,6 +125,7 @@ class Measured:
     before: Floors
     after: Floors
     apart: float = 0.0
+    others: float = 0.0
 
     @property
     def floors(self) -> Floors:

@@ -61,6 +61,15 @@ def test_a_machine_that_changes_makes_a_cell_void() -> None:
     assert not replace(FORETOLD, parts={"compute": 0.1, "memory": 0.01}).void(measured(0.1, 40, 30))
 
 
+def test_a_group_beside_which_others_compute_is_void() -> None:
+    quiet = measured(0.1, 40, 40)
+    busy = replace(quiet, others=0.5)
+    group = CELL._replace(ranks=2)
+    assert not FORETOLD.void(busy)
+    assert replace(FORETOLD, cell=group).void(replace(busy, cell=group))
+    assert not replace(FORETOLD, cell=group).void(replace(quiet, cell=group))
+
+
 def test_what_counts() -> None:
     verdicts = [verdict(FORETOLD, measured(0.1 * factor, 40, 40)) for factor in (0.9, 1.0, 1.1, 1.5)]
     verdicts.append(verdict(FORETOLD, measured(9.0, 40, 10)))
