@@ -31,6 +31,7 @@ from shoal.comm.home import Home
 from shoal.comm.messages import Done, Token
 
 PORT = 27447
+CLOSING_S = 30.0
 
 
 class Machine:
@@ -64,8 +65,14 @@ class Machine:
         self.shoal("cluster", "join", made["code"], "--address", made["address"], *lent)
 
     def close(self) -> None:
+        """Ends the daemon, and waits until it has: while it writes K and V down and gives memory back, nothing else can
+        be measured."""
         with suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGTERM)
+            ends_s = time.monotonic() + CLOSING_S
+            while time.monotonic() < ends_s:
+                time.sleep(0.05)
+                os.kill(self.pid, 0)
 
 
 def _schedule_as_us(pid: int) -> None:

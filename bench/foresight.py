@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -49,6 +50,7 @@ from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.packs import Packs
 from shoal.daemon.loading.planning import make_plan
 from shoal.daemon.throughput.model_sizes import described, weighed
+from shoal.partition.memory_layout import PAGE_TOKENS
 from shoal.partition.plan import Misfit
 from shoal.partition.throughput.cost import cost, round_bytes
 from shoal.partition.throughput.peak import PROCESS_BYTES, peak_bytes
@@ -99,13 +101,20 @@ def _job(cell: Cell) -> Job:
     return Job(cell.prompt_tokens, cell.new_tokens, cell.batch, distinct=INDEPENDENT)
 
 
+def fresh_share(pages: int, job: Job, rounds: int) -> float:
+    """`Job.fresh` in the median of so many rounds after one to warm up, each with other texts, which take the pages of
+    a pool that nobody had, as long as there are any."""
+    each = job.batch * -(-(job.context_tokens - 1) // PAGE_TOKENS)
+    return median(min(1.0, max(0, pages - number * each) / each) for number in range(1, 1 + rounds))
+
+
 class Way(NamedTuple):
-    """A plan: its name, what is predicted of it, bytes that come round in its steps, and those that the process has at
-    most if the job is done so many times besides warming up (0: not looked at)."""
+    """A plan: its name, bytes that come round in its steps, and, if the job is done so many times besides warming up,
+    what is predicted of it and the bytes that the process has at most (0: not looked at)."""
 
     name: str
-    prediction: Prediction
     round_bytes: float
+    prediction: Callable[[int], Prediction]
     peak_bytes: Callable[[int], int] = lambda rounds: 0
 
 
@@ -125,10 +134,14 @@ def alone_foretold(cell: Cell, path: Path, profile: Profile) -> Way | None:
     if isinstance(plan, Misfit):
         return None
     plan = replace(plan, narrow_inputs=True)  # as of a machine that is in no cluster
-    found = cost(model, plan, profile.head, job)
     whole = round_bytes(model, plan, job.batch * job.context_tokens)
+
+    def found(rounds: int) -> Prediction:
+        fresh = fresh_share(plan.kv.pages, job, rounds)
+        return cost(model, plan, profile.head, job._replace(fresh=fresh))
+
     name = "stream" if plan.streams else "memory"
-    return Way(name, found, whole, lambda rounds: peak_bytes(model, plan, job, 1 + rounds))
+    return Way(name, whole, found, lambda rounds: peak_bytes(model, plan, job, 1 + rounds))
 
 
 def group_foretold(cell: Cell, path: Path, profile: Profile) -> Way | None:
@@ -139,7 +152,10 @@ def group_foretold(cell: Cell, path: Path, profile: Profile) -> Way | None:
     usual = NodeConfig()
     wanted = asks(job, None, usual.chunk_tokens, usual.max_sequences, 0)
     found = solve([model], wanted, profile, job, Choices("f16", cell.threads, cell.ranks))
-    return Way(found.chosen.name, found.chosen.prediction, model.weights_bytes) if found.chosen else None
+    if found.chosen is None:
+        return None
+    chosen = found.chosen
+    return Way(chosen.name, model.weights_bytes, lambda rounds: chosen.prediction)
 
 
 def foretell(models: Path, threads: int) -> list[Foretold]:
@@ -161,7 +177,8 @@ def foretell(models: Path, threads: int) -> list[Foretold]:
             continue
         if made is None:
             continue
-        name, row, whole, peak_bytes = made
+        name, whole, predicted, peak_bytes = made
+        row = predicted(1)
         once_s = row.ttft_s + cell.new_tokens * row.token_s
         before_s = (GROUP_FIXED_S if cell.ranks > 1 else FIXED_S) + path.stat().st_size / LOAD_BYTES_PER_S
         rounds = next((it for it in ROUNDS if before_s + (1 + it) * once_s < CELL_S), 0)
@@ -170,7 +187,7 @@ def foretell(models: Path, threads: int) -> list[Foretold]:
         if name == "stream" or cell.quant != "keep":
             packing = shoal("pack", "--quant", cell.quant, str(path))
             subprocess.run(packing, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        size = nearest_round(whole)
+        row, size = predicted(rounds), nearest_round(whole)
         floor = known[threads if cell.ranks > 1 else cell.threads].floors[size]
         found.append(
             Foretold(
@@ -203,9 +220,24 @@ def measured(models: Path, foretold: Foretold) -> Measured:
     probed = read_from(file, cell.quant if foretold.plan == "stream" else "")
     threads = cell.threads * cell.ranks
     before = floors(threads, probed, foretold.round_bytes)
+    began_s, known = time.monotonic(), processor_s()
     took = (in_group if cell.ranks > 1 else alone)(file, foretold)
+    # What was started for the cell has ended.
+    others_s = sum(max(0.0, used_s - known.get(pid, 0.0)) for pid, used_s in processor_s().items())
+    others = others_s / (time.monotonic() - began_s)
     after = floors(threads, probed, foretold.round_bytes)
-    return Measured(cell, took.ttft_s, took.token_s, took.peak_bytes, before, after, took.apart)
+    return Measured(cell, took.ttft_s, took.token_s, took.peak_bytes, before, after, took.apart, others)
+
+
+def processor_s() -> dict[int, float]:
+    """By process, what it has taken of processors; not this one."""
+    found = {}
+    for place in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            fields = place.read_text().rpartition(")")[2].split()  # a name may have blanks
+            found[int(place.parent.name)] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    found.pop(os.getpid(), None)
+    return found
 
 
 def read_from(path: Path, quant: str) -> Path:

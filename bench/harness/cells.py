@@ -12,6 +12,7 @@ from statistics import median
 from typing import Literal, NamedTuple
 
 VOID = 0.10  # what floors before and after say may differ by so much
+OTHERS = 0.10  # of a processor, that other programs may take while a group is measured
 WANTED = {
     "median": 0.06,
     "90th percentile": 0.15,
@@ -59,15 +60,15 @@ class Cell(NamedTuple):
 @dataclass
 class Floors:
     """How fast the machine is just now: GB/s of memory on all threads, where as much comes round as in a step of the
-    cell, and of direct reads."""
+    cell, and of direct reads; GFLOP/s of rows multiplied by weights that caches hold (0: not probed)."""
 
     dram_gb_per_s: float
     disk_gb_per_s: float
+    compute_gflops: float = 0.0
 
     def mean(self, other: Floors) -> Floors:
-        return Floors(
-            (self.dram_gb_per_s + other.dram_gb_per_s) / 2, (self.disk_gb_per_s + other.disk_gb_per_s) / 2
-        )
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return Floors(*((one + another) / 2 for one, another in pairs))
 
 
 @dataclass
@@ -91,26 +92,31 @@ class Foretold:
 
     def void(self, measured: Measured) -> bool:
         """Whether the machine changed meanwhile by more than `VOID` in what this cell goes with, so that it says
-        nothing."""
+        nothing. Ranks wait for each other some hundred times a token: another program, of whatever priority, that has a
+        processor when a message comes makes all of them wait, which no floor tells."""
+        if measured.cell.ranks > 1 and measured.others > OTHERS:
+            return True
         one, other = (self.slower(it, self.parts) for it in (measured.before, measured.after))
         return abs(one - other) > VOID * max(one, other)
 
     def slower(self, now: Floors, parts: dict[str, float]) -> float:
-        """How many times longer than predicted it takes with these floors. Only reading memory and disk go with
-        floors; computing and fixed costs do not."""
+        """How many times longer than predicted it takes with these floors. Reading memory and disk and computing go
+        with theirs; fixed costs do not."""
         whole = parts or {self.binding: 1.0}
         disk_s = whole.get("disk", 0.0)
         rest = {part: seconds for part, seconds in whole.items() if part != "disk"}
         if disk_s > sum(rest.values()):  # all else hides behind it
             return self.floors.disk_gb_per_s / now.disk_gb_per_s
-        memory = self.floors.dram_gb_per_s / now.dram_gb_per_s
-        bound = "memory" if parts else self.binding
-        return sum(s * (memory if part == bound else 1.0) for part, s in rest.items()) / sum(rest.values())
+        times = {"memory" if parts else self.binding: self.floors.dram_gb_per_s / now.dram_gb_per_s}
+        if parts and now.compute_gflops:
+            times["compute"] = self.floors.compute_gflops / now.compute_gflops
+        return sum(s * times.get(part, 1.0) for part, s in rest.items()) / sum(rest.values())
 
 
 @dataclass
 class Measured:
-    """What came of it. `apart`: half of the range of its rounds, as a share of their middle: of a token."""
+    """What came of it. `apart`: half of the range of its rounds, as a share of their middle: of a token. `others`:
+    processors that other programs took meanwhile, on average."""
 
     cell: Cell
     ttft_s: float
@@ -119,6 +125,7 @@ class Measured:
     before: Floors
     after: Floors
     apart: float = 0.0
+    others: float = 0.0
 
     @property
     def floors(self) -> Floors:

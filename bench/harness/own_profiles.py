@@ -32,13 +32,15 @@ PORT = 27651
 KIND = next(kind for kind in WEIGHT_TYPES if kind.name == "Q8_0")  # which no kernel computes with for longer
 COLUMNS, MATRIX_BYTES = 4096, 8 << 20
 LEAST_READ_BYTES, PROBES = 384 << 20, 5
+COMPUTED_ROWS, COMPUTED = 64, 60  # rows, and products: a third of a second
 SAMPLE_BYTES = 512 << 20  # of a file
 ROUND_BYTES = tuple(it << 20 for it in (64, 96, 128, 192, 256, 384, 512, 1024))  # with which memory is probed
 
 
 def floors(threads: int, file: Path, round_bytes: int) -> Floors:
-    """Of memory and of the disk, now."""
-    return Floors(weights_gb_per_s(threads, round_bytes), disk.read_gb_per_s(file, sample_bytes=SAMPLE_BYTES))
+    """Of memory, of the disk and of computing, now."""
+    memory = weights_gb_per_s(threads, round_bytes)
+    return Floors(memory, disk.read_gb_per_s(file, sample_bytes=SAMPLE_BYTES), compute_gflops(threads))
 
 
 def weights_gb_per_s(threads: int, nbytes: int) -> float:
@@ -61,6 +63,22 @@ def weights_gb_per_s(threads: int, nbytes: int) -> float:
         read_bytes = sum(each[number].matrices[0].nbytes for number in numbers)
         took.append(read_bytes / (time.perf_counter() - began_s) / 1e9)
     return median(took[1:])
+
+
+def compute_gflops(threads: int) -> float:
+    """GFLOP/s of many rows multiplied by weights of one type, which caches hold; the median of some rounds. The
+    processor's cores are two halves of one each, of which somebody else may have the other, and change their clock:
+    the same product took 1.3 times as long within minutes."""
+    kernels.set_threads(threads)
+    home = kernels.home_of("cpu")
+    x = home.place(np.ones((COMPUTED_ROWS, COLUMNS), np.float32))
+    one = _weights()[0]
+    took = []
+    for _ in range(1 + COMPUTED):
+        began_s = time.perf_counter()
+        home.linears(x, one)
+        took.append(time.perf_counter() - began_s)
+    return 2 * COMPUTED_ROWS * one.matrices[0].rows * COLUMNS / median(took[1:]) / 1e9
 
 
 @functools.cache
@@ -92,8 +110,8 @@ def profile_of(threads: int, usual: int, file: Path) -> Known:
     kept = home.profile if threads == usual else home.profile.with_name(f"profile-{threads}.json")
 
     def probed() -> dict[int, Floors]:
-        read = disk.read_gb_per_s(file, sample_bytes=SAMPLE_BYTES)
-        return {it: Floors(weights_gb_per_s(threads, it), read) for it in ROUND_BYTES}
+        read, computed = disk.read_gb_per_s(file, sample_bytes=SAMPLE_BYTES), compute_gflops(threads)
+        return {it: Floors(weights_gb_per_s(threads, it), read, computed) for it in ROUND_BYTES}
 
     before = probed()
     found = machine_profile(threads, file.parent, kept, anew=True)  # with the disk as this file lies on it

@@ -52,6 +52,7 @@ TURNS = 6  # … so many turns, of which the first token finds the caches as oth
 DEVICE_TOKENS = 12  # of one that a device computes
 VOCAB = 1 << 17
 LOGIT_ROWS = 16
+ADDED_ROWS, ADDED = 64, 32  # rows of hidden states, and how many of these
 # Of a layer. The last also with experts and with streams.
 SWEPT_BYTES = (2 << 20, 4 << 20, 8 << 20, 32 << 20, 16 << 20)
 SWEPT_MEMORY_BYTES = 64 << 20
@@ -96,6 +97,7 @@ def overheads(done: Callable[[str], None]) -> Overheads:
         logit_s=_sampling_s() / VOCAB,
         stream_s=max(0.0, stream_few / (STREAMS - 1) - FEW * stream_layer_s),
         stream_layer_s=stream_layer_s,
+        hidden_s=2 * _added_s() / (ADDED_ROWS * _SWEPT_COLS),
         swept=SweptLaw(sizes, tuple(max(0.0, layers[nbytes] - warm_s) for nbytes in sizes)),
     )
 
@@ -242,6 +244,15 @@ def _weights(spec: ModelSpec, block: BlockId, home: ComputeHome) -> Weights:
             vectors[role] = values
     made = Weights(matrices, vectors)
     return made if block.kind == "embed" or home is kernels.home_of(CPU) else made.within(home)
+
+
+def _added_s() -> float:
+    """Of what a block gives for many rows, that is added to their hidden states. Both come from memory or from a far
+    cache, as kernels have computed since."""
+    home = kernels.home_of(CPU)
+    arrays = [home.place(np.ones((ADDED_ROWS, _SWEPT_COLS), np.float32)) for _ in range(ADDED)]
+    pairs = zip(arrays[::2], arrays[1::2], strict=True)
+    return usual_s(cycle([partial(home.add, *pair) for pair in pairs]))
 
 
 def _sampling_s() -> float:

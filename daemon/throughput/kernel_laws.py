@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -51,7 +51,7 @@ CALLS = 1  # at least, of each point in a round
 CELL_S = 0.008  # for which it is called again
 _SMALL_CALLS, _SWEPT_BYTES = 48, 16 << 20  # small ones, behind so many bytes of weights at most
 
-KV_HEADS, HEAD_DIM = 4, 128
+KV_HEADS, HEAD_DIMS = 4, (64, 128)
 QUERIES = (1, 4)  # of each head of K and V
 CONTEXTS = (64, 512, 2048)
 CHUNK_ROWS = 64
@@ -288,8 +288,8 @@ def attention_laws(
 ) -> Iterator[AttentionLaw]:
     """For each type of K and V, decodes and chunks of prompts by what they see. What a call takes for a text that has
     just begun is no number's: a layer costs it anyhow."""
-    for kv_type in kv_types:
-        layout = kv_layout(kv_type, HEAD_DIM)
+    for kv_type, dim in product(kv_types, HEAD_DIMS):
+        layout = kv_layout(kv_type, dim)
         pages = (CONTEXTS[-1] + CHUNK_ROWS) // PAGE_TOKENS + 1
         memory = Arena().take(KV_COPIES * pages * KV_HEADS * layout.head_bytes)
         memory[:] = 0  # every page has to be there
@@ -305,20 +305,20 @@ def attention_laws(
                     done(f"attention, {kv_type}")
                     seconds = median(_attention_s(home, kv, own, rows, context) for _ in range(ROUNDS))
                     seen = rows * max(context, (rows + 1) / 2)
-                    points[-1].append(max(0.05 * seconds, seconds - call_s) / (seen * heads * HEAD_DIM))
+                    points[-1].append(max(0.05 * seconds, seconds - call_s) / (seen * heads * dim))
             decode_s, prompt_s = map(tuple, points)
-            yield AttentionLaw(kv_type, CONTEXTS, decode_s, prompt_s, queries)
+            yield AttentionLaw(kv_type, CONTEXTS, decode_s, prompt_s, queries, dim)
 
 
 def _attention_s(home: ComputeHome, kv: KvPages, own: Sequence[range], rows: int, context: int) -> float:
     """Of a call; rows see `context` tokens on average."""
     start = max(0, context - (rows + 1) // 2)
+    dim = kv.layout.head_dim
     q, k, v = (
-        home.place(np.full((rows, heads * HEAD_DIM), 0.1, np.float32))
-        for heads in (kv.heads, KV_HEADS, KV_HEADS)
+        home.place(np.full((rows, heads * dim), 0.1, np.float32)) for heads in (kv.heads, KV_HEADS, KV_HEADS)
     )
-    angles = np.zeros((rows, HEAD_DIM // 2), np.float32)
-    scoring = Scoring(Rotation(HEAD_DIM, False, angles + 1, angles), HEAD_DIM**-0.5)
+    angles = np.zeros((rows, dim // 2), np.float32)
+    scoring = Scoring(Rotation(dim, False, angles + 1, angles), dim**-0.5)
 
     def calls() -> Iterator[Callable[[], object]]:
         while True:

@@ -93,7 +93,7 @@ def attention_table(device: Device) -> tuple[list[str], list[list[str]]]:
             known = dict(zip(law.context, values, strict=True))
             table.append(
                 [
-                    f"KV {law.kv_type}, one head for {law.queries}",
+                    f"KV {law.kv_type}, one head of {law.head_dim} for {law.queries}",
                     name,
                     *(f"{1 / known[it] / _NS:.3g}" if it in known else "" for it in contexts),
                 ]

@@ -36,6 +36,7 @@ from .fixed_costs import overheads, turns
 from .kept_profile import Kept, profile_key, read_kept, write_kept
 from .kernel_laws import (
     CONTEXTS,
+    HEAD_DIMS,
     NARROW_ROWS,
     QUERIES,
     ROUNDS,
@@ -96,7 +97,8 @@ def measure(threads: int, place: Path, progress: Progress = no_progress) -> Prof
     began_s = time.monotonic()
     narrow = sum(len(narrow_sizes(kind)) for kind in WEIGHT_TYPES)
     tables = len(WEIGHT_TYPES) * len(SIZES) * len(ROWS) + narrow * len(NARROW_ROWS)
-    steps = (ROUNDS + 1) * tables + 2 * len(QUERIES) * len(KV_FORMATS) * len(CONTEXTS)
+    attended = len(HEAD_DIMS) * len(QUERIES) * len(KV_FORMATS) * len(CONTEXTS)
+    steps = (ROUNDS + 1) * tables + 2 * attended
     steps += turns() + ROUNDS * (len(READS) + 1 + len(PARTS)) + 1
     at = 0
 

@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 from ..plan import Plan
 from ..spec import BlockId
-from .laws import DISTINCT_SHARE, NOTHING, Rows, kv_token_bytes, products
-from .peak import peak_bytes
+from .laws import DISTINCT_SHARE, NOTHING, Rows, fresh_pages, kv_token_bytes, products
+from .peak import host_kv_share, peak_bytes
 from .prediction import Binding, Job, Prediction, uncertainty
 from .profile import Device
 from .schedule import Experts, Use, contended
 from .step_pieces import Pieces
-from .weights_of import Weighed
+from .weights_of import Weighed, queried
 from .with_device import device_step
 
 _CACHES = 0.6, 1.6  # times as much is kept by a cache that others share, within minutes
@@ -41,6 +41,10 @@ class _Step(NamedTuple):
     stall_s: float
     parts: dict[Binding, float]
 
+    def after(self, seconds: float) -> _Step:
+        """With so many seconds besides."""
+        return _Step(self.seconds + seconds, self.stall_s, _and_overhead(self.parts, seconds))
+
 
 def cost(model: Weighed, plan: Plan, device: Device, job: Job) -> Prediction:
     """What `plan` does with `job` on a device, whose laws are for the plan's threads."""
@@ -54,7 +58,9 @@ def cost(model: Weighed, plan: Plan, device: Device, job: Job) -> Prediction:
         other_s = _decode(model, plan, other, job, job.distinct).seconds
         slow, fast = max(slow, other_s), min(fast, other_s)
     prompt = list(_prompt(model, plan, device, job))
-    ttft_s = sum(count * step.seconds for count, step in prompt)
+    touch = fresh_pages(device, model.spec, plan.kv.dtype, job, host_kv_share(plan))
+    decode, slow, fast = decode.after(touch.token_s), slow + touch.token_s, fast + touch.token_s
+    ttft_s = sum(count * step.seconds for count, step in prompt) + touch.ttft_s
     shown = decode if job.new_tokens > 1 else prompt[-1][1]
     off = 1 + uncertainty(shown.parts, device.measured, device.repeats.by_part)
     tokens = job.batch * job.step_tokens
@@ -68,7 +74,7 @@ def cost(model: Weighed, plan: Plan, device: Device, job: Job) -> Prediction:
         stall_share=decode.stall_s / decode.seconds,
         binding=_binding(shown),
         parts=shown.parts,
-        prompt_parts=_together(prompt),
+        prompt_parts=_and_overhead(_together(prompt), touch.ttft_s),
         load_s=load_s,
         pack_s=pack_s,
     )
@@ -100,6 +106,10 @@ def batch_tokens_per_s(model: Weighed, plan: Plan, device: Device, job: Job) -> 
     segments = [Rows(streams, 1, prompt + new / 2), Rows(begins, part, (prompt - part) / 2)]
     step = _step(model, plan, device.on(plan.threads), segments, streams + begins, job.distinct)
     return streams / step.seconds
+
+
+def _and_overhead(parts: Mapping[Binding, float], seconds: float) -> dict[Binding, float]:
+    return {part: its + (seconds if part == "overhead" else 0.0) for part, its in parts.items()}
 
 
 def _together(steps: Sequence[tuple[float, _Step]]) -> dict[Binding, float]:
@@ -167,10 +177,13 @@ def _step(
     mixtures: dict[int, Experts] = {}  # by the place of the use that waits for them
     computing, calls_s = NOTHING, 0.0
     last = len(model.spec.layers) - 1
+    added_s = overheads.hidden_s * model.spec.hidden / 2  # of a row, by one block of two
+    normed_s = overheads.hidden_s * queried(model.spec) / 2 if model.spec.qk_norm == "full" else 0.0
     for layer in range(last + 1):
         kind = model.kind_of(layer)
         attending = pieces.attention(kind)
-        own_s = overheads.layer_with_s(pieces.passing_bytes(kind, rows)) / 2
+        fixed_s = overheads.layer_with_s(pieces.passing_bytes(kind, rows)) / 2
+        own_s = fixed_s + (added_s + normed_s) * rows
         uses.append(Use(attending.seconds + own_s, tier[BlockId("attn", layer)]))
         calls_s += own_s
         fed = rows if layer < last else wanted  # of the last layer, only what logits are wanted of is needed
@@ -178,7 +191,9 @@ def _step(
         mixed = pieces.experts(kind, fed)
         if (experts := pieces.on_disk(kind, fed, mixed, attending)) is not None:
             mixtures[len(uses)] = experts
-        own_s += overheads.mixture_s if kind.expert else 0.0
+        own_s = fixed_s + added_s * fed
+        if kind.expert:  # its rows are normalised apart, and its sum begins with zeros
+            own_s += overheads.mixture_s + 2 * added_s * fed
         block = model.spec.ffn_blocks(layer)[0]
         uses.append(Use(feeding.seconds + mixed.seconds + own_s, tier[block]))
         computing += attending + feeding + mixed

@@ -11,7 +11,7 @@ from ..group_search import choose
 from ..machines import Links, LinkSpeed, Machine, Workload, nearest
 from ..plan import Wanted
 from ..sum_cost import Wire
-from .laws import products
+from .laws import fresh_pages, products
 from .peak import beside_bytes
 from .prediction import Binding, Job, Prediction, uncertainty
 from .profile import Device, Profile, Repeats
@@ -108,7 +108,9 @@ class Groups:
         longer; what is not known is bounded by the band."""
         figures = choice.figures
         token_s = figures.token_s
-        ttft_s = figures.first_token_s[0] * self.job.batch
+        largest = max(rank.share for rank in choice.ranks)
+        touch = fresh_pages(self.profile.head, self.model.spec, self.wanted.kv_type, self.job, largest)
+        ttft_s = figures.first_token_s[0] * self.job.batch + touch.ttft_s
         alone_s = token_s - min(figures.network_s, token_s)
         disk_s = figures.disk_s
         laws, layers = self._machines[0].laws, self.model.spec.layers
@@ -122,13 +124,13 @@ class Groups:
             "compute": (1 - _READING_SHARE) * computing_s,
             "disk": min(disk_s, alone_s),
             "network": token_s - alone_s,
-            "overhead": overhead_s,
+            "overhead": overhead_s + touch.token_s,
         }
         binding = max(parts, key=lambda part: parts[part])
         repeats = reduce(Repeats.or_more, (device.repeats for device in self.profile.devices))
         measured = all(device.measured for device in self.profile.devices)
         off = 1 + uncertainty(parts, measured, repeats.by_part)
-        step_s = token_s + (self.job.batch - 1) * parts["network"]
+        step_s = token_s + (self.job.batch - 1) * parts["network"] + touch.token_s
         peaks = {
             rank.machine: int(rank.needed_bytes) + _beside_bytes(self.model, self.wanted.kv_type, place)
             for place, rank in enumerate(choice.ranks)

@@ -9,8 +9,9 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..memory_layout import KV_FORMATS, PAGE_TOKENS, KvLayout
+from ..memory_layout import KV_FORMATS, PAGE_TOKENS, KvLayout, kv_page_bytes
 from ..spec import ModelSpec
+from .prediction import Job
 from .profile import ANY, AttentionLaw, Device, RowsLaw
 from .weights_of import Product
 
@@ -106,21 +107,35 @@ def attention(
     numbers = seen * spec.heads * spec.head_dim
     kv_bytes = min(before + rows, (window or before + rows) + rows) * kv_token_bytes(spec, kv_type)
     memory_s = kv_bytes / device.memory_bytes_per_s
-    laws = sorted((law for law in device.attention if law.kv_type == kv_type), key=lambda law: law.queries)
+    laws = [law for law in device.attention if law.kv_type == kv_type]
     if not laws:
         seconds = max(memory_s, 4 * numbers / (ATTENTION_SHARE * device.flops))
     else:
-        few, many = (
-            rows * spec.heads * spec.head_dim * _row_s(it, rows, seen / rows) for it in (laws[0], laws[-1])
+        dims = sorted({law.head_dim for law in laws})
+        low = max((it for it in dims if it <= spec.head_dim), default=dims[0])
+        high = min((it for it in dims if it >= spec.head_dim), default=dims[-1])
+        few_s, many_s = (
+            _attention_s([law for law in laws if law.head_dim == it], spec, rows, seen) for it in (low, high)
         )
-        # What a head of K and V takes is divided among the queries that share it.
-        part = 1 / laws[0].queries - 1 / laws[-1].queries
-        own = (spec.kv_heads / spec.heads - 1 / laws[-1].queries) / part if part else 0.0
-        # With more queries than were measured, no less than if all of it were of heads of K and V.
-        least = min(1.0, laws[-1].queries * spec.kv_heads / spec.heads) * min(few, many)
+        # A number costs a part of a head's weight of softmax, which is divided among its dimensions.
+        part = (1 / spec.head_dim - 1 / high) / (1 / low - 1 / high) if low < high else 0.0
         # Tables are of K and V that caches hold for the most part.
-        seconds = max(memory_s, many + own * (few - many), least)
+        seconds = max(memory_s, many_s + part * (few_s - many_s))
     return Share(seconds, min(seconds, memory_s))
+
+
+def _attention_s(laws: Sequence[AttentionLaw], spec: ModelSpec, rows: int, seen: float) -> float:
+    """By tables of one size of heads."""
+    laws = sorted(laws, key=lambda law: law.queries)
+    few, many = (
+        rows * spec.heads * spec.head_dim * _row_s(it, rows, seen / rows) for it in (laws[0], laws[-1])
+    )
+    # What a head of K and V takes is divided among the queries that share it.
+    part = 1 / laws[0].queries - 1 / laws[-1].queries
+    own = (spec.kv_heads / spec.heads - 1 / laws[-1].queries) / part if part else 0.0
+    # With more queries than were measured, no less than if all of it were of heads of K and V.
+    least = min(1.0, laws[-1].queries * spec.kv_heads / spec.heads) * min(few, many)
+    return max(many + own * (few - many), least)
 
 
 def _row_s(law: AttentionLaw, rows: int, context: float) -> float:
@@ -145,6 +160,24 @@ def _seeing_s(contexts: tuple[int, ...], number_s: tuple[float, ...], context: f
 def kv_token_bytes(spec: ModelSpec, kv_type: str) -> float:
     """K and V of one token in one layer."""
     return spec.kv_heads * KvLayout.of(KV_FORMATS[kv_type], spec.head_dim).head_bytes / PAGE_TOKENS
+
+
+class Touched(NamedTuple):
+    """Seconds in which memory for K and V is used for the first time: until the first token, and in a usual step of
+    an answer."""
+
+    ttft_s: float
+    token_s: float
+
+
+def fresh_pages(device: Device, spec: ModelSpec, kv_type: str, job: Job, share: float) -> Touched:
+    """A pool takes nothing of memory before it is used, so texts pay for the pages that nobody had before them, on the
+    device with this `share` of each: all of it as soon as it is begun, since the system's pages are larger."""
+    kv_bytes = job.fresh * share * kv_page_bytes(spec, kv_type)
+    page_s = job.batch * kv_bytes / device.first_touch_bytes_per_s
+    read = -(-job.prompt_tokens // PAGE_TOKENS)
+    begun = -(-(job.context_tokens - 1) // PAGE_TOKENS) - read  # nobody asks for what follows the last token
+    return Touched(read * page_s, begun * page_s * job.step_tokens / (job.new_tokens - 1) if begun else 0.0)
 
 
 def read_bytes_per_s(device: Device, nbytes: float) -> float:

@@ -29,15 +29,19 @@ def peak_bytes(model: Weighed, plan: Plan, job: Job, times: int = 1) -> int:
 
 
 def _unused_kv(model: Weighed, plan: Plan, job: Job, times: int) -> int:
-    """Whole pages of texts that have ended are kept for others that begin alike. Keys of a page lie dimension by
-    dimension, so a page that was begun has all of them in memory."""
-    page_bytes = kv_page_bytes(model.spec, plan.kv.dtype)
+    """Pages of texts that have ended are kept for others that begin alike, as long as there are others, those that were
+    only begun, too. Keys of a page lie dimension by dimension, so a page that was begun has all of them in memory."""
     whole, begun = divmod(job.context_tokens, plan.kv.page_tokens)
-    pages = float(job.batch * times * whole)
-    if begun:
-        pages += job.batch * (1 + begun / plan.kv.page_tokens) / 2
-    here = 1 - plan.device_kv_bytes / max(1, plan.kv.nbytes)
-    return int(here * max(0, plan.kv.nbytes - pages * page_bytes))
+    each = whole + bool(begun)
+    part = (whole + (1 + begun / plan.kv.page_tokens) / 2) / each if begun else 1.0
+    touched = part * min(plan.kv.pages, job.batch * times * each)
+    unused = max(0.0, plan.kv.nbytes - touched * kv_page_bytes(model.spec, plan.kv.dtype))
+    return int(host_kv_share(plan) * unused)
+
+
+def host_kv_share(plan: Plan) -> float:
+    """Of K and V, the share that is no device's."""
+    return 1 - plan.device_kv_bytes / max(1, plan.kv.nbytes)
 
 
 def _unused_scratch(model: Weighed, plan: Plan, job: Job) -> int:

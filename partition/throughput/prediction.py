@@ -39,7 +39,8 @@ class Job(NamedTuple):
     """What a machine is asked for: `batch` streams at once, each with a prompt of `prompt_tokens` and an answer of
     `new_tokens`. In each step each stream guesses `guesses` tokens ahead; one is right with this `chance` if those
     before it were. `distinct`: of the experts that several tokens would choose independently, the share that they do
-    choose, where it is known of a model and its texts."""
+    choose, where it is known of a model and its texts. `fresh`: of the pages for its K and V, the share that nobody has
+    used before: all, until the pool has once been full."""
 
     prompt_tokens: int = 512
     new_tokens: int = 128
@@ -47,6 +48,7 @@ class Job(NamedTuple):
     guesses: int = 0
     chance: float = 0.0
     distinct: float | None = None
+    fresh: float = 1.0
 
     @property
     def context_tokens(self) -> int:

@@ -80,13 +80,15 @@ class CacheLaw:
 class AttentionLaw:
     """What attention to K and V of one stored type takes: seconds for each number of a query (heads × head_dim) and
     each token that it sees, by how many it sees. `decode_s`: one token at a time, `prompt_s`: of a long chunk.
-    `queries`: so many heads share one head of K and V, which is stored and read once for all of them."""
+    `queries`: so many heads share one head of K and V, which is stored and read once for all of them. `head_dim`: of
+    each head; a weight of softmax costs the same for few dimensions as for many."""
 
     kv_type: str
     context: tuple[int, ...]
     decode_s: tuple[float, ...]
     prompt_s: tuple[float, ...]
     queries: int = 4
+    head_dim: int = 128
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ class Overheads:
     logit_s: float = LOGIT_S
     stream_s: float = 0.0  # of each further stream in a step, and …
     stream_layer_s: float = 0.0  # … in each layer of it
+    hidden_s: float = 0.0  # of a number of a hidden state, in each layer: what blocks give is added to it
     swept: SweptLaw | None = None  # None: a layer costs the same, whatever passes in it
 
     def layer_with_s(self, nbytes: float) -> float:

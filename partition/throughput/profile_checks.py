@@ -33,6 +33,7 @@ _LIMITS: Mapping[str, tuple[float, float]] = {
     "logit_s": (0, 1e-3),
     "stream_s": (0, 1),
     "stream_layer_s": (0, 1),
+    "hidden_s": (0, 1e-6),
     "copy_s": (0, 1),
     "scratch_bytes": (0, 2.0**50),
     "compute_keeps": (0.01, 1),
@@ -147,8 +148,8 @@ def _check_law(where: str, law: Law) -> None:
     for field, value in vars(law).items():
         if field in ("kind", "kv_type") and not (value and value.isprintable() and len(value) <= 40):
             raise ProfileError(f"{where}.{field}={value[:80]!r}: must be the name of a stored type")
-        if field == "queries":
-            check_figure(f"{where}.queries", value, 1, 1 << 16)
+        if field in ("queries", "head_dim"):
+            check_figure(f"{where}.{field}", value, 1, 1 << 16)
         if field == "input_bits" and value not in (8, 16):
             raise ProfileError(f"{where}.input_bits={value}: must be 8 or 16")
         for number, point in enumerate(tables.get(field, ())):

@@ -90,6 +90,11 @@ class Weighed:
         return sum(self.block_bytes.values())
 
 
+def queried(spec: ModelSpec) -> int:
+    """Numbers of the queries and keys of one token in a layer."""
+    return (spec.heads + spec.kv_heads) * spec.head_dim
+
+
 def attended(spec: ModelSpec, context: float) -> float:
     """How many tokens one token sees, of all layers together, if there are `context` before it."""
     windows = Counter(layer.window for layer in spec.layers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from foresight import fresh_share
 from harness.cells import (
     Cell,
     Floors,
@@ -17,6 +18,8 @@ from harness.cells import (
     summary,
     verdict,
 )
+
+from shoal.partition.throughput.prediction import Job
 
 CELL = Cell("m.gguf", "keep", 2, 1, 128, 32)
 FORETOLD = Foretold(CELL, "memory", 2.0, 0.1, (8.0, 12.0), 1000, "memory", Floors(40, 2))
@@ -42,6 +45,10 @@ def test_only_what_reads_goes_with_the_floors() -> None:
     there = verdict(found, measured(0.15, 20, 20))
     assert there.token == pytest.approx(0)
     assert there.ttft == pytest.approx(0)
+    slower = replace(measured(0.15, 20, 20), before=Floors(20, 2, 50), after=Floors(20, 2, 50))
+    found = replace(found, floors=Floors(40, 2, 100))
+    assert verdict(found, slower).token == pytest.approx(-0.25)
+    assert verdict(found, slower).ttft == pytest.approx(-0.5)
     streamed = replace(found, binding="disk", parts={"disk": 0.1, "memory": 0.05})
     assert verdict(streamed, measured(0.1, 20, 20)).token == pytest.approx(0)
 
@@ -52,6 +59,15 @@ def test_a_machine_that_changes_makes_a_cell_void() -> None:
     other = Measured(CELL, 2.0, 0.1, 1, Floors(40, 2.0), Floors(10, 2.1))
     assert not replace(FORETOLD, binding="disk").void(other)
     assert not replace(FORETOLD, parts={"compute": 0.1, "memory": 0.01}).void(measured(0.1, 40, 30))
+
+
+def test_a_group_beside_which_others_compute_is_void() -> None:
+    quiet = measured(0.1, 40, 40)
+    busy = replace(quiet, others=0.5)
+    group = CELL._replace(ranks=2)
+    assert not FORETOLD.void(busy)
+    assert replace(FORETOLD, cell=group).void(replace(busy, cell=group))
+    assert not replace(FORETOLD, cell=group).void(replace(quiet, cell=group))
 
 
 def test_what_counts() -> None:
@@ -127,3 +143,12 @@ def test_cells_are_summed_up_by_kind() -> None:
         for it in (CELL, CELL._replace(batch=4), CELL._replace(memory=1), CELL._replace(memory=1, ranks=2))
     ]
     assert kinds == ["in memory, 1 stream", "in memory, 4 streams", "streamed", "groups"]
+
+
+def test_later_rounds_find_pages_that_others_had() -> None:
+    """Two texts of two pages each in a pool of nine: the second round of three takes the last one."""
+    job = Job(100, 20, 2)
+    assert fresh_share(16, job, 3) == 1.0
+    assert fresh_share(9, job, 3) == 0.25
+    assert fresh_share(4, job, 1) == 0.0
+    assert fresh_share(8, Job(64, 1, 2), 3) == 1.0

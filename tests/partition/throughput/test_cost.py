@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.partition.plan import Plan, plan_in_ram
-from shoal.partition.spec import MoeSpec
+from shoal.partition.spec import MoeSpec, RopeSpec
 from shoal.partition.streamed_plan import plan_streamed
 from shoal.partition.throughput.cost import cost
 from shoal.partition.throughput.laws import attention, distinct_experts, product
@@ -211,7 +211,65 @@ def test_peak_is_that_of_the_job() -> None:
     assert peak_bytes(DENSE, plan, short, 1000) + plan.kv.nbytes // 2 < whole + plan.kv.nbytes
     half = peak_bytes(DENSE, plan, short._replace(new_tokens=16 + page_tokens // 2))
     assert once + page_bytes // 2 < half < once + page_bytes, "all keys of a page, and half of its values"
+    begun = Job(page_tokens // 2, 1)
+    more = peak_bytes(DENSE, plan, begun, 4) - peak_bytes(DENSE, plan, begun)
+    assert 2 * page_bytes < more < 3 * page_bytes, "pages that were only begun are kept as well"
+    assert peak_bytes(DENSE, plan, begun, 1000) < whole - plan.kv.nbytes // 5, (
+        "and nothing is in a fourth of them"
+    )
     assert cost(DENSE, plan, device(), short).peak_bytes == {"one": once}
+
+
+def test_what_blocks_give_is_added_to_every_number_of_a_hidden_state() -> None:
+    """In two halves: of the last layer only the row whose logits are wanted is fed. A norm over whole queries and keys,
+    and that of a mixture and the zeros it begins with, pass through as many numbers again."""
+    job, own = Job(64, 2), replace(FREE, hidden_s=1e-7)
+    hidden, layers = DENSE.spec.hidden, len(DENSE.spec.layers)
+
+    def more(model: Weighed) -> tuple[float, float]:
+        plan = in_ram(model)
+        plain, costly = (cost(model, plan, replace(device(), overheads=it), job) for it in (FREE, own))
+        return (costly.token_s - plain.token_s) / 1e-7, (costly.ttft_s - plain.ttft_s) / 1e-7
+
+    assert more(DENSE) == pytest.approx((layers * hidden, ((layers - 0.5) * 64 + 0.5) * hidden))
+    assert more(MIXED)[0] == pytest.approx(2 * layers * hidden)
+    normed = replace(DENSE.spec, qk_norm="full")
+    asked = (normed.heads + normed.kv_heads) * normed.head_dim
+    assert more(replace(DENSE, spec=normed))[0] == pytest.approx(layers * (hidden + asked / 2))
+
+
+def test_a_weight_of_softmax_is_divided_among_the_dimensions_of_a_head() -> None:
+    """With 64 dimensions a number costs 1.5 times as much as with 128: half as much again for the weight of each."""
+    narrow, wide = (
+        AttentionLaw("f16", (100,), (it,), (it,), 4, dim) for it, dim in ((3e-9, 64), (2e-9, 128))
+    )
+    machine = device(memory_bytes_per_s=1e15, attention=(narrow, wide))
+
+    def number_s(dim: int) -> float:
+        its = replace(DENSE.spec, heads=16, kv_heads=4, head_dim=dim, ropes=(RopeSpec(dim, 1e4),))
+        return attention(machine, its, "f16", 1, 999, None).seconds / (1000 * 16 * dim)
+
+    assert [number_s(dim) for dim in (64, 96, 128)] == pytest.approx([3e-9, 1e-9 + 128e-9 / 96, 2e-9])
+    assert (number_s(32), number_s(256)) == pytest.approx((3e-9, 2e-9)), "beyond, nothing is made up"
+
+
+def test_pages_that_nobody_had_are_paid_for() -> None:
+    """Two texts of 100 tokens begin two pages each, a third with their 29th later token; all as whole pages. Nobody
+    asks for K and V of the last token."""
+    plan, machine = in_ram(DENSE), replace(device(), touch_bytes_per_s=1e9)
+    page_s = plan.kv.nbytes / plan.kv.pages / 1e9
+
+    def more_s(job: Job) -> tuple[float, float]:
+        fresh, used = (cost(DENSE, plan, machine, job._replace(fresh=it)) for it in (1.0, 0.0))
+        assert fresh.prompt_parts["overhead"] - used.prompt_parts["overhead"] == pytest.approx(
+            fresh.ttft_s - used.ttft_s
+        )
+        return fresh.ttft_s - used.ttft_s, fresh.token_s - used.token_s
+
+    assert more_s(Job(100, 29, 2)) == pytest.approx((4 * page_s, 0.0))
+    assert more_s(Job(100, 30, 2)) == pytest.approx((4 * page_s, 2 * page_s / 29))
+    half, none = (cost(DENSE, plan, machine, Job(100, 30, 2, fresh=it)).ttft_s for it in (0.5, 0.0))
+    assert half - none == pytest.approx(2 * page_s)
 
 
 def test_experts_that_several_tokens_wake() -> None:
@@ -347,7 +405,7 @@ def test_the_parts_of_prompts_are_told_apart_from_those_of_a_token() -> None:
 
 def test_further_streams_of_a_step_cost_each_and_in_each_layer() -> None:
     own = Overheads(0.0, 0.0, 0.0, 0.0, stream_s=1e-3, stream_layer_s=1e-4)
-    plan, job = in_ram(DENSE), Job(64, 64, 4)
+    plan, job = in_ram(DENSE), Job(64, 64, 4, fresh=0.0)
     plain, costly = (
         cost(DENSE, plan, replace(device(), overheads=it, contention=ALONE), job) for it in (FREE, own)
     )

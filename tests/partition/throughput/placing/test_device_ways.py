@@ -70,13 +70,14 @@ def test_a_device_like_the_processor_takes_as_long(model: Weighed) -> None:
     """Wherever the blocks are."""
     alone = best_plan(model, [wanted(model.spec)], MEMORY, MACHINE)
     assert isinstance(alone, Plan)
-    expected = cost(model, alone, MACHINE, Job(512, 64))
+    job = Job(512, 64, fresh=0.0)
+    expected = cost(model, alone, MACHINE, job)
     twin = {"memory_bytes_per_s": MACHINE.memory_bytes_per_s, "flops": MACHINE.flops}
     for memory in (8e9, model.weights_bytes / 2):
         there = card(memory_bytes=memory, **twin)
         plan = replace(planned(model, there), staged_tokens=0, staged_experts=0)
         assert plan.device_whole == (memory == 8e9)
-        found = cost(model, plan, replace(MACHINE, accelerators=(there,)), Job(512, 64))
+        found = cost(model, plan, replace(MACHINE, accelerators=(there,)), job)
         if plan.device_whole or model is DENSE:
             assert found.token_s == pytest.approx(expected.token_s, rel=1e-6)
             assert found.ttft_s == pytest.approx(expected.ttft_s, rel=1e-3)
