@@ -104,9 +104,8 @@ class SimDevice:
             "compute": _QueueState(),
             "out": _QueueState(),
         }
-        self._staged: deque[tuple[Scheduled, int]] = (
-            deque()
-        )  # copies that have not passed whole, bytes of a packet
+        # Copies that have not passed whole, and the bytes of a packet of each.
+        self._staged: deque[tuple[Scheduled, int]] = deque()
         self._lock = threading.RLock()  # a computation may reserve memory
 
     def lose(self, why: str) -> None:

@@ -42,9 +42,8 @@ class PassingWeights:
             its = store.coming(it.block).weights.vector.items()
             self._vectors[it.block] = {role: home.keep_vector(vector) for role, vector in its}
         self._locked = home.lock(_memory(store, [it.block for it in passing if it.tier == "ram"]))
-        self._ways: dict[
-            tuple[BlockId, int], OnItsWay
-        ] = {}  # to each place, made once: kernels keep what they need
+        # To each place; made once, since kernels keep what they work out of weights.
+        self._ways: dict[tuple[BlockId, int], OnItsWay] = {}
         self._there: dict[BlockId, Weights] = {}  # have come, or are on their way
         self._held: dict[BlockId, int] = {}  # which of its places a block has
         self._free = self._all_free()
