@@ -151,10 +151,11 @@ def _problem(error: Exception, body: bytes) -> str:
     """What the decoder's `error` says about the body, in one line."""
     if isinstance(error, msgspec.ValidationError):
         return explained(str(error), _quotable(body))
-    if isinstance(error, UnicodeDecodeError):
-        return "body: holds text that is not UTF-8"
     if isinstance(error, RecursionError):
         return "body: nested too deep"
+    # A UnicodeDecodeError of msgspec until 0.22, then a DecodeError like others.
+    if isinstance(error, UnicodeDecodeError) or "UTF-8" in str(error):
+        return "body: holds text that is not UTF-8"
     return f"body: not msgpack: {error}"
 
 
