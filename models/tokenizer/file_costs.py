@@ -76,7 +76,7 @@ def vocabulary_memory(tokens: int, merges: int, text_bytes: int) -> TokenizerMem
     are there as well."""
     longer = LONGER_TIMES * max(0, text_bytes - USUAL_LENGTH * tokens)
     kept = TOKEN_BYTES * tokens + MERGE_BYTES * merges + longer
-    return TokenizerMemory(kept * 3 // 2, kept)
+    return TokenizerMemory(kept * 8 // 5, kept)
 
 
 def tokenizer_memory(directory: Path, tokens: int) -> TokenizerMemory:
