@@ -30,10 +30,8 @@ MOST_INPUTS = 1024  # arranged at once: 64 MiB at most, for which torch's scratc
 AT_ONCE = 3  # matrices in a launch
 TILE_INPUTS = 64  # rows of inputs that a program has at most; with 128 some kernels spill registers
 PROGRAMS = 264  # two for each processor of a large card; with fewer, columns are split among more
-LEAST_CAPABILITY = (
-    7,
-    0,
-)  # of a card: for older ones Triton's compiler may end the process instead of saying so
+# Of a card: for older ones Triton's compiler may end the process instead of saying so.
+LEAST_CAPABILITY = (7, 0)
 THREAD_GROUPS = 8  # groups that the threads of a warp take side by side, four threads each
 
 
