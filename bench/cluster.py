@@ -29,6 +29,8 @@ from harness.figures import spread
 from shoal.client import Client
 from shoal.comm.home import Home
 from shoal.comm.messages import Done, Token
+from shoal.daemon.throughput.kept_profile import Kept, profile_key, write_kept
+from shoal.partition.throughput.profile import Profile
 
 PORT = 27447
 CLOSING_S = 30.0
@@ -85,12 +87,20 @@ def _schedule_as_us(pid: int) -> None:
 
 @contextmanager
 def attached(
-    ranks: int, threads: int, port: int, pins: list[str], serving: Sequence[str] = ()
+    ranks: int,
+    threads: int,
+    port: int,
+    pins: list[str],
+    serving: Sequence[str] = (),
+    profile: Profile | None = None,
 ) -> Iterator[Client]:
     """A client of a head to which all but one of so many machines are attached. `serving`: more options of `shoal
-    serve`."""
+    serve`. `profile`: what each of them has measured of itself."""
     with tempfile.TemporaryDirectory(prefix="shoal-cluster-") as root, ExitStack() as stack:
         head, *workers = (Machine(Path(root) / str(rank), threads, pins[rank]) for rank in range(ranks))
+        for machine in (head, *workers) if profile is not None else ():
+            key = profile_key(threads, machine.home.models)
+            write_kept(machine.home.profile, key, Kept(profile, looked_s=time.time()))
         head.serve(serving)
         stack.callback(head.close)
         for worker in workers:
@@ -107,10 +117,16 @@ def attached(
 
 @contextmanager
 def group(
-    model: Path, ranks: int, threads: int, port: int, pins: list[str], serving: Sequence[str] = ()
+    model: Path,
+    ranks: int,
+    threads: int,
+    port: int,
+    pins: list[str],
+    serving: Sequence[str] = (),
+    profile: Profile | None = None,
 ) -> Iterator[Client]:
     """A client of a head that computes `model` with so many ranks (see `attached`)."""
-    with attached(ranks, threads, port, pins, serving) as client:
+    with attached(ranks, threads, port, pins, serving, profile) as client:
         loaded = client.load(str(model), ranks=ranks).model
         if loaded.ranks != ranks:
             raise SystemExit(f"{loaded.ranks} ranks compute it")

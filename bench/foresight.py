@@ -42,7 +42,7 @@ from harness.cells import (
     summary,
     verdict,
 )
-from harness.own_profiles import floors, halves, loopback, nearest_round, profile_of
+from harness.own_profiles import floors, halves, loopback, nearest_round, profile_of, rank_profile
 
 from shoal.comm.home import Home
 from shoal.daemon.config import NodeConfig
@@ -289,7 +289,8 @@ def in_group(file: Path, foretold: Foretold) -> Took:
     """The same by daemons on loopback; what they take is not looked at."""
     cell, source = foretold.cell, random.Random(0)
     pins, exact = [""] * cell.ranks, ("--speculate", "off")  # one token a step, as is predicted
-    with group(file.resolve(), cell.ranks, cell.threads, PORT, pins, exact) as client:
+    known = rank_profile(cell.threads, cell.threads * cell.ranks, file.parent)
+    with group(file.resolve(), cell.ranks, cell.threads, PORT, pins, exact, known) as client:
         found = [
             ask(client, [source.randrange(1000) for _ in range(cell.prompt_tokens)], cell.new_tokens)
             for _ in range(foretold.rounds + 1)

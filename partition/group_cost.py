@@ -219,7 +219,7 @@ class Cost:
             for part, pair in zip(parts, ring, strict=True):
                 work = self._compute_s([part], rows, context)
                 hop_s = network.hop_s(*pair, width * rows) or 0.0
-                calls_s = self._calls_s(fixed) * part.portion.heads  # it has that share of the layers
+                calls_s = self._calls_s(fixed, rows) * part.portion.heads  # it has that share of the layers
                 chains.append(work.chain_s + calls_s + hop_s)
                 disk = max(disk, work.disk_s)
             return chains, disk
@@ -255,13 +255,12 @@ class Cost:
         gathered: float = 0.0,
     ) -> _Steps:
         """`gathered`: the largest share of the vocabulary that is not rank 0's."""
-        calls_s = self._calls_s(fixed)
         decode, prompt = (self._best(network, means, rows) for rows in (1, min(chunk, max(self.prompts))))
 
         def whole_s(rows: int, context: float) -> float:
             work = compute(rows, context)
             sums_s = self._sums_s(network, decode if rows == 1 else prompt, rows, gathered)
-            return max(work.chain_s + sums_s + calls_s, work.disk_s) + fixed.step_s
+            return max(work.chain_s + sums_s + self._calls_s(fixed, rows), work.disk_s) + fixed.step_s
 
         def halved_s(rows: int, context: float) -> float:
             half = compute(-(-rows // 2), context)  # what a kernel takes for half of the rows, twice
@@ -269,7 +268,8 @@ class Cost:
                 attn_s=2 * half.attn_s, ffn_s=2 * half.ffn_s, disk_s=compute(rows, context).disk_s
             )
             chain_s = self._overlapped_s(network, prompt, rows, work, gathered) if prompt else work.chain_s
-            return max(chain_s + 2 * calls_s, work.disk_s) + fixed.step_s
+            calls_s = 2 * self._calls_s(fixed, rows / 2)
+            return max(chain_s + calls_s, work.disk_s) + fixed.step_s
 
         worth = (rows for rows in OVERLAPS if prompt and halved_s(rows, 0.0) < whole_s(rows, 0.0))
         overlap_rows = next(worth, NEVER)
@@ -286,10 +286,11 @@ class Cost:
             overlap_rows=steps.overlap_rows, network_s=steps.network_s, disk_s=steps.disk_s
         )
 
-    def _calls_s(self, fixed: FixedCosts) -> float:
-        """What all layers cost anyhow."""
+    def _calls_s(self, fixed: FixedCosts, rows: float) -> float:
+        """What all layers cost besides their blocks."""
         layers = self._wanted.spec.layers
-        return fixed.layer_s * len(layers) + fixed.mixture_s * sum(layer.moe for layer in layers)
+        calls_s = fixed.layer_s * len(layers) + fixed.mixture_s * sum(layer.moe for layer in layers)
+        return calls_s + rows * fixed.token_s
 
     def _chunk(self, parts: Sequence[Placement]) -> int:
         """Tokens of a prompt in one step. Steps get longer where weights stream, as far as everybody's memory goes."""
@@ -355,7 +356,7 @@ class Cost:
         spec = self._wanted.spec
         layers, half = len(spec.layers), -(-rows // 2)
         sums_s = 2 * layers * network.sum_s(means, half, spec.hidden)
-        busy_s = 2 * layers * network.work_s(means, half, spec.hidden)
+        busy_s = 2 * layers * network.busy_s(means, half, spec.hidden)
         attn_s = max(work.attn_s + busy_s, sums_s)
         if spec.qk_norm == "full":  # the squares of q and k wait for the sum before them
             squares_s = 2 * layers * network.sum_s(means._replace(wire="f32"), half, 2)

@@ -14,11 +14,13 @@ from .hardware_guesses import LAYER_S, MIXTURE_S, STEP_S
 
 
 class FixedCosts(NamedTuple):
-    """Seconds that a step takes whatever it computes: by itself, for each layer, and for one with experts besides."""
+    """Seconds that a step takes besides its blocks: by itself, for each layer, for one with experts besides; and for
+    each token in all layers, as what blocks give is added to its hidden state."""
 
     step_s: float = STEP_S
     layer_s: float = LAYER_S
     mixture_s: float = MIXTURE_S
+    token_s: float = 0.0
 
 
 class BlockTimes(NamedTuple):

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from itertools import permutations
 from typing import Literal, NamedTuple
 
-from .hardware_guesses import ADD_S, DECODE_S, ENCODE_S, MESSAGE_S
+from .hardware_guesses import ADD_S, BYTE_S, DECODE_S, ENCODE_S, HANDED_S, MESSAGE_S
 from .machines import Links, Machine, link_between
 
 Topology = Literal["star", "exchange", "sliced"]
@@ -102,6 +102,16 @@ class Network:
             work = (1 + share) * encode_s + others * share * (decode_s + ADD_S) + decode_s
             messages = 4 * others
         return messages * MESSAGE_S + count * work
+
+    def busy_s(self, means: Means, rows: int, numbers: int) -> float:
+        """The same of a thread that makes sums while another one computes, with what goes over the network: bytes that
+        are encrypted or copied, which is all that holds up a link that is quicker than that."""
+        others, nbytes = self.ranks - 1, WIRE_BYTES[means.wire] * rows * numbers
+        passing = others * nbytes
+        if means.topology == "sliced":
+            passing *= 2 * -(-rows // self.ranks) / rows
+        way = self._from_hub if means.topology == "star" else self._to_all
+        return HANDED_S + self.work_s(means, rows, numbers) + passing * min(BYTE_S, way.link_byte_s)
 
     def best(self, means: Sequence[Means], rows: int, numbers: int) -> Means | None:
         """The fastest of `means` for sums of this shape; of equal ones the first. None if none is possible."""

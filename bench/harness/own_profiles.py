@@ -23,7 +23,7 @@ from shoal.daemon.throughput.profiling import machine_profile
 from shoal.kernels import WEIGHT_TYPES, Linears, Matrix
 from shoal.kernels.huge_pages import mapped
 from shoal.partition.memory_layout import BAND_ROWS
-from shoal.partition.throughput.profile import Corrections, Profile, ProfileLink, RowsLaw
+from shoal.partition.throughput.profile import Corrections, Device, Profile, ProfileLink, RowsLaw
 
 from .cells import Floors
 
@@ -106,8 +106,7 @@ class Known(NamedTuple):
 
 def profile_of(threads: int, usual: int, file: Path) -> Known:
     """This machine on so many threads, measured by itself, and its floors meanwhile."""
-    home = Home.from_env()
-    kept = home.profile if threads == usual else home.profile.with_name(f"profile-{threads}.json")
+    kept = _kept(threads, usual)
 
     def probed() -> dict[int, Floors]:
         read, computed = disk.read_gb_per_s(file, sample_bytes=SAMPLE_BYTES), compute_gflops(threads)
@@ -121,6 +120,23 @@ def profile_of(threads: int, usual: int, file: Path) -> Known:
     return Known(profile, {it: before[it].mean(after[it]) for it in ROUND_BYTES})
 
 
+def _kept(threads: int, usual: int) -> Path:
+    """Where a profile on so many threads is kept, if those of a daemon are `usual`."""
+    usually = Home.from_env().profile
+    return usually if threads == usual else usually.with_name(f"profile-{threads}.json")
+
+
+def rank_profile(threads: int, usual: int, place: Path) -> Profile:
+    """What `profile_of` has measured, as each of two ranks on so many threads would know it of itself: what a group was
+    predicted with is what it is chosen and planned with."""
+    half, whole = (
+        machine_profile(count, place, _kept(count, usual), only_kept=True) for count in (threads, usual)
+    )
+    if half is None or whole is None:
+        raise SystemExit(f"{Home.from_env().root} has no profile of this machine: predict first, there")
+    return Profile((replace(one_of_two(half, whole), corrections=Corrections()),))
+
+
 def loopback(threads: int) -> ProfileLink:
     """Between two daemons of this machine, as they measure it themselves."""
     with attached(2, threads, PORT, ["", ""]) as client:
@@ -130,9 +146,15 @@ def loopback(threads: int) -> ProfileLink:
 
 
 def halves(half: Profile, whole: Profile, link: ProfileLink) -> Profile:
-    """Two ranks on one machine, each with half of its threads and memory. When both work, each takes twice as long for
-    a byte or a number as the machine with all threads, which has the same to do. `half`: as measured on half of the
-    threads, whose fixed costs are a rank's."""
+    """Two ranks on one machine (`one_of_two`), and what is between them."""
+    one = one_of_two(half, whole)
+    return Profile(tuple(replace(one, name=name) for name in link.between), (link,))
+
+
+def one_of_two(half: Profile, whole: Profile) -> Device:
+    """A rank with half of a machine's threads and memory. When both work, each takes twice as long for a byte or a
+    number as the machine with all threads, which has the same to do. `half`: as measured on half of the threads, whose
+    fixed costs are a rank's."""
 
     def twice(values: tuple[float, ...]) -> tuple[float, ...]:
         return tuple(2 * it for it in values)
@@ -141,7 +163,7 @@ def halves(half: Profile, whole: Profile, link: ProfileLink) -> Profile:
         return tuple(replace(law, byte_s=twice(law.byte_s)) for law in laws)
 
     caches = whole.head.caches
-    head = replace(
+    return replace(
         half.head,
         memory_bytes=whole.head.memory_bytes / 2,
         memory_bytes_per_s=whole.head.memory_bytes_per_s / 2,
@@ -158,4 +180,3 @@ def halves(half: Profile, whole: Profile, link: ProfileLink) -> Profile:
             products=twice_as_long(caches.products),
         ),
     )
-    return Profile(tuple(replace(head, name=name) for name in link.between), (link,))

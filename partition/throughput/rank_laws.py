@@ -15,7 +15,7 @@ from ..streamed_plan import experts_together
 from .laws import attention, distinct_experts, products, together, windowed_bytes_per_s
 from .profile import Device
 from .schedule import Experts, expert_waits, guessed_right, ring_s
-from .weights_of import Product, Weighed
+from .weights_of import LayerKind, Product, Weighed, queried
 
 _ROUNDS = 2  # how contention is found, which depends on what it changes
 
@@ -30,8 +30,12 @@ class RankLaws:
 
     def fixed(self, share: float) -> FixedCosts:
         """See `PartLaws`."""
-        own = self._device.overheads
-        return FixedCosts(own.step_s, own.layer_with_s(share * self._layer_bytes), own.mixture_s)
+        own, spec = self._device.overheads, self._model.spec
+        normed = queried(spec) / 2 if spec.qk_norm == "full" else 0.0
+        # The rows of a mixture are normalised apart, and its sum begins with zeros.
+        numbers = sum(spec.hidden * (2 if layer.moe else 1) + normed for layer in spec.layers)
+        layer_s = own.layer_with_s(share * self._layer_bytes)
+        return FixedCosts(own.step_s, layer_s, own.mixture_s, own.hidden_s * numbers)
 
     @cached_property
     def _layer_bytes(self) -> float:
@@ -54,12 +58,17 @@ class RankLaws:
                 self._with_round(portion.heads), spec, self._kv_type, rows, before, kind.window
             ).seconds
             attn_s += layers * (self._products_s(kind.attention, share, rows) + portion.heads * seen_s)
-            if kind.expert:
-                fed_s = self._mixture_s(kind.dense, kind.expert, portion, rows, crowd)
-            else:
-                fed_s = self._products_s(kind.dense, portion.ffn, rows)
-            ffn_s += layers * fed_s
+            ffn_s += layers * self._fed_s(kind, portion, rows, crowd)
+        # Of the last layer, only what logits are wanted of is needed.
+        last = self._model.kind_of(len(spec.layers) - 1)
+        ffn_s += self._fed_s(last, portion, 1, crowd) - self._fed_s(last, portion, rows, crowd)
         return BlockTimes(attn_s, ffn_s, self.head_s(portion.vocab))
+
+    def _fed_s(self, kind: LayerKind, portion: RankShares, rows: int, crowd: float) -> float:
+        """Of the feed-forward of one layer."""
+        if kind.expert:
+            return self._mixture_s(kind.dense, kind.expert, portion, rows, crowd)
+        return self._products_s(kind.dense, portion.ffn, rows)
 
     def head_s(self, share: float) -> float:
         """See `PartLaws`."""

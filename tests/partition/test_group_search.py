@@ -294,6 +294,19 @@ def test_prompts_are_read_in_halves_where_that_hides_sums() -> None:
     assert found.figures.overlap_rows == 32
 
 
+def test_steps_are_not_halved_where_copying_is_all_that_holds_sums_up() -> None:
+    """Two ranks of one machine: in the other half's time nothing else would happen than that copying."""
+    two = [machine("head"), machine("other")]
+    halved_from = [
+        chosen(
+            model(), two, all_linked(2, LinkSpeed(60e-6, speed)), ranks=2, topologies=("exchange",)
+        ).figures.overlap_rows
+        for speed in (1e9, 117e6)
+    ]
+    assert halved_from[0] > 512
+    assert halved_from[1] == 32
+
+
 @pytest.mark.parametrize("spec", MODELS.values(), ids=MODELS)
 def test_where_a_delay_is_longer_than_computing_steps_have_one_sum_a_block(spec: ModelSpec) -> None:
     found = chosen(spec, [machine("a"), machine("b")], all_linked(2, LinkSpeed(1.0, 117e6)), ranks=2)

@@ -7,6 +7,7 @@ from fakes.group.group_cases import CABLE, WIFI, all_linked, machine
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shoal.partition.hardware_guesses import HANDED_S
 from shoal.partition.machines import LinkSpeed
 from shoal.partition.sum_cost import WIRE_BYTES, Means, Network, Topology, Wire
 
@@ -107,3 +108,20 @@ def test_two_ranks_need_no_further_link_to_exchange() -> None:
     found = network(2).plan([Means("exchange", "f32"), Means("star", "f32")], 256, HIDDEN)
     assert found is not None
     assert found.few.topology == "exchange"
+
+
+def test_bytes_are_work_as_far_as_no_wire_holds_them_up() -> None:
+    """8 ns a byte: the wire's, but for 2 ns in which it is encrypted and copied. 1 ns: all of it is copying. Of slices,
+    with three others, each rank sends a quarter of its rows to them, and their sum."""
+    means, numbers, rows = Means("exchange", "f32"), 1000, 100
+    nbytes = 4 * numbers * rows
+
+    def passing_s(ranks: int, byte_s: float, means: Means = means) -> float:
+        found = network(ranks, LinkSpeed(1e-3, 1 / byte_s))
+        return found.busy_s(means, rows, numbers) - found.work_s(means, rows, numbers) - HANDED_S
+
+    assert passing_s(2, 8e-9) == pytest.approx(nbytes * 2e-9)
+    assert passing_s(2, 1e-9) == pytest.approx(nbytes * 1e-9)
+    assert passing_s(4, 1e-9) == pytest.approx(3 * nbytes * 1e-9)
+    assert passing_s(4, 1e-9, Means("sliced", "f32")) == pytest.approx(6 / 4 * nbytes * 1e-9)
+    assert passing_s(4, 1e-9, Means("star", "f32")) == pytest.approx(3 * nbytes * 1e-9)
