@@ -64,13 +64,6 @@ class _Ends(NamedTuple):
         return bool(self.source.numel()) and all(it.is_contiguous() for it in self)
 
 
-class _Copy(NamedTuple):
-    """Under way."""
-
-    ended: Any
-    ends: Sequence[_Ends]
-
-
 class CudaDevice:
     """Card `number`, of whose memory at most `limit_bytes` are used. It is an OpenDevice. Raises NoSuchDevice."""
 
@@ -104,8 +97,8 @@ class CudaDevice:
         )
         self._number = number
         self._device = torch.device("cuda", number)
-        self._copies: list[_Copy] = []
-        self._lock = threading.RLock()  # of the copies
+        self._copies: list[tuple[Any, Sequence[_Ends]]] = []  # under way: their last events, and of what
+        self._lock = threading.RLock()  # of these; where it is held, the garbage collector may settle
 
     @property
     def facts(self) -> str:
@@ -196,8 +189,13 @@ class CudaDevice:
 
         def begin() -> DeviceEvent:
             self._look()
-            with lent:  # until it lies in page-locked memory, or in the driver's
-                return self._copy(self._staging, ends, tuple(after), PACKET_BYTES)
+            with lent:
+                begun = self._copy(self._staging, ends, tuple(after), PACKET_BYTES)
+                if (
+                    lent is not HERE and not self.pinned_bytes
+                ):  # nobody says when a driver has read other memory
+                    self._ended(begun)
+                return begun
 
         # From the first one on that has to wait all go by the thread, so that they keep their order.
         waits = self.pinned_bytes or lent is not HERE or self._copies_begin.started
@@ -262,7 +260,7 @@ class CudaDevice:
                 ended = self._plainly(stream, [*some], after, together)
             after = ()
         with self._lock:
-            self._copies.append(_Copy(ended, all))
+            self._copies.append((ended, all))
         return ended  # type: ignore[no-any-return]
 
     def _plainly(
@@ -317,7 +315,7 @@ class CudaDevice:
 
     def _forget_ended(self) -> None:
         with self._lock:
-            self._copies = [copy for copy in self._copies if not copy.ended.query()]
+            self._copies = [copy for copy in self._copies if not copy[0].query()]
 
     def _on(
         self, stream: torch.cuda.Stream, after: Sequence[DeviceEvent], run: Callable[[], Any]

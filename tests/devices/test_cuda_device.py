@@ -438,6 +438,17 @@ def test_what_is_locked_may_be_given_back_anywhere(by: str, monkeypatch: pytest.
     assert (device.locked_bytes, len(runtime().held), device.lost) == (0, 1, "")
 
 
+def test_what_is_copied_from_locked_memory_has_come_before_that_is_given_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device, memory = pinned(monkeypatch), mapped(PACKET_BYTES)
+    memory[:] = np.arange(len(memory)) % 251
+    locked, there = PageLocked(device, [memory]), device.allocate(memory.shape, memory.dtype)
+    device.stage_in([StagedPart(memory, there)], [there.memory.ready])
+    locked.release()  # the card that is played refuses it while something is copied from there
+    assert np.array_equal(there.inside.numpy(), np.arange(len(memory)) % 251)
+
+
 def test_locked_memory_is_given_back_to_its_own_card(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a thread that has none yet: torch would open card 0 for it. One that is lost says no more than that."""
     device, cards = pinned(monkeypatch), list[object]()
