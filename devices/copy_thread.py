@@ -1,6 +1,6 @@
 """A thread that begins copies which take the host time, one after the other, so that who asked for one goes on at once.
 
-Weights that come to a device are put into page-locked memory packet by packet, and may have to come from a disk first.
+What is copied passes through page-locked memory packet by packet, and weights may have to come from a disk first.
 Meanwhile the thread that computes has attention to compute. Knows order and errors; not what is copied.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from queue import Queue
+from queue import Full, Queue
 from typing import Any
 
 from .device import DeviceEvent
@@ -53,17 +53,33 @@ class CopyThread:
         self._name = name
         self._waiting: Queue[Begun] = Queue(MOST_WAITING)
         self._lock = threading.Lock()
-        self.started = False
+        self._thread: threading.Thread | None = None
+
+    @property
+    def started(self) -> bool:
+        return self._thread is not None
 
     def begin(self, begin: Callable[[], Any]) -> Begun:
-        """Have a copy begun after those before it."""
+        """Have a copy begun after those before it. Raises RuntimeError if too many are not begun, and stay so."""
         copy = Begun(begin)
         with self._lock:
-            if not self.started:
-                threading.Thread(target=self._run, name=self._name, daemon=True).start()
-                self.started = True
-        self._waiting.put(copy, timeout=BEGIN_LIMIT_S)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._thread.start()
+        try:
+            self._waiting.put(copy, timeout=BEGIN_LIMIT_S)
+        except Full:
+            most = self._waiting.maxsize
+            raise RuntimeError(
+                f"CUDA: of {most} copies that wait none was begun in {BEGIN_LIMIT_S:.0f} s"
+            ) from None
         return copy
+
+    def drain(self) -> None:
+        """Wait until all of them are begun, or have failed. Raises RuntimeError if that takes too long. The thread
+        itself, where the garbage collector may come by, waits for nothing."""
+        if self.started and threading.current_thread() is not self._thread:
+            _ = self.begin(lambda: None).event
 
     def _run(self) -> None:
         while True:

@@ -3,8 +3,9 @@
 Knows streams, events and torch's errors; `torch_kernels` computes.
 
 Copies go through page-locked memory (`PinnedRing`), if there is any: from other memory torch's copies make the caller
-wait, those that come out too. A thread of its own fills it with weights that come and go (`CopyThread`). This memory is
-asked for once, so nothing that is copied later can lack it. Weights that are locked where they lie need none of it.
+wait, those that come out too. A thread fills it with weights that come and go, another one empties it of what leaves
+and is more than a packet (`CopyThread`). This memory is asked for once, so nothing that is copied later can lack it.
+Weights that are locked where they lie need none of it.
 
 Memory is the computing stream's. Both ends of a copy are kept until it has ended, so torch need not be told which other
 streams use them (`record_stream`): if it was, it asks the driver when memory is given back, and where the card is lost
@@ -13,11 +14,10 @@ by then, that ends the process.
 
 from __future__ import annotations
 
-import resource
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial as bound
 from itertools import groupby
@@ -44,7 +44,7 @@ from .device import (
     StagedPart,
 )
 from .errors import DeviceLost, NoSuchDevice, NotPageLocked
-from .page_locked import LockedRanges
+from .page_locked import LockedRanges, limit_on_locking
 from .pinned_ring import PinnedRing
 
 DRIVER = Path("/proc/driver/nvidia/version")
@@ -62,22 +62,6 @@ class _Ends(NamedTuple):
     @property
     def whole(self) -> bool:
         return bool(self.source.numel()) and all(it.is_contiguous() for it in self)
-
-
-class _Copy(NamedTuple):
-    """Under way."""
-
-    ended: Any
-    ends: Sequence[_Ends]
-
-
-class _Pinned:
-    """Page-locked memory of one queue. Whoever holds the lock uses it."""
-
-    def __init__(self, memory: torch.Tensor) -> None:
-        self.memory = memory
-        self.ring = PinnedRing(len(memory))
-        self.lock = threading.Lock()
 
 
 class CudaDevice:
@@ -106,13 +90,15 @@ class CudaDevice:
         self.budget = DeviceBudget(name, limit_bytes)
         self.lost = ""
         self.pinned_bytes, self.unpinned = 0, ""
-        self._pinned: dict[torch.cuda.Stream, _Pinned] = {}
+        self._pinned: dict[torch.cuda.Stream, PinnedRing] = {}
         self._ranges = LockedRanges()
-        self._copies_begin = CopyThread(f"shoal-copies-{number}")
+        self._copies_begin, self._copies_leave = (
+            CopyThread(f"shoal-{it}-{number}") for it in ("copies", "leaving")
+        )
         self._number = number
         self._device = torch.device("cuda", number)
-        self._copies: list[_Copy] = []
-        self._lock = threading.Lock()  # of the copies
+        self._copies: list[tuple[Any, Sequence[_Ends]]] = []  # under way: their last events, and of what
+        self._lock = threading.RLock()  # of these; where it is held, the garbage collector may settle
 
     @property
     def facts(self) -> str:
@@ -153,19 +139,16 @@ class CudaDevice:
         queues = self._staging, self._coming, self._going
         each = PINNED_BYTES // len(queues)
         self._pinned = {
-            stream: _Pinned(memory[place * each : (place + 1) * each]) for place, stream in enumerate(queues)
+            stream: PinnedRing(memory[place * each : (place + 1) * each])
+            for place, stream in enumerate(queues)
         }
         self.pinned_bytes, self.unpinned = PINNED_BYTES, ""
 
     def unpin(self) -> None:
         pinned, self._pinned, self.pinned_bytes = self._pinned, {}, 0
-        starts = []
-        for its in pinned.values():
-            with its.lock, suppress(DeviceLost), self._calling():
-                its.ring.land_all()
-            starts.append(its.memory.data_ptr())
-        if starts:
-            self.unlock(min(starts))
+        if pinned:
+            self._finish(pinned)
+            self.unlock(min(its.memory.data_ptr() for its in pinned.values()))
 
     @property
     def locked_bytes(self) -> int:
@@ -180,14 +163,18 @@ class CudaDevice:
             with suppress(RuntimeError):  # the next call is told of it, so it is one that nobody needs
                 torch.zeros(1, device=self._device)
             why = runtime.cudaGetErrorString(said)
-            raise NotPageLocked(f"of {format_bytes(nbytes)} more the driver says: {why}{_memlock(nbytes)}")
+            raise NotPageLocked(
+                f"of {format_bytes(nbytes)} more the driver says: {why}{limit_on_locking(nbytes)}"
+            )
         self._ranges.add(start, nbytes)
 
     def unlock(self, start: int) -> None:
         if not self._ranges.remove(start):
             return
         self.settle()  # nothing is copied from there any more
-        _cuda.cudart().cudaHostUnregister(start)  # a card that is lost may keep it until the process ends
+        with suppress(RuntimeError):  # a card that is lost may keep it until the process ends
+            torch.cuda.set_device(self._device)
+            _cuda.cudart().cudaHostUnregister(start)
 
     def copy_in(self, source: Array, target: DeviceArray, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
         return self._copy(self._coming, [_Ends(torch.from_numpy(source), target.inside)], after)
@@ -201,25 +188,26 @@ class CudaDevice:
         ends = [_Ends(torch.from_numpy(it.source), it.target.inside) for it in parts]
 
         def begin() -> DeviceEvent:
-            with lent:  # until it lies in page-locked memory, or in the driver's
-                return self._copy(self._staging, ends, tuple(after), PACKET_BYTES)
+            self._look()
+            with lent:
+                begun = self._copy(self._staging, ends, tuple(after), PACKET_BYTES)
+                if (
+                    lent is not HERE and not self.pinned_bytes
+                ):  # nobody says when a driver has read other memory
+                    self._ended(begun)
+                return begun
 
         # From the first one on that has to wait all go by the thread, so that they keep their order.
         waits = self.pinned_bytes or lent is not HERE or self._copies_begin.started
-        return self._copies_begin.begin(begin) if waits else begin()
+        return self._begun_by(self._copies_begin, begin) if waits else begin()
 
     def settle(self) -> None:
-        with suppress(DeviceLost), self._calling():
-            _ = self._copies_begin.begin(lambda: None).event
-        with self._lock:
-            begun, self._copies = self._copies, []
-        with suppress(DeviceLost), self._calling():
-            for stream in (self._staging, self._coming, self._going):
-                stream.synchronize()
-        begun.clear()
+        self._finish(self._pinned)
 
     def copy_out(self, source: DeviceArray, target: Array, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
-        return self._copy(self._going, [_Ends(source.inside, torch.from_numpy(target))], after)
+        begin = bound(self._copy, self._going, [_Ends(source.inside, torch.from_numpy(target))], tuple(after))
+        # Of more packets whoever asks would have to wait for the first, and so for all that it was computed from.
+        return begin() if target.nbytes <= PACKET_BYTES else self._begun_by(self._copies_leave, begin)
 
     def compute(
         self, what: str, work: DeviceWork, run: Callable[[], Any], after: Sequence[DeviceEvent]
@@ -231,9 +219,28 @@ class CudaDevice:
             recorded = _recorded(event)
             recorded.synchronize()
             if (pinned := self._pinned.get(self._going)) is not None:
-                with pinned.lock:
-                    pinned.ring.land(recorded)
+                pinned.land(recorded)
             self._forget_ended()
+
+    def _begun_by(self, thread: CopyThread, begin: Callable[[], DeviceEvent]) -> DeviceEvent:
+        with self._calling():
+            return thread.begin(begin)
+
+    def _finish(self, pinned: Mapping[torch.cuda.Stream, PinnedRing]) -> None:
+        """All copies that were begun have ended, and what leaves through this memory is where it should be."""
+        for thread in (self._copies_begin, self._copies_leave):
+            try:
+                thread.drain()
+            except RuntimeError as error:
+                self.lost = self.lost or _line(error)
+        with self._lock:
+            begun, self._copies = self._copies, []
+        with suppress(DeviceLost), self._calling():
+            for stream in (self._staging, self._coming, self._going):
+                stream.synchronize()
+            for its in pinned.values():
+                its.land_all()
+        begun.clear()
 
     def _copy(
         self,
@@ -253,7 +260,7 @@ class CudaDevice:
                 ended = self._plainly(stream, [*some], after, together)
             after = ()
         with self._lock:
-            self._copies.append(_Copy(ended, all))
+            self._copies.append((ended, all))
         return ended  # type: ignore[no-any-return]
 
     def _plainly(
@@ -275,7 +282,7 @@ class CudaDevice:
     def _packets(
         self,
         stream: torch.cuda.Stream,
-        pinned: _Pinned,
+        pinned: PinnedRing,
         all: Sequence[_Ends],
         after: Sequence[DeviceEvent],
     ) -> Any:
@@ -289,25 +296,26 @@ class CudaDevice:
                 after = ()
                 continue
             for mine, theirs in packets:
-                with pinned.lock:
-                    with self._calling():
-                        place = pinned.ring.place(len(mine))
-                    packet = pinned.memory[place : place + len(mine)]
+                with pinned.room(len(mine), self._ended) as packet:
                     if not leaves:
                         packet.copy_(mine)
                     way = _Ends(mine, packet) if leaves else _Ends(packet, theirs)
                     _, ended = self._on(stream, after, bound(_begin_copies, [way]))
-                    there = theirs if leaves else None
-                    pinned.ring.take(len(mine), ended, bound(_land, ended, there, packet))
+                    land = bound(theirs.copy_, packet) if leaves else bool
+                    pinned.take(len(mine), ended, land)
                 after = ()
         return ended
+
+    def _ended(self, copy: Any) -> None:
+        with self._calling():
+            copy.synchronize()
 
     def _locked(self, packet: torch.Tensor) -> bool:
         return self._ranges.whole(packet.data_ptr(), len(packet))
 
     def _forget_ended(self) -> None:
         with self._lock:
-            self._copies = [copy for copy in self._copies if not copy.ended.query()]
+            self._copies = [copy for copy in self._copies if not copy[0].query()]
 
     def _on(
         self, stream: torch.cuda.Stream, after: Sequence[DeviceEvent], run: Callable[[], Any]
@@ -326,17 +334,25 @@ class CudaDevice:
     @contextmanager
     def _calling(self) -> Iterator[None]:
         """Torch's errors as ours. One that is not for lack of memory leaves nothing to go on with in this process."""
-        if self.lost:
-            raise DeviceLost(self.name, self.lost)
+        self._look()
         try:
             yield
-        except torch.OutOfMemoryError as error:
-            raise self.budget.full() from error
         except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or _no_memory(str(error)):
+                raise self.budget.full() from error
             if "CUDA" not in str(error) and "cuda" not in str(error):
                 raise
             self.lost = _line(error)
             raise DeviceLost(self.name, self.lost) from error
+
+    def _look(self) -> None:
+        if self.lost:
+            raise DeviceLost(self.name, self.lost)
+
+
+def _no_memory(said: str) -> bool:
+    """Whether that is what the driver or a library says which has asked it for memory past torch: no harm is done."""
+    return "CUBLAS_STATUS_ALLOC_FAILED" in said or ("CUDA" in said and "out of memory" in said)
 
 
 def _probe(device: torch.device) -> None:
@@ -372,23 +388,9 @@ def _begin_copies(all: Sequence[_Ends]) -> None:
         target.copy_(source, non_blocking=True)
 
 
-def _land(ended: Any, target: torch.Tensor | None, packet: torch.Tensor) -> None:
-    ended.synchronize()
-    if target is not None:
-        target.copy_(packet)
-
-
 def _bytes(x: torch.Tensor) -> torch.Tensor:
     """The same memory, (n,); contiguous."""
     return x.view(-1).view(torch.uint8)
-
-
-def _memlock(nbytes: int) -> str:
-    """What may be the reason that so many bytes cannot be had."""
-    most, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    if most == resource.RLIM_INFINITY or most >= nbytes:
-        return ""
-    return f" (this process may lock {format_bytes(most)}: ulimit -l)"
 
 
 def _line(error: Exception | Warning) -> str:

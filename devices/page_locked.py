@@ -8,6 +8,9 @@ addresses and pages; not what lies there.
 from __future__ import annotations
 
 import mmap
+import resource
+import threading
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Protocol
@@ -35,31 +38,41 @@ class Locking(Protocol):
 
 
 class LockedRanges:
-    """Ranges of addresses, none of which has a byte of another. One thread changes them; any thread may ask."""
+    """Ranges of addresses, none of which has a byte of another. Any thread may call it, for each packet, too."""
 
     def __init__(self) -> None:
-        self._ranges: tuple[tuple[int, int], ...] = ()  # begin and end, never changed in place
+        self._ranges: tuple[tuple[int, int], ...] = ()  # begin and end, in order; never changed in place
+        self._lock = threading.RLock()  # of who changes them, which the garbage collector may, too
 
     @property
     def nbytes(self) -> int:
         return sum(stop - start for start, stop in self._ranges)
 
     def add(self, start: int, nbytes: int) -> None:
-        self._ranges = (*self._ranges, (start, start + nbytes))
+        with self._lock:
+            self._ranges = tuple(sorted((*self._ranges, (start, start + nbytes))))
 
     def remove(self, start: int) -> bool:
         """False if none begins there."""
-        before = self._ranges
-        self._ranges = tuple(it for it in before if it[0] != start)
-        return len(self._ranges) < len(before)
+        with self._lock:
+            before = self._ranges
+            self._ranges = tuple(it for it in before if it[0] != start)
+            return len(self._ranges) < len(before)
 
     def whole(self, start: int, nbytes: int) -> bool:
         """Whether one of them has all these bytes."""
-        return any(its[0] <= start and start + nbytes <= its[1] for its in self._ranges)
+        begin, stop = self._last_before(start + 1)
+        return begin <= start and start + nbytes <= stop
 
     def some(self, start: int, nbytes: int) -> bool:
         """Whether one of them has any of these bytes."""
-        return any(its[0] < start + nbytes and start < its[1] for its in self._ranges)
+        return start < self._last_before(start + nbytes)[1]
+
+    def _last_before(self, end: int) -> tuple[int, int]:
+        """The last one that begins before this address; an empty one if there is none."""
+        ranges = self._ranges
+        place = bisect_left(ranges, (end, 0))
+        return ranges[place - 1] if place else (0, 0)
 
 
 class PageLocked:
@@ -112,3 +125,11 @@ def _pieces(all: Iterable[Bytes]) -> Iterator[tuple[int, int]]:
 def _cut(begin: int, end: int) -> Iterator[tuple[int, int]]:
     for start in range(begin, end, LOCKED_AT_ONCE_BYTES):
         yield start, min(LOCKED_AT_ONCE_BYTES, end - start)
+
+
+def limit_on_locking(nbytes: int) -> str:
+    """What may be the reason that so many bytes cannot be locked; "" if nothing is known."""
+    most, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if most == resource.RLIM_INFINITY or most >= nbytes:
+        return ""
+    return f" (this process may lock {format_bytes(most)}: ulimit -l)"

@@ -4,61 +4,74 @@ A driver copies memory that the system may move only by way of memory of its own
 memory it copies by itself. Weights lie in the other kind, so their packets pass through pieces of this one. A queue
 does one thing after the other, so pieces become free in the order in which they were taken.
 
-Knows places and whose turn it is; not what is copied, nor how.
+Knows places and whose turn it is; not what is copied, nor how, nor how to wait for it.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import deque
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 ALIGNMENT = 256  # of pieces, in bytes
 
 
 class _Piece(NamedTuple):
-    """`begin`: in bytes since the first one. `land` waits for the end of `copy`, and takes what came."""
+    """`begin`: in bytes since the first one. `land` takes what came, when `copy` has ended."""
 
     begin: int
-    copy: object
-    land: Callable[[], None]
+    copy: Any
+    land: Callable[[], object]
 
 
 class PinnedRing:
-    """`nbytes` of memory, a multiple of ALIGNMENT. Not thread-safe."""
+    """`memory` (n,) of a multiple of ALIGNMENT bytes, that parts can be taken of. Any thread may call it."""
 
-    def __init__(self, nbytes: int) -> None:
-        assert nbytes % ALIGNMENT == 0, "pieces begin at multiples"
-        self.nbytes = nbytes
+    def __init__(self, memory: Any) -> None:
+        self.memory = memory
+        self._nbytes = len(memory)
+        assert self._nbytes % ALIGNMENT == 0, "pieces begin at multiples"
         self._end = 0  # of the last piece, in bytes since the first one
         self._pieces: deque[_Piece] = deque()
+        self._lock = threading.RLock()  # the garbage collector may come by, and land what is here
 
-    def place(self, nbytes: int) -> int:
-        """Where the next piece, of so many bytes, begins. Whoever had these bytes before has landed."""
-        assert nbytes <= self.nbytes, "a packet is larger than the ring"
-        start = self._end % self.nbytes
-        if start + nbytes > self.nbytes:
-            self._end += self.nbytes - start
-            start = 0
-        while self._pieces and self._end + nbytes - self._pieces[0].begin > self.nbytes:
-            self._pieces.popleft().land()
-        return start
+    @contextmanager
+    def room(self, nbytes: int, wait: Callable[[Any], None]) -> Iterator[Any]:
+        """So much of the memory, for whoever begins a copy to or from there and says so (`take`) before others have a
+        turn. `wait` waits for the end of a copy that has these bytes; meanwhile others may land theirs."""
+        assert nbytes <= self._nbytes, "a packet is larger than the ring"
+        while True:
+            with self._lock:
+                start = self._end % self._nbytes
+                if start + nbytes > self._nbytes:
+                    self._end += self._nbytes - start
+                    start = 0
+                if not (self._pieces and self._end + nbytes - self._pieces[0].begin > self._nbytes):
+                    yield self.memory[start : start + nbytes]
+                    return
+                oldest = self._pieces[0].copy
+            wait(oldest)
+            self.land(oldest)
 
-    def take(self, nbytes: int, copy: object, land: Callable[[], None]) -> None:
-        """A copy of so many bytes was begun, to or from where `place` said."""
+    def take(self, nbytes: int, copy: Any, land: Callable[[], object]) -> None:
+        """A copy of so many bytes was begun, to or from the `room` for them."""
         self._pieces.append(_Piece(self._end, copy, land))
         self._end += -(-nbytes // ALIGNMENT) * ALIGNMENT
 
     def land_all(self) -> None:
         """All copies have ended."""
-        while self._pieces:
-            self._pieces.popleft().land()
+        with self._lock:
+            while self._pieces:
+                self._pieces.popleft().land()
 
-    def land(self, copy: object) -> None:
+    def land(self, copy: Any) -> None:
         """This copy has ended, and so have those before it. One that has landed is no piece any more."""
-        if any(piece.copy is copy for piece in self._pieces):
-            landed = None
-            while landed is not copy:
-                piece = self._pieces.popleft()
-                piece.land()
-                landed = piece.copy
+        with self._lock:
+            if any(piece.copy is copy for piece in self._pieces):
+                landed = None
+                while landed is not copy:
+                    piece = self._pieces.popleft()
+                    piece.land()
+                    landed = piece.copy

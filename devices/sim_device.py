@@ -137,6 +137,7 @@ class SimDevice:
     def pin(self) -> None:
         if self.pinned_bytes:
             return
+        self._look()
         self.unpinned = self._not_lockable(PINNED_BYTES)
         self.pinned_bytes = 0 if self.unpinned else PINNED_BYTES
 

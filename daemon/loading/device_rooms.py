@@ -81,10 +81,11 @@ def device_room(
         take_runtimes(budget)
     there = home.device
     ledger = budget.on(name, there.budget.limit_bytes)
-    troubles = [_pinned(there, budget), there.budget.trouble]
+    troubles = [there.budget.trouble]
     figures, kept = DeviceFigures(), machine.home.devices if machine.home is not None else None
     free_bytes = max(0, min(ledger.limit_bytes, there.budget.room_bytes) - ledger.held_bytes)
-    with suppress(HomeLost):
+    with suppress(HomeLost):  # now, or long ago
+        troubles.insert(0, _pinned(there, budget))
         figures = device_figures(home, model, free_bytes, kept, laws=laws)
     lacks = ""
     if there.lost:
@@ -132,7 +133,7 @@ def device_laws(device: str, model: Weighed, machine: OwnMachine) -> tuple[tuple
 
 def _pinned(device: OpenDevice, budget: Budget) -> str:
     """Have its copies go through page-locked memory, which the ledger has from then on. If there is none, or no room
-    for it, they go as they did, and this says why."""
+    for it, they go as they did, and this says why. Raises HomeLost."""
     purpose, why = pinned_for(device.name), ""
     if not (device.pinned_bytes or budget.held_by(purpose)):
         try:
@@ -141,6 +142,9 @@ def _pinned(device: OpenDevice, budget: Budget) -> str:
             why = device.unpinned
         except BudgetExceeded as error:
             why = str(error)
+        except HomeLost:
+            budget.release(purpose)
+            raise
     if device.pinned_bytes:
         budget.take(purpose, device.pinned_bytes)
         return ""

@@ -168,10 +168,10 @@ class Runnable:
                 group.form(progress)
             if tight:
                 forget_files(checkpoint.files)
+            collective = group.collective if group is not None and besides is None else Alone()
+            rows = None if isinstance(part.shard, str) else cut_rows(checkpoint.spec, part.shard)
+            executor = Executor(transformer, plan, store, kv, collective, home_of, rows)
             undo.pop_all()
-        collective = group.collective if group is not None and besides is None else Alone()
-        rows = None if isinstance(part.shard, str) else cut_rows(checkpoint.spec, part.shard)
-        executor = Executor(transformer, plan, store, kv, collective, home_of, rows)
         executor.experts.go_on_from(counts)
         share, share_bytes = None, 0
         if group is not None and besides is not None and divided is not None:

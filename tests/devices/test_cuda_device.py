@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import threading
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -15,7 +17,7 @@ import pytest
 import torch
 from fakes.cuda_on_host import FREE_BYTES, Event, cuda, runtime
 
-from shoal.devices import cuda_device
+from shoal.devices import copy_thread, cuda_device
 from shoal.devices.cuda_device import OF_FREE_MEMORY, CudaDevice
 from shoal.devices.device import PACKET_BYTES, DeviceWork, StagedPart
 from shoal.devices.device_home import DeviceHome
@@ -84,10 +86,23 @@ def test_memory_may_be_given_back_while_some_is_taken(monkeypatch: pytest.Monkey
     assert device.budget.held_bytes == 0
 
 
-def test_it_may_be_full_where_nothing_says_by_how_much(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be …"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+    ],
+)
+def test_it_may_be_full_where_nothing_says_by_how_much(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where others than torch ask the driver for memory: to load kernels, for instance. It goes on after that."""
     device = cuda(monkeypatch)
     with pytest.raises(DeviceFull, match="a computation found no room, though 0 B of its"):
-        device.compute("x", WORK, lambda: failing(torch.OutOfMemoryError("CUDA out of memory")), [])
+        device.compute("x", WORK, lambda: failing(error), [])
+    assert not device.lost
     assert device.compute("x", WORK, lambda: 7, [])[0] == 7
 
 
@@ -202,6 +217,66 @@ def test_who_stages_weights_goes_on_at_once(monkeypatch: pytest.MonkeyPatch) -> 
     assert np.array_equal(there.inside.numpy(), source)
 
 
+def test_who_lets_more_than_a_packet_leave_goes_on_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though there is room for two packets only, and what leaves first has not been computed."""
+    device, goes_on, ends = pinned(monkeypatch), threading.Event(), Event.synchronize
+    source = np.arange(5 * PACKET_BYTES + 10).astype(np.uint8)
+    there, small = device.allocate(source.shape, source.dtype), np.zeros(100, np.uint8)
+    there.inside.copy_(torch.from_numpy(source))
+    before = device.copy_out(device.within(there.memory, there.inside[:100]), small)
+    slow, backs = threading.Event(), [np.zeros_like(source) for _ in range(2)]
+
+    def computed(self: Event) -> None:
+        if self is not before and threading.current_thread() is not threading.main_thread():
+            slow.set()
+            assert goes_on.wait(10)
+        ends(self)
+
+    monkeypatch.setattr(Event, "synchronize", computed)
+    gone = [device.copy_out(there, back) for back in backs]
+    assert slow.wait(10)
+    device.wait(before)  # whoever needs something else does not wait for that
+    assert np.array_equal(small, source[:100])
+    assert not any(back[-1] for back in backs)
+    goes_on.set()
+    for back, ended in reversed([*zip(backs, gone, strict=True)]):
+        device.wait(ended)
+        assert np.array_equal(back, source)
+
+
+def test_what_leaves_is_here_when_all_has_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = pinned(monkeypatch)
+    source = np.arange(3 * PACKET_BYTES).astype(np.uint8)
+    there = device.allocate(source.shape, source.dtype)
+    came = device.copy_in(source, there)
+    large, small = np.zeros_like(source), np.zeros(100, np.uint8)
+    device.copy_out(there, large, [came])
+    device.copy_out(device.within(there.memory, there.inside[:100]), small, [came])
+    device.settle()
+    assert np.array_equal(large, source)
+    assert np.array_equal(small, source[:100])
+
+
+def test_copies_that_nobody_begins_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copy_thread, "MOST_WAITING", 1)
+    device, begins, goes_on = cuda(monkeypatch), threading.Event(), threading.Event()
+
+    @contextmanager
+    def lent() -> Iterator[None]:
+        begins.set()
+        goes_on.wait(10)
+        yield
+
+    device.stage_in([], (), lent())
+    assert begins.wait(10)
+    device.stage_in([], (), lent())
+    monkeypatch.setattr(copy_thread, "BEGIN_LIMIT_S", 0.01)
+    said = "device cuda:0 is lost: CUDA: of 1 copies that wait none was begun in 0 s"
+    with pytest.raises(DeviceLost, match=f"^{said}$"):
+        device.stage_in([], (), lent())
+    goes_on.set()
+
+
 def test_what_goes_wrong_while_weights_are_staged_is_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     device = pinned(monkeypatch)
     source = np.zeros(4 * PACKET_BYTES, np.uint8)
@@ -314,14 +389,87 @@ def test_what_was_copied_from_is_not_kept(lost: bool, monkeypatch: pytest.Monkey
     assert kept() is None
 
 
+def test_nothing_is_begun_any_more_when_all_has_settled_after_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the other thread is at ends first, and what waits behind it is not asked of the disk any more."""
+    device, here, said = pinned(monkeypatch), threading.Event(), []
+    source = np.zeros(2 * PACKET_BYTES, np.uint8)
+    there, kept = device.allocate(source.shape, source.dtype), weakref.ref(source)
+
+    @contextmanager
+    def lent(name: str) -> Iterator[None]:
+        said.append(name)
+        assert here.wait(10)
+        yield
+        said.append(f"{name} was given back")
+
+    for name in ("first", "second"):
+        device.stage_in([StagedPart(source, there)], (), lent(name))
+    del source
+    while not said:
+        time.sleep(1e-3)
+    device.lost = "the bus is gone"
+    threading.Timer(0.2, here.set).start()
+    device.settle()
+    assert here.is_set()
+    assert said == ["first"]
+    gc.collect()
+    assert kept() is None
+
+
+@pytest.mark.parametrize("by", ["any thread", "that of the copies"])
+def test_what_is_locked_may_be_given_back_anywhere(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The garbage collector may do that, where copies are looked after, too."""
+    device = pinned(monkeypatch)
+    locked = PageLocked(device, [mapped(PACKET_BYTES)])
+    (ring,) = [its for stream, its in device._pinned.items() if stream is device._going]
+
+    def collect() -> None:
+        with device._lock, ring._lock:
+            locked.release()
+
+    if by == "any thread":
+        thread = threading.Thread(target=collect, daemon=True)
+        thread.start()
+        thread.join(5)
+        assert not thread.is_alive()
+    else:
+        monkeypatch.setattr(copy_thread, "BEGIN_LIMIT_S", 5.0)
+        assert device._copies_begin.begin(collect).event is None
+    assert (device.locked_bytes, len(runtime().held), device.lost) == (0, 1, "")
+
+
+def test_what_is_copied_from_locked_memory_has_come_before_that_is_given_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device, memory = pinned(monkeypatch), mapped(PACKET_BYTES)
+    memory[:] = np.arange(len(memory)) % 251
+    locked, there = PageLocked(device, [memory]), device.allocate(memory.shape, memory.dtype)
+    device.stage_in([StagedPart(memory, there)], [there.memory.ready])
+    locked.release()  # the card that is played refuses it while something is copied from there
+    assert np.array_equal(there.inside.numpy(), np.arange(len(memory)) % 251)
+
+
+def test_locked_memory_is_given_back_to_its_own_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a thread that has none yet: torch would open card 0 for it. One that is lost says no more than that."""
+    device, cards = pinned(monkeypatch), list[object]()
+    locked = [PageLocked(device, [mapped(PACKET_BYTES)]) for _ in range(2)]
+    monkeypatch.setattr(torch.cuda, "set_device", cards.append)
+    locked[0].release()
+    assert cards[-1:] == [device._device]
+    device.lost = "the bus is gone"
+    monkeypatch.setattr(torch.cuda, "set_device", lambda card: failing(RuntimeError("CUDA error: no bus")))
+    locked[1].release()
+    assert device.locked_bytes == 0
+
+
 def test_a_card_that_is_lost_between_packets(monkeypatch: pytest.MonkeyPatch) -> None:
     device = pinned(monkeypatch)
     source = np.zeros(2 * PINNED_BYTES, np.uint8)
     there = device.allocate(source.shape, source.dtype)
     Event.fails = RuntimeError("CUDA error: the bus is gone")
-    for copy in (lambda: device.copy_in(source, there), lambda: device.copy_out(there, source)):
-        with pytest.raises(DeviceLost):
-            copy()
+    for copy in (lambda: device.copy_out(there, source), lambda: device.copy_in(source, there)):
+        with pytest.raises(DeviceLost, match="the bus is gone"):
+            device.wait(copy())
 
 
 @pytest.mark.parametrize(

@@ -116,14 +116,18 @@ def test_without_other_page_locked_memory_nothing_is() -> None:
 
 
 def test_ranges() -> None:
+    """Each byte of an array has to be in one of them, as drivers see it."""
     ranges = LockedRanges()
-    ranges.add(100, 50)
-    ranges.add(150, 50)
-    assert (ranges.whole(100, 50), ranges.whole(100, 51), ranges.whole(99, 2)) == (True, False, False)
-    assert (ranges.some(99, 1), ranges.some(99, 2), ranges.some(199, 9), ranges.some(200, 1)) == (
-        False,
-        True,
-        True,
-        False,
-    )
-    assert (ranges.remove(100), ranges.remove(100), ranges.nbytes) == (True, False, 50)
+    assert not ranges.some(0, 1000)
+    assert not ranges.whole(0, 1)
+    for start in (150, 100, 300):  # in any order
+        ranges.add(start, 50)
+    held = [*range(100, 200), *range(300, 350)]
+    for start in range(90, 360):
+        for nbytes in (1, 2, 49, 50, 51, 100, 120):
+            touched = [it for it in held if start <= it < start + nbytes]
+            assert ranges.some(start, nbytes) == bool(touched)
+            inside = len(touched) == nbytes and len({it // 50 for it in touched}) == 1
+            assert ranges.whole(start, nbytes) == inside
+    assert (ranges.remove(100), ranges.remove(100), ranges.nbytes) == (True, False, 100)
+    assert not ranges.some(100, 50)

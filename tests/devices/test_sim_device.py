@@ -150,6 +150,7 @@ def test_a_lost_device_answers_nothing() -> None:
         lambda: here.copy_out(there, NUMBERS.copy()),
         lambda: here.compute("it", DeviceWork(), lambda: None, []),
         lambda: here.wait(came),
+        here.pin,
     ):
         with pytest.raises(DeviceLost, match=r"^device sim:test is lost: no more power$"):
             call()

@@ -1,34 +1,62 @@
 """What `CudaDevice` calls of `torch.cuda`, played in the CPU's memory: its logic without a card.
 
-Copies are made at once; the event after one ends when somebody waits for it.
+Copies are made at the last moment, which is when somebody waits for them: until then their targets are poisoned, and
+what is changed in their source is copied. What is computed is computed at once, as soon as what it waits for is there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-from shoal.devices import cuda_device
+from shoal.devices import cuda_device, page_locked
 from shoal.devices.cuda_device import CudaDevice
 from shoal.devices.page_locked import SYSTEM_PAGE_BYTES
 
 FREE_BYTES = 1 << 30
+POISON = 0xFF  # bytes of which any float is NaN
+
+_copy = torch.Tensor.copy_
+_lock = threading.RLock()  # of all streams
+_thread = threading.local()  # whose `stream` is current
+
+
+class Copy(NamedTuple):
+    """Under way."""
+
+    target: torch.Tensor
+    source: torch.Tensor
+
+    def __call__(self) -> None:
+        _copy(self.target, self.source)
 
 
 class Stream:
+    """`computes`: at once."""
+
     def __init__(self, number: int) -> None:
-        self.waited: list[Event] = []
+        self.computes = False
+        self.begun: deque[Callable[[], None]] = deque()
 
     def synchronize(self) -> None:
-        return
+        with _lock:
+            while self.begun:
+                self.begun.popleft()()
 
     def wait_event(self, event: Event) -> None:
         assert event.stream is not None, "nothing was recorded"
-        self.waited.append(event)
+        with _lock:
+            if self.computes:
+                event.reach()
+            else:
+                self.begun.append(event.reach)
 
 
 class Event:
@@ -41,27 +69,53 @@ class Event:
         self.ended = False
 
     def record(self, stream: Stream) -> None:
-        self.stream = stream
+        with _lock:
+            self.stream = stream
+            stream.begun.append(self._end)
+
+    def reach(self) -> None:
+        """Everything before it has happened."""
+        with _lock:
+            while not self.ended:
+                assert self.stream is not None
+                self.stream.begun.popleft()()
 
     def synchronize(self) -> None:
         self._ask()
-        self.ended = True
+        self.reach()
 
     def query(self) -> bool:
         self._ask()
         return self.ended
+
+    def _end(self) -> None:
+        self.ended = True
 
     def _ask(self) -> None:
         if Event.fails is not None:
             raise Event.fails
 
 
+def _begun(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    """`copy_` of torch; what does not block is between host and device."""
+    stream: Stream | None = getattr(_thread, "stream", None)
+    if not non_blocking or stream is None or target.shape != source.shape:  # which torch refuses
+        return _copy(target, source)
+    assert not stream.computes, "a copy in the queue that computes"
+    with _lock:
+        if target.is_contiguous() and target.numel():
+            target.view(-1).view(torch.uint8).fill_(POISON)
+        stream.begun.append(Copy(target, source))
+    return target
+
+
 class Runtime:
-    """What page-locks memory, up to `most` bytes: `held` has how many from which address on."""
+    """What page-locks memory, up to `most` bytes: `held` has how many from which address on. `streams`: of the card."""
 
     def __init__(self) -> None:
         self.most = 1 << 40
         self.held: dict[int, int] = {}
+        self.streams: list[Stream] = []
 
     def cudaHostRegister(self, start: int, nbytes: int, flags: int) -> int:  # noqa: N802
         pages = start % SYSTEM_PAGE_BYTES or nbytes % SYSTEM_PAGE_BYTES
@@ -72,7 +126,11 @@ class Runtime:
         return 0
 
     def cudaHostUnregister(self, start: int) -> int:  # noqa: N802
-        return 0 if self.held.pop(start, 0) else 713
+        nbytes = self.held.pop(start, 0)
+        under_way = [it for stream in self.streams for it in stream.begun if isinstance(it, Copy)]
+        for host in (end for copy in under_way for end in copy):
+            assert not start <= host.data_ptr() < start + nbytes, "somebody copies from there, or to there"
+        return 0 if nbytes else 713
 
     def cudaGetErrorString(self, said: int) -> str:  # noqa: N802
         return {2: "out of memory"}.get(said, f"error {said}")
@@ -80,7 +138,11 @@ class Runtime:
 
 @contextmanager
 def _stream(stream: Stream) -> Iterator[None]:
-    yield
+    before, _thread.stream = getattr(_thread, "stream", None), stream
+    try:
+        yield
+    finally:
+        _thread.stream = before
 
 
 def runtime() -> Runtime:
@@ -103,9 +165,33 @@ def cuda(monkeypatch: pytest.MonkeyPatch, limit_bytes: int | None = None) -> Cud
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(cuda_device, "_probe", lambda device: None)
     its = Runtime()
-    fake = SimpleNamespace(Stream=Stream, Event=Event, cudart=lambda: its)
+
+    def stream(number: int) -> Stream:
+        its.streams.append(Stream(number))
+        return its.streams[-1]
+
+    fake = SimpleNamespace(Stream=stream, Event=Event, cudart=lambda: its)
     monkeypatch.setattr(cuda_device, "_cuda", fake)
     monkeypatch.setattr(torch.Tensor, "record_stream", None)  # it would end the process after a loss
+    monkeypatch.setattr(torch.Tensor, "copy_", _begun)
     device = CudaDevice("cuda:0", 0, limit_bytes)
     device._device = torch.device("cpu")
+    computing: Any = device._computing
+    computing.computes = True
+    return device
+
+
+LOCKED = ("none", "little", "much")  # page-locked memory
+
+
+def card(monkeypatch: pytest.MonkeyPatch, locked: str) -> CudaDevice:
+    """One that is used. `little`: of two packets a queue, which are smaller than most that is copied."""
+    if locked == "little":
+        monkeypatch.setattr(cuda_device, "PACKET_BYTES", SYSTEM_PAGE_BYTES)
+        monkeypatch.setattr(cuda_device, "PINNED_BYTES", 3 * 2 * SYSTEM_PAGE_BYTES)
+        monkeypatch.setattr(page_locked, "LOCKED_AT_ONCE_BYTES", 3 * SYSTEM_PAGE_BYTES)
+    device = cuda(monkeypatch)
+    if locked != "none":
+        device.pin()
+        assert device.pinned_bytes
     return device

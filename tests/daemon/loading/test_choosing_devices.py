@@ -21,7 +21,7 @@ from shoal.comm.home import Home
 from shoal.comm.messages import Load, ModelStatus
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.packs import Packs
-from shoal.daemon.loading import device_rooms
+from shoal.daemon.loading import device_rooms, runnable
 from shoal.daemon.loading.outlook import Outlook, outlook
 from shoal.daemon.node import Node
 from shoal.daemon.throughput import device_figures, fixed_costs, foresight
@@ -370,6 +370,34 @@ def test_a_card_that_others_have_filled_meanwhile_is_done_without(
     assert [line.endswith("; it is loaded without") for line in lines] == [True, True]
     with pytest.raises(DaemonError, match=r"has .* free of 64 MB"):  # one that was named has to compute
         loaded(path, device=CARD)
+
+
+def test_a_card_that_is_full_when_all_has_been_read_leaves_nothing_running(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What reads from a disk would go on, and keep its memory."""
+    stores: list[tuple[Any, float]] = []
+    closed: list[Any] = []
+    opened, made = runnable.open_store, runnable.Executor
+
+    def noting(*args: Any, **more: Any) -> Any:
+        stores.append(opened(*args, **more))
+        store = stores[-1][0]
+        monkeypatch.setattr(store, "close", lambda: closed.append(store))
+        return stores[-1]
+
+    def full(model: Any, plan: Any, store: Any, kv: Any, collective: Any, home_of: Any, rows: Any) -> Any:
+        if plan.device:
+            raise home_of(plan.device).device.budget.full()
+        return made(model, plan, store, kv, collective, home_of, rows)
+
+    monkeypatch.setattr(runnable, "open_store", noting)
+    monkeypatch.setattr(runnable, "Executor", full)
+    with loaded(path) as node:
+        (first, _), (second, _) = stores
+        assert closed == [first]
+        assert status(node).device == ""
+    assert closed[-1] is second
 
 
 def test_what_is_kept_of_a_card_holds_by_whatever_name(

@@ -263,6 +263,20 @@ def test_a_lost_device_is_done_without(node: Node, path: Path, monkeypatch: pyte
         assert text_of(there, prompt(0))[:2] == expected
 
 
+def test_models_are_loaded_after_a_device_was_lost(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Each time at once: nothing is asked of it any more, and its page-locked memory has been given back."""
+    with loaded(path, ROOMY) as there:
+        sim().lose("the driver was restarted")
+        for _ in range(2):
+            there.unload(Unload(model=status(there).name))
+            there.load(Load(model=str(path)))
+            (said,) = status(there).warnings
+            assert said.startswith("device sim:64MB is lost (the driver was restarted), so the cpu computes")
+            assert not there.budget.held_by(f"page-locked memory for {ROOMY}")
+        assert not [it for it in caplog.records if "it is loaded without" in it.getMessage()]
+        assert len(text_of(there, prompt(0))[1]) == 24
+
+
 @pytest.mark.parametrize("lost", [False, True])
 def test_experts_come_for_prompts(mixture: Path, lost: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """And if the device is lost while they do, answers go on without it."""

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from fakes.cuda_on_host import LOCKED, card
 from fakes.on_device import ROOMY, logits, sim
-from fakes.running import Running
+from fakes.running import Running, relative_error
 from fakes.streaming import packed
 
 from shoal.devices.device_home import DeviceHome
 from shoal.devices.errors import DeviceLost
 from shoal.devices.sim_device import SimDevice
 from shoal.devices.sim_kernels import SimKernels
+from shoal.devices.torch_kernels import TorchKernels
 from shoal.engine.collective import Alone
 from shoal.engine.executor import Abandoned, Executor, attention_homes
 from shoal.kernels.homes import cpu
@@ -37,6 +39,7 @@ pytest_plugins = ("fakes.streamed_cases",)
 
 FAMILIES = ("mixtral", "olmoe", "qwen3_moe", "qwen2_moe", "llama", "gemma3", "olmo2")
 NAME = "sim:test"
+IN_TORCH = 1e-4  # of the largest logit
 Which = Callable[[BlockId], bool]
 
 
@@ -152,6 +155,18 @@ def test_what_passes_from_disk_gives_the_logits_of_the_cpu(case: Case, how: str,
         assert isinstance(executor.kv.layers[0].data, np.ndarray)  # on the host
     del executor
     assert device.budget.held_bytes == 0
+
+
+@pytest.mark.parametrize("locked", LOCKED)
+def test_so_it_is_on_a_card(mixture: Case, locked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose thread waits for the disk, and gives a place in the window back when it has been read."""
+    device = card(monkeypatch, locked)
+    plan = mixture.plan(PASSING["some everywhere"], spare_bytes=1 << 20)
+    with executing(mixture, plan, DeviceHome(device, TorchKernels())) as executor:
+        assert bool(device.locked_bytes) == (locked != "none")
+        assert relative_error(logits(executor), mixture.expected) < IN_TORCH
+    device.unpin()
+    assert (device.lost, device.locked_bytes) == ("", 0)
 
 
 STAYING = {
