@@ -53,7 +53,7 @@ test-aarch64: .venv/.installed-dev ## run the kernel tests on an emulated ARM ma
 sanitize: .venv/.installed-dev ## run the kernel tests under ASan, UBSan and TSan
 	@tests/sanitize.sh
 
-check: .venv/.installed-dev ## lint, format and types
+check: .venv/.tools ## lint, format and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
@@ -91,18 +91,32 @@ distclean: clean ## remove .venv and the built kernels too
 	@echo 'Making .venv with '"$$($(PYTHON) -V)"
 	@$(PYTHON) -m venv --clear .venv
 
-.venv/.installed: $(SOURCES) | .venv/bin/python
-	@echo 'Installing Shoal and what it needs into .venv (once; a few minutes)'
-	@: >.venv/build.log; tail -f .venv/build.log & trap "kill $$!" EXIT; \
-		SHOAL_BUILD_LOG='$(CURDIR)/.venv/build.log' $(PIP) install -e . -c constraints-dev.txt
+# What pyproject.toml asks for is installed apart from Shoal itself: `make -j2` compiles its kernels meanwhile.
+REQUIREMENTS = $(BIN)/python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	print(*$(1), sep="\n")'
+
+.venv/.packages: pyproject.toml constraints-dev.txt | .venv/bin/python
+	@echo 'Installing what Shoal needs into .venv (once; a minute)'
+	@$(call REQUIREMENTS,project["dependencies"]) >.venv/packages.txt
+	@$(PIP) install -r .venv/packages.txt -c constraints-dev.txt
 	@touch $@
 
-# The tools alone: installing Shoal once more as `.[dev]` would build the kernels again.
-.venv/.installed-dev: pyproject.toml constraints-dev.txt | .venv/.installed
+.venv/.tools: pyproject.toml constraints-dev.txt | .venv/.packages
 	@echo 'Installing the tools for the tests into .venv'
-	@$(BIN)/python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-		print(*project["optional-dependencies"]["dev"], sep="\n")' >.venv/tools.txt
+	@$(call REQUIREMENTS,project["optional-dependencies"]["dev"]) >.venv/tools.txt
 	@$(PIP) install -r .venv/tools.txt -c constraints-dev.txt
+	@touch $@
+
+.venv/.shoal: $(SOURCES) | .venv/bin/python
+	@echo 'Installing Shoal into .venv (once; a few minutes)'
+	@: >.venv/build.log; tail -f .venv/build.log & trap "kill $$!" EXIT; \
+		SHOAL_BUILD_LOG='$(CURDIR)/.venv/build.log' $(PIP) install --no-deps -e .
+	@touch $@
+
+.venv/.installed: .venv/.packages .venv/.shoal
+	@touch $@
+
+.venv/.installed-dev: .venv/.installed .venv/.tools
 	@touch $@
 
 bench/.venv/.installed: bench/requirements.txt
