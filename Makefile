@@ -11,7 +11,7 @@ PROMPT = Explain in two sentences how a lighthouse works.
 BIN := .venv/bin
 SHOAL := $(BIN)/shoal
 SOURCES := pyproject.toml constraints-dev.txt $(wildcard setup.py kernels/native/* comm/group/native/*)
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run test test-peer test-cluster test-cards test-aarch64 sanitize check bench bench-offload \
@@ -98,19 +98,20 @@ REQUIREMENTS = $(BIN)/python -c 'import tomllib; project = tomllib.load(open("py
 .venv/.packages: pyproject.toml constraints-dev.txt | .venv/bin/python
 	@echo 'Installing what Shoal needs into .venv (once; a minute)'
 	@$(call REQUIREMENTS,project["dependencies"]) >.venv/packages.txt
-	@$(PIP) install -r .venv/packages.txt -c constraints-dev.txt
+	@$(INSTALL) -r .venv/packages.txt -c constraints-dev.txt
 	@touch $@
 
+# Their modules are compiled when they are imported: most of transformers never is.
 .venv/.tools: pyproject.toml constraints-dev.txt | .venv/.packages
 	@echo 'Installing the tools for the tests into .venv'
 	@$(call REQUIREMENTS,project["optional-dependencies"]["dev"]) >.venv/tools.txt
-	@$(PIP) install -r .venv/tools.txt -c constraints-dev.txt
+	@$(INSTALL) --no-compile -r .venv/tools.txt -c constraints-dev.txt
 	@touch $@
 
 .venv/.shoal: $(SOURCES) | .venv/bin/python
 	@echo 'Installing Shoal into .venv (once; a few minutes)'
 	@: >.venv/build.log; tail -f .venv/build.log & trap "kill $$!" EXIT; \
-		SHOAL_BUILD_LOG='$(CURDIR)/.venv/build.log' $(PIP) install --no-deps -e .
+		SHOAL_BUILD_LOG='$(CURDIR)/.venv/build.log' $(INSTALL) --no-deps -e .
 	@touch $@
 
 .venv/.installed: .venv/.packages .venv/.shoal
