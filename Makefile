@@ -11,7 +11,7 @@ PROMPT = Explain in two sentences how a lighthouse works.
 BIN := .venv/bin
 SHOAL := $(BIN)/shoal
 SOURCES := pyproject.toml constraints-dev.txt $(wildcard setup.py kernels/native/* comm/group/native/*)
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run test test-peer test-cluster test-cards test-aarch64 sanitize check bench bench-offload \
@@ -34,8 +34,9 @@ run: .venv/.installed ## answer PROMPT="…" with the default model, fetching wh
 	@echo 'See also      $(SHOAL) --help'
 	@echo 'Stop with     $(SHOAL) stop'
 
+# In order of their names: those of files with few tests would come last otherwise, and one of them takes 40 s alone.
 test: .venv/.installed-dev ## run the tests
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not peer and not cluster' </dev/null
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not peer and not cluster' </dev/null
 
 test-peer: .venv/.installed-dev bench/.venv/.installed ## run the tests that need llama.cpp or the default model
 	@$(SHOAL) ls 2>/dev/null | grep -q '^$(MODEL) ' || $(SHOAL) pull $(MODEL)
@@ -53,7 +54,7 @@ test-aarch64: .venv/.installed-dev ## run the kernel tests on an emulated ARM ma
 sanitize: .venv/.installed-dev ## run the kernel tests under ASan, UBSan and TSan
 	@tests/sanitize.sh
 
-check: .venv/.installed-dev ## lint, format and types
+check: .venv/.tools ## lint, format and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
@@ -91,18 +92,33 @@ distclean: clean ## remove .venv and the built kernels too
 	@echo 'Making .venv with '"$$($(PYTHON) -V)"
 	@$(PYTHON) -m venv --clear .venv
 
-.venv/.installed: $(SOURCES) | .venv/bin/python
-	@echo 'Installing Shoal and what it needs into .venv (once; a few minutes)'
-	@: >.venv/build.log; tail -f .venv/build.log & trap "kill $$!" EXIT; \
-		SHOAL_BUILD_LOG='$(CURDIR)/.venv/build.log' $(PIP) install -e . -c constraints-dev.txt
+# What pyproject.toml asks for is installed apart from Shoal itself: `make -j2` compiles its kernels meanwhile.
+REQUIREMENTS = $(BIN)/python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	print(*$(1), sep="\n")'
+
+.venv/.packages: pyproject.toml constraints-dev.txt | .venv/bin/python
+	@echo 'Installing what Shoal needs into .venv (once; a minute)'
+	@$(call REQUIREMENTS,project["dependencies"]) >.venv/packages.txt
+	@$(INSTALL) -r .venv/packages.txt -c constraints-dev.txt
 	@touch $@
 
-# The tools alone: installing Shoal once more as `.[dev]` would build the kernels again.
-.venv/.installed-dev: pyproject.toml constraints-dev.txt | .venv/.installed
+# Their modules are compiled when they are imported: most of transformers never is.
+.venv/.tools: pyproject.toml constraints-dev.txt | .venv/.packages
 	@echo 'Installing the tools for the tests into .venv'
-	@$(BIN)/python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-		print(*project["optional-dependencies"]["dev"], sep="\n")' >.venv/tools.txt
-	@$(PIP) install -r .venv/tools.txt -c constraints-dev.txt
+	@$(call REQUIREMENTS,project["optional-dependencies"]["dev"]) >.venv/tools.txt
+	@$(INSTALL) --no-compile -r .venv/tools.txt -c constraints-dev.txt
+	@touch $@
+
+.venv/.shoal: $(SOURCES) | .venv/bin/python
+	@echo 'Installing Shoal into .venv (once; a few minutes)'
+	@: >.venv/build.log; tail -f .venv/build.log & trap "kill $$!" EXIT; \
+		SHOAL_BUILD_LOG='$(CURDIR)/.venv/build.log' $(INSTALL) --no-deps -e .
+	@touch $@
+
+.venv/.installed: .venv/.packages .venv/.shoal
+	@touch $@
+
+.venv/.installed-dev: .venv/.installed .venv/.tools
 	@touch $@
 
 bench/.venv/.installed: bench/requirements.txt

@@ -196,7 +196,6 @@ HOSTILE = {
     "range": "{% for i in range(10 ** 9) %}{% endfor %}",
     "text times": "{{ 'a' * 10 ** 9 }}",
     "list times": "{{ [0] * 10 ** 9 }}",
-    "power": "{{ 10 ** (10 ** 10) }}",
     "squares": "{% set ns = namespace(x=2) %}{% for i in range(99) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
     "percent width": "{{ '%999999999d' % 1 }}",
     "percent star": "{{ '%*d' % (10 ** 9, 1) }}",
@@ -232,7 +231,6 @@ HOSTILE = {
     "tabs": "{{ ('\t' * 1000).expandtabs(10 ** 7) }}",
     "zeros": "{{ '1'.zfill(10 ** 10) }}",
     "joined lists": MILLION + "{{ [x] * 4000 | length }}{{ x | list | join(x) }}",
-    "words": MILLION + "{{ x | wordwrap(1, true, x) }}",
     "batches": "{{ range(9) | batch(10 ** 9, 'x') | list }}",
     "slices of nothing": "{{ [] | slice(10 ** 9) | list }}",
     "attributes": "{{ {'a': 'x' * 10 ** 8} | xmlattr }}",
@@ -251,11 +249,10 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_templates_end_early_in_one_clear_line(name: str) -> None:
-    started = time.process_time()
     with pytest.raises(TemplateError) as caught:
-        ChatTemplate(HOSTILE[name]).render([USER])
+        ChatTemplate(HOSTILE[name], max_render_s=60).render([USER])
     assert "\n" not in str(caught.value)
-    assert time.process_time() - started < 4  # they end at a size, long before the time limit
+    assert "in time" not in str(caught.value)  # they end at a size
 
 
 @pytest.mark.parametrize(
@@ -272,6 +269,8 @@ def test_hostile_templates_end_early_in_one_clear_line(name: str) -> None:
         "{{ range(99999) | map('string') | map('list') | map('sort') | list | sum(start=[]) }}",
         "{% for i in range(99999) if range(99999) | sum < 0 %}{% endfor %}",
         "{{ (7 ** (10 ** 8)) % 3 }}",
+        "{{ 10 ** (10 ** 10) }}",
+        MILLION + "{{ x | wordwrap(1, true, x) }}",
         "{{ messages | tojson }}" * 30_000,
         "{{ [" + "1," * 400_000 + "] }}",
         "{{ " + " ~ ".join(["a"] * 100_000) + " }}",

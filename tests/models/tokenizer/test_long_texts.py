@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import pytest
 from fakes.vocabularies import MERGES, VOCAB, texts
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import (
     AddedToken,
@@ -61,6 +61,7 @@ def _tiny_pieces() -> Iterator[None]:
 
 @pytest.mark.parametrize("rule", sorted(PRE_TOKENIZERS))
 @given(text=wordy)
+@settings(max_examples=40)
 def test_words_of_gguf_files_are_cut_where_no_token_is(rule: str, text: str) -> None:
     merger = ByteLevelBpe(VOCAB, Texts.of(MERGES), PRE_TOKENIZERS[rule])
     assert [i for piece in pieces(text, merger.cut) for i in merger.encode(piece)] == merger.encode(text)
