@@ -192,9 +192,7 @@ def _bought(
 
     def with_disk(times: float) -> Profile:
         head = profile.head
-        reads = head.reads and replace(
-            head.reads, bytes_per_s=tuple(it * times for it in head.reads.bytes_per_s)
-        )
+        reads = head.reads and head.reads.faster(times)
         faster = replace(head, disk_bytes_per_s=head.disk_bytes_per_s * times, reads=reads)
         return replace(profile, devices=(faster, *profile.devices[1:]))
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from .laws import together, windowed_bytes_per_s
+from .laws import block_bytes_per_s, ring_bytes_per_s, together
 from .profile import Device
 from .ring import waits_for
 
@@ -149,11 +149,13 @@ def contended(
         for place, use in enumerate(uses):
             waited_s = 0.0
             if (its := mixtures.get(place)) is not None:
-                speed = windowed_bytes_per_s(device, its.nbytes) / (disk * read)
+                speed = block_bytes_per_s(device, its.nbytes) / (disk * read)
                 waited_s, disk_s = expert_waits(its.slower(computed), speed)
                 experts_disk_s += disk_s
             contended.append(use._replace(compute_s=use.compute_s * computed + waited_s))
-        passing = lap(contended, window_bytes, windowed_bytes_per_s(device) / (disk * read), between_s)
+        passing = lap(
+            contended, window_bytes, ring_bytes_per_s(device, window_bytes) / (disk * read), between_s
+        )
         found = passing._replace(disk_s=passing.disk_s + experts_disk_s)
         slower = together(device, compute_s * computed / found.step_s, found.disk_s / found.step_s)
     return found

@@ -1,0 +1,82 @@
+"""What passes through a window, and experts that come in parts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from fakes.throughput.throughput_cases import MB, device, spec, wanted, weighed
+
+from shoal.partition.errors import ProfileError
+from shoal.partition.plan import Plan, plan_in_ram
+from shoal.partition.spec import MoeSpec
+from shoal.partition.streamed_plan import plan_streamed
+from shoal.partition.throughput.cost import cost
+from shoal.partition.throughput.laws import NOTHING, Rows, block_bytes_per_s, ring_bytes_per_s
+from shoal.partition.throughput.prediction import Job
+from shoal.partition.throughput.profile import ANY, Overheads, Profile, ReadLaw, RingLaw, RowsLaw
+from shoal.partition.throughput.profile_checks import check_profile
+from shoal.partition.throughput.step_pieces import Pieces
+
+DENSE = weighed(spec())
+MIXED = weighed(spec(moe=MoeSpec(32, 4, 512, True), ffn=0))
+RINGS = RingLaw((16 * MB, 64 * MB), (2.5e9, 2e9))
+READS = ReadLaw((256_000, 4 * MB), (1.5e9, 2e9), RINGS)
+
+
+def test_a_small_ring_is_filled_sooner_than_a_large_one() -> None:
+    measured = replace(device(), reads=READS)
+    found = [ring_bytes_per_s(measured, it * MB) for it in (4, 16, 40, 64, 900)]
+    assert found == pytest.approx([2.5e9, 2.5e9, 2.25e9, 2e9, 2e9])
+    assert ring_bytes_per_s(replace(measured, reads=replace(READS, rings=None)), 16 * MB) == 2e9
+    assert ring_bytes_per_s(device(), 16 * MB) == 1e9, "one speed that is known"
+
+
+def test_experts_come_as_fast_as_blocks_of_their_size_into_memory_that_no_cache_holds() -> None:
+    measured = replace(device(), reads=READS)
+    found = [block_bytes_per_s(measured, it) for it in (1, 256_000, 2_128_000, 4 * MB, 900 * MB)]
+    assert found == pytest.approx([1.5e9, 1.5e9, 1.75e9, 2e9, 2e9])
+
+
+def test_a_step_reads_as_fast_as_its_ring_is_filled() -> None:
+    plan = plan_streamed(
+        wanted(DENSE.spec), DENSE.extents, DENSE.vectors_bytes, memory_bytes=DENSE.weights_bytes // 2
+    )
+    assert isinstance(plan, Plan)
+
+    def token_s(ring_bytes: int) -> float:
+        rings = RingLaw((ring_bytes, ring_bytes + 1), (2e9, 1e9))
+        machine = replace(device(), reads=replace(READS, rings=rings), overheads=Overheads(0.0, 0.0))
+        return cost(DENSE, plan, machine, Job()).token_s
+
+    assert token_s(plan.window_bytes - 1) > 1.5 * token_s(plan.window_bytes)
+
+
+def test_a_disk_that_is_faster_is_so_with_each_size() -> None:
+    twice = READS.faster(2)
+    assert twice.bytes_per_s == (3e9, 4e9)
+    assert twice.rings == RingLaw(RINGS.nbytes, (5e9, 4e9))
+
+
+def test_rings_that_cannot_be_true_are_refused() -> None:
+    wrong = replace(READS, rings=RingLaw((2, 1), (1e9, 1e9)))
+    with pytest.raises(ProfileError, match=r"devices\[0\].reads.rings.nbytes must rise"):
+        check_profile(Profile((replace(device(), reads=wrong),)))
+
+
+def test_experts_have_the_rows_of_one_part_at_a_time() -> None:
+    """Each part chooses experts of its own, with few rows each: 4 × 32 rows take as long as 32 rows four times."""
+    law = RowsLaw(ANY, 1.0, (1, 1024), (1e-10, 1.2e-10))  # which hardly depends on rows
+    machine = replace(device(), products=(law,))
+    plan = plan_in_ram(wanted(MIXED.spec), MIXED.block_bytes, memory_bytes=10**12)
+    assert isinstance(plan, Plan)
+    kind = MIXED.kind_of(0)
+
+    def mixed_s(rows: int, part: int) -> float:
+        pieces = Pieces(MIXED, replace(plan, part_tokens=part), machine, [Rows(1, rows, 0)], 1.0)
+        assert pieces.experts(kind, 0) == NOTHING
+        return pieces.experts(kind, rows).seconds
+
+    assert mixed_s(128, 32) == pytest.approx(4 * mixed_s(32, 1024))
+    assert mixed_s(144, 32) == pytest.approx(4 * mixed_s(32, 1024) + mixed_s(16, 1024))
+    assert mixed_s(128, 32) > 3 * mixed_s(128, 1024)
