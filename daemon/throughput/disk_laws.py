@@ -1,7 +1,8 @@
 """Measures the disk that models lie on: blocks of several sizes, and rings of several, as they pass through a window
 (`offload.window.passing_speed`), and what reading and computing take from each other.
 
-As a model's window does, the same bytes are read again and again: what lies behind a disk may keep them, here as in a step.
+As a model's window does, the same bytes are read again and again: what lies behind a disk may keep them, here as in a
+step.
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ def passing_speed(
     began: Callable[[], object] = _nobody,
 ) -> float:
     """Bytes per second at which blocks of `block_bytes` (a multiple of 4 KiB) pass, over and over, from the first
-    `cycle_bytes` of a file through a ring of `ring_bytes`. Memory that caches hold is filled sooner than other memory, so
-    the ring's size matters. `began` is called when they do. 0 if the file has not two blocks. Raises OffloadError."""
+    `cycle_bytes` of a file through a ring of `ring_bytes`, whose size matters: memory that caches hold is filled sooner
+    than other memory. `began` is called when they do. 0 if the file has not two blocks. Raises OffloadError."""
     count = min(path.stat().st_size, cycle_bytes) // block_bytes
     if count < 2:
         return 0.0

@@ -34,7 +34,7 @@ LATELY_S = 2.0
 CLOSING_S = 2.0
 
 
-class Source(Protocol):
+class BlockFile(Protocol):
     """The file that is read: a pack's."""
 
     @property
@@ -93,7 +93,7 @@ class Readers:
     """Read for `regions`; an earlier region that has something to read goes first. One thread waits for bytes; any
     thread may call `close` and `bytes_per_s`."""
 
-    def __init__(self, source: Source, regions: Sequence[Region]) -> None:
+    def __init__(self, source: BlockFile, regions: Sequence[Region]) -> None:
         """Raises StoreError where the file cannot be opened."""
         self._source = source
         self.stall_s = 0.0  # time waited for bytes so far

@@ -102,21 +102,12 @@ class RingLaw:
 
 @dataclass(frozen=True)
 class ReadLaw:
-    """How fast blocks come from a disk, past the page cache, with some reads in flight, by the bytes of each block, into
+    """How fast blocks come from a disk, past the page cache, with some reads in flight, by the bytes of each, into
     memory that no cache holds. `rings`: through windows; None: as the largest blocks."""
 
     nbytes: tuple[int, ...]
     bytes_per_s: tuple[float, ...]
     rings: RingLaw | None = None
-
-    def faster(self, times: float) -> ReadLaw:
-        """Of a disk that is so many times as fast."""
-
-        def of(speeds: tuple[float, ...]) -> tuple[float, ...]:
-            return tuple(times * it for it in speeds)
-
-        rings = self.rings and replace(self.rings, bytes_per_s=of(self.rings.bytes_per_s))
-        return replace(self, bytes_per_s=of(self.bytes_per_s), rings=rings)
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,13 @@ class Pieces:
             self._known[key] = self._products(kind.dense, rows)
         return self._known[key]
 
+    def router(self, kind: LayerKind, rows: int) -> Share:
+        """Without the shared expert."""
+        key = "router", kind.dense, rows
+        if key not in self._known:
+            self._known[key] = self._products(kind.dense[:1], rows)
+        return self._known[key]
+
     def experts(self, kind: LayerKind, rows: int) -> Share:
         if not kind.expert or not rows:
             return NOTHING

@@ -12,9 +12,10 @@ from shoal.partition.plan import Plan, plan_in_ram
 from shoal.partition.spec import MoeSpec
 from shoal.partition.streamed_plan import plan_streamed
 from shoal.partition.throughput.cost import cost
+from shoal.partition.throughput.explain import faster
 from shoal.partition.throughput.laws import NOTHING, Rows, block_bytes_per_s, ring_bytes_per_s
 from shoal.partition.throughput.prediction import Job
-from shoal.partition.throughput.profile import ANY, Overheads, Profile, ReadLaw, RingLaw, RowsLaw
+from shoal.partition.throughput.profile import ANY, Contention, Overheads, Profile, ReadLaw, RingLaw, RowsLaw
 from shoal.partition.throughput.profile_checks import check_profile
 from shoal.partition.throughput.step_pieces import Pieces
 
@@ -53,7 +54,7 @@ def test_a_step_reads_as_fast_as_its_ring_is_filled() -> None:
 
 
 def test_a_disk_that_is_faster_is_so_with_each_size() -> None:
-    twice = READS.faster(2)
+    twice = faster(READS, 2)
     assert twice.bytes_per_s == (3e9, 4e9)
     assert twice.rings == RingLaw(RINGS.nbytes, (5e9, 4e9))
 
@@ -80,3 +81,30 @@ def test_experts_have_the_rows_of_one_part_at_a_time() -> None:
     assert mixed_s(128, 32) == pytest.approx(4 * mixed_s(32, 1024))
     assert mixed_s(144, 32) == pytest.approx(4 * mixed_s(32, 1024) + mixed_s(16, 1024))
     assert mixed_s(128, 32) > 3 * mixed_s(128, 1024)
+
+
+def test_guessing_asks_the_next_router_as_well() -> None:
+    """In each layer but the last, where experts are on disk; not where all are in memory."""
+
+    def token_s(memory: int, mixture_s: float, router: int = MIXED.spec.hidden) -> float:
+        products = {
+            block: (it[0]._replace(nbytes=32 * 2 * router),) if block.kind == "router" else it
+            for block, it in MIXED.products.items()
+        }
+        model = replace(MIXED, products=products)
+        asked = wanted(model.spec)
+        plan = (
+            plan_streamed(asked, model.extents, model.vectors_bytes, memory_bytes=memory)
+            if memory
+            else plan_in_ram(asked, model.block_bytes, memory_bytes=10**12)
+        )
+        assert isinstance(plan, Plan)
+        over = Overheads(0.0, 0.0, mixture_s, 0.0)
+        machine = device(overheads=over, disk_bytes_per_s=1e14, contention=Contention(1.0, 1.0))
+        return cost(model, plan, machine, Job()).token_s
+
+    half = MIXED.weights_bytes // 2
+    assert token_s(0, 0.1) - token_s(0, 0.0) == pytest.approx(8 * 0.1)
+    assert token_s(half, 0.1) - token_s(half, 0.0) == pytest.approx(15 * 0.1, rel=0.01)
+    more_s = 32 * 2 * (10**6 - 1024) / 20e9
+    assert token_s(half, 0.0, 10**6) - token_s(half, 0.0) == pytest.approx(15 * more_s, rel=0.01)
