@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 from fakes.throughput.throughput_cases import MB, device, spec, wanted, weighed
+from hypothesis import given
+from hypothesis import strategies as st
 
 from shoal.partition.errors import ProfileError
 from shoal.partition.plan import Plan, plan_in_ram
@@ -17,6 +19,7 @@ from shoal.partition.throughput.laws import NOTHING, Rows, block_bytes_per_s, ri
 from shoal.partition.throughput.prediction import Job
 from shoal.partition.throughput.profile import ANY, Contention, Overheads, Profile, ReadLaw, RingLaw, RowsLaw
 from shoal.partition.throughput.profile_checks import check_profile
+from shoal.partition.throughput.schedule import Use, lap
 from shoal.partition.throughput.step_pieces import Pieces
 
 DENSE = weighed(spec())
@@ -108,3 +111,31 @@ def test_guessing_asks_the_next_router_as_well() -> None:
     assert token_s(half, 0.1) - token_s(half, 0.0) == pytest.approx(15 * 0.1, rel=0.01)
     more_s = 32 * 2 * (10**6 - 1024) / 20e9
     assert token_s(half, 0.0, 10**6) - token_s(half, 0.0) == pytest.approx(15 * more_s, rel=0.01)
+
+
+def test_reads_that_go_on_beside_a_block_s_last_one_delay_it() -> None:
+    """Worked out by hand: blocks of 10 at 10 a second, computed for half a second, in a ring of two. If all of the next
+    block comes beside, a block and the next are here together, every two seconds, and half a second of the first's
+    computing passes in which nothing may be read."""
+    uses = [Use(0.5, 10)] * 2
+    one_by_one, beside = lap(uses, 20, 10.0), lap(uses, 20, 10.0, beside_bytes=10)
+    assert one_by_one.step_s == pytest.approx(2.0)
+    assert beside.step_s == pytest.approx(2.5)
+    assert beside.disk_s == one_by_one.disk_s
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 2), st.integers(0, 9)), min_size=1, max_size=6),
+    st.integers(9, 40),
+    st.integers(0, 30),
+)
+def test_what_comes_beside_takes_no_longer_than_reading_and_computing_by_turns(
+    uses: list[tuple[float, int]], window: int, beside: int
+) -> None:
+    its = [Use(compute_s, nbytes) for compute_s, nbytes in uses]
+    alone, found = lap(its, window, 3.0), lap(its, window, 3.0, beside_bytes=beside)
+    turns_s = sum(it.compute_s for it in its) + alone.disk_s
+    begun_s = beside / 3.0 / 2 + 1e-9  # in the first lap every place is free, and two are looked at behind it
+    assert alone.step_s - begun_s <= found.step_s <= turns_s + begun_s
+    tight = [Use(compute_s, 9) for compute_s, _ in uses]  # the next one's place is never free
+    assert lap(tight, 9, 3.0, beside_bytes=beside) == lap(tight, 9, 3.0)
