@@ -1,9 +1,9 @@
 """How long a step takes whose blocks come from disk: the schedules of the window and of the cache of experts, with
 seconds instead of threads.
 
-Blocks are used in order. A streamed one is read piece by piece, one read after the other (several in flight are as one
-at the disk's full speed, but for the last of a block, which others go on beside), as soon as what lies in its place has left; reading goes on from the last block of a step to
-the first of the next. Pure.
+Blocks are used in order. A streamed one is read piece by piece, one read after the other, as soon as what lies in its
+place has left (several in flight are as one at the disk's full speed, but for the last of a block, which others go on
+beside); reading goes on from the last block of a step to the first of the next. Pure.
 """
 
 from __future__ import annotations
