@@ -56,7 +56,7 @@ from shoal.offload.window.pinned import PackReader
 from shoal.offload.window.window_store import WindowStore
 from shoal.partition.placement import PINNED_BYTES, ModelBytes, NoRoomThere
 from shoal.partition.plan import Plan, Wanted
-from shoal.partition.throughput.laws import THROUGH_WINDOW, Rows
+from shoal.partition.throughput.laws import Rows
 from shoal.partition.throughput.placing.passing_plans import ahead_bytes, plan_passing_from_disk, spread
 from shoal.partition.throughput.profile import Device
 from shoal.partition.throughput.with_device import device_step
@@ -252,7 +252,7 @@ def cells(
     machine = _measured(options.threads, place, most, None, lambda: True)  # whoever else computes
     read = case.read_s(options.steps)  # before the first step, or copies would want others
     if any(read):
-        speed = THROUGH_WINDOW * case.plan.cyclic_bytes / median(read)
+        speed = case.plan.cyclic_bytes / median(read)
         machine = replace(machine, disk_bytes_per_s=speed, reads=None)
     links, cell = [float(it) * 1e9 for it in options.links.split(",")], {}
     for link in links:

@@ -21,7 +21,7 @@ from shoal.partition.hardware_guesses import DISK_BYTES_PER_S
 from shoal.partition.throughput.profile import CacheLaw, Device, ReadLaw
 
 from .cache_laws import cache_law
-from .disk_laws import READS, read_once, reread_speed
+from .disk_laws import brief_read_law
 from .fixed_costs import overheads
 from .kernel_laws import (
     Pool,
@@ -92,18 +92,18 @@ def _measured(
         return replace(before, products=(*before.products, *laws), caches=_with(before.caches, caches))
     fixed = overheads(going)
     attention = tuple(attention_laws(home, going, ("f16",)))
-    disk = _disk_bytes_per_s(place)
+    reads = _reads(place)
     going("")
     return Device(
         name=platform.node() or "this machine",
         memory_bytes=float(available_bytes()),
         memory_bytes_per_s=memory_bytes_per_s(laws),
         flops=max(map(flops_of, laws)),
-        disk_bytes_per_s=disk or DISK_BYTES_PER_S,
+        disk_bytes_per_s=max(reads.bytes_per_s) if reads else DISK_BYTES_PER_S,
         threads=threads,
         products=laws,
         attention=attention,
-        reads=ReadLaw(READS[-1:], (disk,)) if disk else None,
+        reads=reads,
         caches=caches,
         overheads=fixed,
         repeats=kernel_repeats(rounds),
@@ -120,13 +120,12 @@ def _with(before: CacheLaw | None, now: CacheLaw | None) -> CacheLaw | None:
     return replace(now, products=(*before.products, *now.products))
 
 
-def _disk_bytes_per_s(place: Path) -> float:
-    """0 where there is no large file: nothing is written for that."""
+def _reads(place: Path) -> ReadLaw | None:
+    """None where there is no large file: nothing is written for that."""
     largest = max(files_below(place), default=(0, place))
     if largest[0] < LEAST_FILE_BYTES:
-        return 0.0
+        return None
     try:
-        read_once(largest[1])
-        return reread_speed(largest[1], BRIEF_READ_S)
+        return brief_read_law(largest[1], BRIEF_READ_S)
     except (OSError, OffloadError):
-        return 0.0
+        return None

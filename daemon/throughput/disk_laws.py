@@ -1,27 +1,33 @@
-"""Measures the disk that models lie on: reads of several sizes with some in flight, and what reading and computing take
-from each other.
+"""Measures the disk that models lie on: blocks of several sizes, and rings of several, as they pass through a window
+(`offload.window.passing_speed`), and what reading and computing take from each other.
 
-As a window does, the same bytes are read again and again: what lies behind a disk may keep them, here as in a step.
+As a model's window does, the same bytes are read again and again: what lies behind a disk may keep them, here as in a
+step.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
 from shoal.offload.read_speed import read_speed
-from shoal.partition.throughput.profile import Contention, ReadLaw
+from shoal.offload.window.passing_speed import passing_speed
+from shoal.partition.throughput.profile import Contention, ReadLaw, RingLaw
 
 from .kernel_laws import ROUNDS
 
-READS = (256 << 10, 1 << 20, 4 << 20)
+READS = (256 << 10, 1 << 20, 4 << 20)  # blocks, through the largest of …
+RINGS = (16 << 20, 32 << 20, 64 << 20)  # … which no cache holds; blocks of half their size pass through these
 READ_S = 0.2
 TOGETHER_S = 0.3
+BEGINNING_S = 2.0  # until reading has begun
 REREAD_BYTES = 256 << 20  # of a file, that are read
 WRITTEN_BYTES = 128 << 20
 _PIECE = 4 << 20
@@ -34,9 +40,11 @@ class DiskFile(NamedTuple):
     write_bytes_per_s: float = 0.0
 
 
-def reread_speed(path: Path, seconds: float, read_bytes: int = READS[-1]) -> float:
+def reread_speed(
+    path: Path, seconds: float, block_bytes: int = READS[-1], ring_bytes: int = RINGS[-1]
+) -> float:
     """Bytes per second, of bytes that were read before (`read_once`). Raises OffloadError."""
-    return read_speed(path, seconds, read_bytes, REREAD_BYTES)
+    return max(1.0, passing_speed(path, seconds, block_bytes, ring_bytes, REREAD_BYTES))
 
 
 def read_once(path: Path) -> None:
@@ -45,19 +53,28 @@ def read_once(path: Path) -> None:
 
 
 def read_law(path: Path, done: Callable[[str], None]) -> tuple[ReadLaw, float]:
-    """(bytes per second by the size of reads; how far rounds lay from their middle, as a share of it, with the largest
-    ones). Raises OffloadError."""
+    """(the law; how far rounds lay from their middle, as a share of it, with the largest blocks and ring). Raises
+    OffloadError."""
     read_once(path)
-    rounds = []
+    points = [(nbytes, RINGS[-1]) for nbytes in READS] + [(nbytes // 2, nbytes) for nbytes in RINGS]
+    rounds: list[list[float]] = []
     for _ in range(ROUNDS):
-        speeds = []
-        for nbytes in READS:
-            done(f"disk, reads of {nbytes >> 10} KiB")
-            speeds.append(max(1.0, reread_speed(path, READ_S, nbytes)))
-        rounds.append(speeds)
+        rounds.append([])
+        for block_bytes, ring_bytes in points:
+            done(f"disk, blocks of {block_bytes >> 10} KiB through {ring_bytes >> 20} MiB")
+            rounds[-1].append(reread_speed(path, READ_S, block_bytes, ring_bytes))
     each = [*zip(*rounds, strict=True)]
     apart = (max(each[-1]) - min(each[-1])) / (2 * median(each[-1]))
-    return ReadLaw(READS, tuple(map(median, each))), min(1.0, apart)
+    usual = tuple(map(median, each))
+    return ReadLaw(READS, usual[: len(READS)], RingLaw(RINGS, usual[len(READS) :])), min(1.0, apart)
+
+
+def brief_read_law(path: Path, seconds: float) -> ReadLaw:
+    """The same with the largest blocks, and the smallest and the largest ring, once. Raises OffloadError."""
+    read_once(path)
+    ends = RINGS[0], RINGS[-1]
+    least, most = (reread_speed(path, seconds, nbytes // 2, nbytes) for nbytes in ends)
+    return ReadLaw(READS[-1:], (most,), RingLaw(ends, (least, most)))
 
 
 def contention(path: Path, compute: Callable[[], object]) -> Contention:
@@ -69,20 +86,16 @@ def contention(path: Path, compute: Callable[[], object]) -> Contention:
 
 def _contention(path: Path, compute: Callable[[], object]) -> tuple[float, float]:
     """(what the processor keeps, what the disk keeps), each alone and together in turn."""
-    alone_s = _pace_s(compute, TOGETHER_S)
-    disk_alone = max(1.0, reread_speed(path, TOGETHER_S))
-    found: list[float] = []
-
-    def reading() -> None:
-        until_s = time.monotonic() + TOGETHER_S
-        while (left_s := until_s - time.monotonic()) > 0:
-            found.append(reread_speed(path, left_s))
-
+    ring_bytes = RINGS[len(RINGS) // 2]
+    passing = partial(passing_speed, path, TOGETHER_S, ring_bytes // 2, ring_bytes, REREAD_BYTES)
+    alone_s, disk_alone = _pace_s(compute, TOGETHER_S), max(1.0, passing())
+    began = threading.Event()
     with ThreadPoolExecutor(1) as pool:
-        read = pool.submit(reading)
+        read = pool.submit(passing, began=began.set)
+        began.wait(BEGINNING_S)  # an error is heard below
         together_s = _pace_s(compute, 0.9 * TOGETHER_S)
-        read.result()
-    return alone_s / together_s, median(found) / disk_alone
+        disk_together = read.result()
+    return alone_s / together_s, disk_together / disk_alone
 
 
 def _pace_s(compute: Callable[[], object], seconds: float) -> float:

@@ -18,7 +18,7 @@ from shoal import kernels
 from shoal.daemon.cluster.speed import files_below
 from shoal.kernels import NARROW_INPUTS, WEIGHT_TYPES
 from shoal.offload.errors import OffloadError
-from shoal.partition.throughput.laws import product, read_bytes_per_s
+from shoal.partition.throughput.laws import block_bytes_per_s, product
 from shoal.partition.throughput.prediction import Binding
 from shoal.partition.throughput.profile import Corrections, Device, ReadLaw, RowsLaw
 from shoal.partition.throughput.weights_of import Product
@@ -136,16 +136,16 @@ def _times(device: Device, law: RowsLaw, point: int) -> float:
 
 def _disk_times(device: Device, path: Path, going: Callable[[str], None]) -> list[float]:
     """How many times as long reading takes, each time. [] if the disk was not measured."""
-    before = read_bytes_per_s(device, READS[-1])
-    if not before or device.reads is None:
+    if device.reads is None:
         return []
+    before = block_bytes_per_s(device, READS[-1])
     try:
         going("")
         read_once(path)
         times = []
         for _ in range(ROUNDS):
             going("")
-            times.append(before / max(1.0, reread_speed(path, BRIEF_READ_S)))
+            times.append(before / reread_speed(path, BRIEF_READ_S))
         return times
     except OffloadError as error:
         log.info("the disk could not be looked at: %s", error)

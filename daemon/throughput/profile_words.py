@@ -31,6 +31,10 @@ def device_facts(device: Device) -> Iterator[tuple[str, str]]:
         sizes = zip(reads.nbytes, reads.bytes_per_s, strict=True) if reads else ()
         by_size = ", ".join(f"{format_bytes(speed)}/s by {size >> 10} KiB" for size, speed in sizes)
         yield "disk", by_size or f"{format_bytes(device.disk_bytes_per_s)}/s"
+        if reads and (rings := reads.rings):
+            pairs = zip(rings.nbytes, rings.bytes_per_s, strict=True)
+            by_ring = (f"{format_bytes(speed)}/s by {size >> 20} MiB" for size, speed in pairs)
+            yield "through windows", ", ".join(by_ring)
         keeps = f"the processor keeps {both.compute_keeps:.0%}, the disk {both.disk_keeps:.0%}"
         yield "both at once", keeps
     else:

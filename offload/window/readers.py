@@ -1,4 +1,4 @@
-"""Reader threads, which carry a pack's bytes to memory as policies ask, and the wait for those bytes.
+"""Reader threads, which carry a file's bytes to memory as policies ask, and the wait for those bytes.
 
 A policy (`window`, `expert_cache`) says what to read next, and to which place in its region of memory. Every block is
 checked against its checksum when it comes for the first time, and again after somebody wrote to the file. When a read
@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from shoal.kernels.arrays import Bytes
@@ -31,6 +32,21 @@ IDLE_S = 5.0
 SILENT_LOOK_S = 1.0
 LATELY_S = 2.0
 CLOSING_S = 2.0
+
+
+class BlockFile(Protocol):
+    """The file that is read: a pack's."""
+
+    @property
+    def path(self) -> Path: ...
+
+    def check(self, block: BlockId, memory: Bytes) -> None:
+        """Raises OffloadError if these are not the bytes of the block."""
+        ...
+
+    def condemn(self) -> None:
+        """Its bytes were found altered or missing."""
+        ...
 
 
 class Policy(Protocol):
@@ -77,9 +93,9 @@ class Readers:
     """Read for `regions`; an earlier region that has something to read goes first. One thread waits for bytes; any
     thread may call `close` and `bytes_per_s`."""
 
-    def __init__(self, pack: Pack, regions: Sequence[Region]) -> None:
-        """Raises StoreError where the pack cannot be opened."""
-        self.pack = pack
+    def __init__(self, source: BlockFile, regions: Sequence[Region]) -> None:
+        """Raises StoreError where the file cannot be opened."""
+        self._source = source
         self.stall_s = 0.0  # time waited for bytes so far
         self._regions = regions
         self._checked: set[BlockId] = set()
@@ -92,7 +108,7 @@ class Readers:
         self._landings = 0
         self._broken: Exception | None = None
         self._closed = False
-        self._file = DirectFile(pack.path)
+        self._file = DirectFile(source.path)
         self._written_ns = self._file.written_ns()
         self._threads = [
             threading.Thread(target=self._run, name=f"shoal-read-{i}", daemon=True) for i in range(READERS)
@@ -163,7 +179,7 @@ class Readers:
         seen, silent_s = self._landings, 0.0
         while True:
             if self._closed or self._broken is not None:
-                raise StoreError(f"{self.pack.path}: is not read any more") from self._broken
+                raise StoreError(f"{self._source.path}: is not read any more") from self._broken
             passage = want()
             if passage is not None and passage.error is not None:
                 region.policy.leave(passage)
@@ -178,7 +194,7 @@ class Readers:
             if self._landings != seen:
                 seen, silent_s = self._landings, 0.0
             elif silent_s >= STUCK_S:
-                raise StoreError(f"{self.pack.path}: nothing could be read for {STUCK_S:.0f} s")
+                raise StoreError(f"{self._source.path}: nothing could be read for {STUCK_S:.0f} s")
 
     def _run(self) -> None:
         """The loop of a reader thread."""
@@ -216,10 +232,10 @@ class Readers:
             written_ns = self._file.written_ns()  # asked after the read, which may have seen new bytes
         except (OSError, EOFError) as caught:
             if isinstance(caught, EOFError):
-                self.pack.condemn()
+                self._source.condemn()
             reason = caught.strerror if isinstance(caught, OSError) else str(caught)
             error = StoreError(
-                f"block {passage.block}: {nbytes} bytes from byte {passage.offset + start} of {self.pack.path} "
+                f"block {passage.block}: {nbytes} bytes from byte {passage.offset + start} of {self._source.path} "
                 f"cannot be read: {reason}"
             )
         with self._lock:
@@ -233,9 +249,9 @@ class Readers:
                 self._note(region, read)
         if check:
             try:
-                self.pack.check(passage.block, memory)
+                self._source.check(passage.block, memory)
             except OffloadError as caught:
-                self.pack.condemn()
+                self._source.condemn()
                 error = caught.with_traceback(None)
             with self._lock:
                 passage.error = error

@@ -33,16 +33,19 @@ from .window import Passage, Window
 class _Lease:
     """A lease of a block in a region: entering waits for the block, leaving gives it back."""
 
-    __slots__ = ("_passage", "_readers", "_region", "_want")
+    __slots__ = ("_pack", "_passage", "_readers", "_region", "_want")
 
-    def __init__(self, readers: Readers, region: Region, want: Callable[[], Passage | None]) -> None:
+    def __init__(
+        self, pack: Pack, readers: Readers, region: Region, want: Callable[[], Passage | None]
+    ) -> None:
+        self._pack = pack
         self._readers = readers
         self._region = region
         self._want = want
 
     def __enter__(self) -> Weights:
         self._passage = self._readers.lease(self._region, self._want)
-        return self._region.weights(self._readers.pack, self._passage)
+        return self._region.weights(self._pack, self._passage)
 
     def __exit__(self, *_: object) -> None:
         self._readers.give_back(self._region, self._passage)
@@ -66,6 +69,7 @@ class WindowStore:
         if experts and not plan.expert_slots:
             raise StoreError(f"{len(experts)} experts are on disk, but the plan has no slots for them")
         arena = Arena()
+        self._pack = pack
         self._pinned = Pinned(pack, pinned)
         gathers = any(item.block == EMBED and item.tier == "disk" for item in plan.blocks)
         self._embedding = Embedding(pack) if gathers else None
@@ -116,22 +120,22 @@ class WindowStore:
 
     @property
     def damaged(self) -> bool:
-        return self._readers.pack.damaged
+        return self._pack.damaged
 
     def acquire(self, block: BlockId) -> AbstractContextManager[Weights]:
         self._done = self._place.get(block, self._done)
         if (kept := self._kept.get(block)) is not None:
             return kept
         if block in self._slotted:
-            return _Lease(self._readers, self._slots, partial(self._experts.want, block))
-        return _Lease(self._readers, self._ring, partial(self._window.want, block))
+            return _Lease(self._pack, self._readers, self._slots, partial(self._experts.want, block))
+        return _Lease(self._pack, self._readers, self._ring, partial(self._window.want, block))
 
     def coming(self, block: BlockId) -> Coming:
         if (kept := self._kept.get(block)) is not None:
             return Coming(kept.enter_result)
         assert block not in self._slotted, "an expert has no place of its own"
         lease = self.acquire(block)
-        return Coming(self._ring.weights(self._readers.pack, self._window.place(block)), lease)
+        return Coming(self._ring.weights(self._pack, self._window.place(block)), lease)
 
     @contextmanager
     def acquire_all(self, blocks: Sequence[BlockId]) -> Generator[list[Weights], None, None]:

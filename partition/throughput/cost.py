@@ -194,6 +194,9 @@ def _step(
         own_s = fixed_s + added_s * fed
         if kind.expert:  # its rows are normalised apart, and its sum begins with zeros
             own_s += overheads.mixture_s + 2 * added_s * fed
+        if experts is not None and experts.right and layer < last:  # guessing takes what routing does
+            mixed += pieces.router(kind, fed)
+            own_s += overheads.mixture_s + added_s * fed
         block = model.spec.ffn_blocks(layer)[0]
         uses.append(Use(feeding.seconds + mixed.seconds + own_s, tier[block]))
         computing += attending + feeding + mixed

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ..amounts import format_bytes
 from .prediction import Binding
-from .profile import ANY, Profile, ProfileLink
+from .profile import ANY, Profile, ProfileLink, ReadLaw
 from .solve import Asks, Candidate, Choices, Solved, solve
 from .weights_of import Weighed
 
@@ -192,11 +192,9 @@ def _bought(
 
     def with_disk(times: float) -> Profile:
         head = profile.head
-        reads = head.reads and replace(
-            head.reads, bytes_per_s=tuple(it * times for it in head.reads.bytes_per_s)
-        )
-        faster = replace(head, disk_bytes_per_s=head.disk_bytes_per_s * times, reads=reads)
-        return replace(profile, devices=(faster, *profile.devices[1:]))
+        reads = head.reads and faster(head.reads, times)
+        changed = replace(head, disk_bytes_per_s=head.disk_bytes_per_s * times, reads=reads)
+        return replace(profile, devices=(changed, *profile.devices[1:]))
 
     now = profile.head.memory_bytes
     bought: list[Change | None] = []
@@ -225,6 +223,16 @@ def _bought(
             bought.append(Change(f"{said} like the first, by a gigabit cable", reached))
             break
     return bought
+
+
+def faster(reads: ReadLaw, times: float) -> ReadLaw:
+    """Of a disk that is so many times as fast."""
+
+    def of(speeds: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(times * it for it in speeds)
+
+    rings = reads.rings and replace(reads.rings, bytes_per_s=of(reads.rings.bytes_per_s))
+    return replace(reads, bytes_per_s=of(reads.bytes_per_s), rings=rings)
 
 
 def _times(factor: float) -> str:

@@ -19,9 +19,7 @@ _WIDE = 16  # bits of inputs, where nothing else is said
 _LAW_ROWS = 64  # of a chunk, with which attention of prompts is measured
 ATTENTION_SHARE = 0.5  # of a device's operations per second that attention reaches, where no law was measured
 
-WINDOW_READ_BYTES = 4 << 20  # of a window's reads
-# Times what reading alone takes, by steps that did nothing else (1.04 to 1.17: docs/LOG.md).
-THROUGH_WINDOW = 1.1
+_NO_DISK = 1.0  # byte per second
 
 # Published traces of mixtures touch 61% of the experts that independent choices would; the truth lies between.
 DISTINCT_SHARE = 0.61
@@ -180,18 +178,19 @@ def fresh_pages(device: Device, spec: ModelSpec, kv_type: str, job: Job, share: 
     return Touched(read * page_s, begun * page_s * job.step_tokens / (job.new_tokens - 1) if begun else 0.0)
 
 
-def read_bytes_per_s(device: Device, nbytes: float) -> float:
-    """The disk's speed with reads of so many bytes."""
+def block_bytes_per_s(device: Device, nbytes: float) -> float:
+    """The disk's speed with blocks of so many bytes, into memory that no cache holds. No plan streams from no disk;
+    whoever asks anyhow gets what a very slow one would do."""
     if device.reads is None:
-        return device.disk_bytes_per_s
+        return device.disk_bytes_per_s or _NO_DISK
     return interpolated(nbytes, device.reads.nbytes, device.reads.bytes_per_s)
 
 
-def windowed_bytes_per_s(device: Device, nbytes: float = WINDOW_READ_BYTES) -> float:
-    """The speed of a disk whose reads are handed over, with blocks of so many bytes. No plan streams from no disk;
-    whoever asks anyhow gets what a very slow one would do."""
-    speed = read_bytes_per_s(device, min(nbytes, WINDOW_READ_BYTES))
-    return speed / THROUGH_WINDOW if speed > 0 else 1.0
+def ring_bytes_per_s(device: Device, nbytes: float) -> float:
+    """The same through a window's ring of so many bytes, of blocks that are large."""
+    if device.reads is None or device.reads.rings is None:
+        return block_bytes_per_s(device, math.inf)
+    return interpolated(nbytes, device.reads.rings.nbytes, device.reads.rings.bytes_per_s)
 
 
 def together(device: Device, computing: float, reading: float) -> tuple[float, float]:

@@ -11,10 +11,10 @@ Binding = Literal["memory", "compute", "disk", "link", "network", "overhead"]
 
 # How far laws may be off, by what takes the time: with laws that were measured on the machine, and with a few figures
 # that somebody wrote down. A kernel that computes takes up to a tenth more or less in a step than alone, again and
-# again, and between the sizes of tables; one that reads memory with several threads up to a sixth; a window takes 1.04
-# to 1.17 times what reading does, contention differs from step to step, and disks change their speed within seconds;
-# links are shared; an interpreter's calls take what caches leave. How far what was measured lay from itself when it was
-# measured again comes on top (`Repeats`). The band of a prediction is as wide as both to both sides.
+# again, and between the sizes of tables; one that reads memory with several threads up to a sixth; a window's blocks
+# are not as even as those that were tried, contention differs from step to step, and disks change their speed within
+# seconds; links are shared; an interpreter's calls take what caches leave. How far what was measured lay from itself
+# when it was measured again comes on top (`Repeats`). The band of a prediction is as wide as both to both sides.
 MEASURED: Mapping[Binding, float] = {
     "memory": 0.15,
     "compute": 0.10,

@@ -92,11 +92,22 @@ class AttentionLaw:
 
 
 @dataclass(frozen=True)
-class ReadLaw:
-    """How fast a disk reads past the page cache with some reads in flight, by the bytes of each read."""
+class RingLaw:
+    """How fast large blocks pass from a disk through a window, by the bytes of its ring: what caches hold is filled
+    sooner than other memory."""
 
     nbytes: tuple[int, ...]
     bytes_per_s: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ReadLaw:
+    """How fast blocks come from a disk, past the page cache, with some reads in flight, by the bytes of each, into
+    memory that no cache holds. `rings`: through windows; None: as the largest blocks."""
+
+    nbytes: tuple[int, ...]
+    bytes_per_s: tuple[float, ...]
+    rings: RingLaw | None = None
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from ..errors import ProfileError
-from .profile import ANY, CORRECTED, AttentionLaw, CacheLaw, Profile, ReadLaw, RowsLaw, SweptLaw
+from .profile import ANY, CORRECTED, AttentionLaw, CacheLaw, Profile, ReadLaw, RingLaw, RowsLaw, SweptLaw
 
 MAX_DEVICES = 64
 MAX_ACCELERATORS = 64  # of a device
 MAX_POINTS = 256  # of a table
 MAX_LAWS = 256
 
-Law = RowsLaw | AttentionLaw | ReadLaw | CacheLaw | SweptLaw
+Law = RowsLaw | AttentionLaw | ReadLaw | RingLaw | CacheLaw | SweptLaw
 
 _LIMITS: Mapping[str, tuple[float, float]] = {
     "memory_bytes": (1e6, 2.0**60),
@@ -88,6 +88,8 @@ def check_profile(profile: Profile) -> Profile:
         _check_laws(f"{where}.attention", device.attention)
         if device.reads is not None:
             _check_law(f"{where}.reads", device.reads)
+            if device.reads.rings is not None:
+                _check_law(f"{where}.reads.rings", device.reads.rings)
         if device.caches is not None:
             _check_laws(f"{where}.caches.products", device.caches.products)
             _check_law(f"{where}.caches", device.caches)

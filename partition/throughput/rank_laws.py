@@ -12,7 +12,7 @@ from functools import cached_property
 from ..machines import BlockTimes, DiskTimes, FixedCosts, RankHolds, RankShares
 from ..spec import BlockId
 from ..streamed_plan import experts_together
-from .laws import attention, distinct_experts, products, together, windowed_bytes_per_s
+from .laws import attention, block_bytes_per_s, distinct_experts, products, ring_bytes_per_s, together
 from .profile import Device
 from .schedule import Experts, expert_waits, guessed_right, ring_s
 from .weights_of import LayerKind, Product, Weighed, queried
@@ -87,10 +87,10 @@ class RankLaws:
             stall_s = disk_s = 0.0
             if held.missing_experts:
                 its = self._experts(portion, held, rows, crowd, own)
-                speed = windowed_bytes_per_s(self._device, its.nbytes) / waiting
+                speed = block_bytes_per_s(self._device, its.nbytes) / waiting
                 waits = expert_waits(its.slower(slower), speed)
                 stall_s, disk_s = mixtures * waits.stall_s, mixtures * waits.disk_s
-            speed = windowed_bytes_per_s(self._device) / waiting
+            speed = ring_bytes_per_s(self._device, held.window_bytes) / waiting
             passing_s = ring_s(
                 held.streamed_bytes, held.block_bytes, held.window_bytes, slower * block_s, speed
             )

@@ -1,9 +1,9 @@
 """How long a step takes whose blocks come from disk: the schedules of the window and of the cache of experts, with
 seconds instead of threads.
 
-Blocks are used in order. A streamed one is read piece by piece, one read after the other (several in flight are as one
-at the disk's full speed), as soon as what lies in its place has left; reading goes on from the last block of a step to
-the first of the next. Pure.
+Blocks are used in order. A streamed one is read piece by piece, one read after the other, as soon as what lies in its
+place has left (several in flight are as one at the disk's full speed, but for the last of a block, which others go on
+beside); reading goes on from the last block of a step to the first of the next. Pure.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from .laws import together, windowed_bytes_per_s
+from .laws import block_bytes_per_s, ring_bytes_per_s, together
 from .profile import Device
 from .ring import waits_for
 
 _LAPS = 3  # the first fill the ring
 _PIECE_BYTES = 4 << 20
+# Of four reads at a time each is a quarter behind the one before: when one ends, ¾, ½ and ¼ of the others have come.
+_BESIDE_BYTES = 6 * _PIECE_BYTES // 4
 GUESSED_RIGHT = 0.85  # of guesses which experts the next layer will choose (0.85 to 0.9: docs/LOG.md)
 _GUESSING = 8  # rounds: what is guessed depends on the time that it leaves
 _ROUNDS = 2  # how contention is found, which depends on what it changes
@@ -38,8 +40,16 @@ class Lap(NamedTuple):
     disk_s: float
 
 
-def lap(uses: Sequence[Use], window_bytes: int, bytes_per_s: float, between_s: float = 0.0) -> Lap:
-    """A step in the long run. `between_s`: from the last block of a step to the first of the next."""
+def lap(
+    uses: Sequence[Use],
+    window_bytes: int,
+    bytes_per_s: float,
+    between_s: float = 0.0,
+    beside_bytes: int = 0,
+) -> Lap:
+    """A step in the long run. `between_s`: from the last block of a step to the first of the next. `beside_bytes`: what
+    has come of the reads behind a block's last one when that ends, as several go on at a time, if their places are
+    free: a block is here so much later, and less is left to be read while it is computed."""
     compute_s = sum(use.compute_s for use in uses) + between_s
     cycle = tuple(use.nbytes for use in uses if use.nbytes)
     if not cycle:
@@ -57,7 +67,8 @@ def lap(uses: Sequence[Use], window_bytes: int, bytes_per_s: float, between_s: f
                 for nbytes, back in pieces[streamed]:
                     free = left[passage - back] if passage >= back else 0.0
                     disk = max(disk, free) + nbytes / bytes_per_s
-                now = max(now, disk) + use.compute_s
+                here = disk + _beside_s(pieces, passage, left, disk, bytes_per_s, beside_bytes)
+                now = max(now, here) + use.compute_s
                 left.append(now)
                 streamed += 1
             else:
@@ -66,6 +77,27 @@ def lap(uses: Sequence[Use], window_bytes: int, bytes_per_s: float, between_s: f
         ends.append(now)
     step_s = (ends[-1] - ends[0]) / (_LAPS - 1)
     return Lap(step_s, max(0.0, step_s - compute_s), whole / bytes_per_s)
+
+
+def _beside_s(
+    pieces: Sequence[Sequence[tuple[int, int]]],
+    passage: int,
+    left: Sequence[float],
+    disk: float,
+    bytes_per_s: float,
+    most_bytes: int,
+) -> float:
+    """How long reads behind a passage keep the disk, which its last read shares with them. `disk`: when that would
+    end."""
+    came, after = 0, passage
+    while came < most_bytes:
+        after += 1
+        for nbytes, back in pieces[after % len(pieces)]:
+            place = after - back
+            if place >= passage or (place >= 0 and left[place] > disk + came / bytes_per_s):
+                return came / bytes_per_s  # its place is taken
+            came = min(most_bytes, came + nbytes)
+    return came / bytes_per_s
 
 
 def ring_s(
@@ -149,11 +181,17 @@ def contended(
         for place, use in enumerate(uses):
             waited_s = 0.0
             if (its := mixtures.get(place)) is not None:
-                speed = windowed_bytes_per_s(device, its.nbytes) / (disk * read)
+                speed = block_bytes_per_s(device, its.nbytes) / (disk * read)
                 waited_s, disk_s = expert_waits(its.slower(computed), speed)
                 experts_disk_s += disk_s
             contended.append(use._replace(compute_s=use.compute_s * computed + waited_s))
-        passing = lap(contended, window_bytes, windowed_bytes_per_s(device) / (disk * read), between_s)
+        passing = lap(
+            contended,
+            window_bytes,
+            ring_bytes_per_s(device, window_bytes) / (disk * read),
+            between_s,
+            _BESIDE_BYTES,
+        )
         found = passing._replace(disk_s=passing.disk_s + experts_disk_s)
         slower = together(device, compute_s * computed / found.step_s, found.disk_s / found.step_s)
     return found

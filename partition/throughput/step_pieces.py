@@ -5,7 +5,8 @@ Layers of a kind are alike, so each is worked out once. Pure.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from ..plan import Plan
 from ..streamed_plan import experts_together
@@ -50,18 +51,28 @@ class Pieces:
             self._known[key] = self._products(kind.dense, rows)
         return self._known[key]
 
+    def router(self, kind: LayerKind, rows: int) -> Share:
+        """Without the shared expert."""
+        key = "router", kind.dense, rows
+        if key not in self._known:
+            self._known[key] = self._products(kind.dense[:1], rows)
+        return self._known[key]
+
     def experts(self, kind: LayerKind, rows: int) -> Share:
         if not kind.expert or not rows:
             return NOTHING
         key = "experts", kind.expert, rows
         if key not in self._known:
-            used = self._used(rows)
-            moe = self._model.spec.moe
-            assert moe is not None
-            rows_each, narrow = max(1.0, rows * moe.active / used), self._plan.narrow_inputs
-            each = products(self._device, kind.expert, rows_each, narrow=narrow)
-            self._known[key] = each.times(used)
+            self._known[key] = self._in_parts(rows, partial(self._mixed, kind))
         return self._known[key]
+
+    def _mixed(self, kind: LayerKind, rows: int) -> Share:
+        """What the experts take that so many rows choose, each with its own few of them."""
+        used = self._used(rows)
+        moe = self._model.spec.moe
+        assert moe is not None
+        rows_each, narrow = max(1.0, rows * moe.active / used), self._plan.narrow_inputs
+        return products(self._device, kind.expert, rows_each, narrow=narrow).times(used)
 
     def passing_bytes(self, kind: LayerKind, rows: int) -> float:
         """Of the weights that a layer uses."""
@@ -94,12 +105,11 @@ class Pieces:
         return distinct_experts(moe.experts, moe.active, rows, self._share)
 
     def _products(self, matrices: Sequence[Product], rows: int) -> Share:
-        """Rows beyond what passes a block together come in parts."""
-        if not rows:
-            return NOTHING
+        one = partial(products, self._device, matrices, narrow=self._plan.narrow_inputs)
+        return self._in_parts(rows, one)
+
+    def _in_parts(self, rows: int, one: Callable[[int], Share]) -> Share:
+        """Rows beyond what passes a block together come in parts, each of which takes `one`."""
         whole, rest = divmod(rows, self._plan.part_tokens)
-        narrow = self._plan.narrow_inputs
-        found = products(self._device, matrices, rest, narrow=narrow) if rest else NOTHING
-        if whole:
-            found += products(self._device, matrices, self._plan.part_tokens, narrow=narrow).times(whole)
-        return found
+        found = one(rest) if rest else NOTHING
+        return found + one(self._plan.part_tokens).times(whole) if whole else found

@@ -21,8 +21,8 @@ from .laws import (
     longer,
     product,
     products,
+    ring_bytes_per_s,
     together,
-    windowed_bytes_per_s,
 )
 from .placing.device_cost import DeviceStep, staying_step
 from .prediction import Binding
@@ -193,7 +193,9 @@ class _Passing:
         if fed is not None:
             fed = fed.slower(slower.device)
         tail = Tail(0.0, 0.0, fed, slower.device * heads_s, logits_s, between_s)
-        speed = windowed_bytes_per_s(self._host) / (self._host.corrections.disk * slower.disk)
+        speed = ring_bytes_per_s(self._host, self._plan.window_bytes) / (
+            self._host.corrections.disk * slower.disk
+        )
         piece_bytes = max(Disk().piece_bytes, self._read_bytes // _PIECES)
         disk = Disk(speed, self._plan.window_bytes, piece_bytes)
         found = alternate(layers, tail, self._carried_s(self._rows * spec.hidden), disk)

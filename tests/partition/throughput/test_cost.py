@@ -178,7 +178,7 @@ def test_streaming_takes_as_long_as_the_disk() -> None:
     found = predicted(DENSE, device(), memory=memory)
     assert plan.streamed_bytes > 0
     assert found.binding == "disk"
-    reading_s = 1.1 * plan.streamed_bytes / 1e9
+    reading_s = plan.streamed_bytes / 1e9
     assert reading_s <= found.token_s <= reading_s + 0.05
     assert 0.5 < found.stall_share < 1
 

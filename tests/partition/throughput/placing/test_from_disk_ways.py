@@ -15,7 +15,6 @@ from shoal.partition.plan import Misfit, Plan
 from shoal.partition.spec import MoeSpec
 from shoal.partition.throughput.alone import AS_QUICK, best_plan, usual_job
 from shoal.partition.throughput.cost import batch_tokens_per_s, cost, round_bytes
-from shoal.partition.throughput.laws import THROUGH_WINDOW
 from shoal.partition.throughput.placing.device_ways import (
     expert_of,
     plan_with_device,
@@ -83,7 +82,7 @@ def test_passing_takes_what_takes_longest(
         it.rows * it.cols for block, its in DENSE.products.items() if block.kind != "embed" for it in its
     )
     each = {
-        "disk": plan.cyclic_bytes * THROUGH_WINDOW / read,
+        "disk": plan.cyclic_bytes / read,
         "link": passing / link,
         "compute": max((DENSE.weights_bytes - 8 * MB) / 1000e9, 2 * rows * whole / flops),
     }
@@ -138,7 +137,7 @@ def test_what_stays_there_is_not_read() -> None:
         assert took == sorted(took, reverse=True)
         if model is DENSE:  # all of it is read for every token
             for seconds, nbytes in zip(took, read, strict=True):
-                assert seconds == pytest.approx(nbytes * THROUGH_WINDOW / READ, rel=0.1)
+                assert seconds == pytest.approx(nbytes / READ, rel=0.1)
 
 
 def test_a_device_beside_the_disk_is_taken_where_it_is_quicker() -> None:
@@ -265,7 +264,7 @@ def test_a_disk_as_quick_as_the_link_keeps_it_busy(memory: int) -> None:
     """Though blocks are of several sizes and each lies in one piece of the window."""
     there = card(host_bytes_per_s=1e9)
     plan = plans(DENSE, there, memory * MB)["through gpu from disk"]
-    machine = replace(MACHINE, disk_bytes_per_s=THROUGH_WINDOW * 1e9, accelerators=(there,))
+    machine = replace(MACHINE, disk_bytes_per_s=1e9, accelerators=(there,))
     found = cost(DENSE, plan, machine, Job(1, 2, 2))
     assert 0 < found.parts["disk"] < found.parts["link"]
     assert found.token_s < 1.04 * found.parts["link"]
