@@ -1,14 +1,17 @@
 """Measures what the processor's caches do for weights that come round in every step.
 
 A model of a hundred MB may be read twice as fast as memory is: the last cache of a server has hundreds, of which a
-machine that shares it keeps some. Sizes that processors state say nothing of that share.
+machine that shares it keeps some, less of what it does not use for long. Sizes that processors state say nothing of
+that share.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,53 +27,94 @@ PARTS = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)  # of the pool, t
 LEAST_GAIN = 0.9  # times as long as from memory: caches that do less are not worth a law
 COLUMNS = 4096
 _BEFORE, _COUNTED = 4, 2  # rounds
-MATRICES = 96  # that the pool is divided into
+MATRICES = 256  # that the pool is divided into
+SLOW_PARTS = (1 / 8, 3 / 16, 1 / 4)  # of the pool, that come round more slowly, too: …
+PAUSE_S = 200e-6  # … so long before each product, in which threads do not fall asleep
+
+
+class Round(NamedTuple):
+    """Products with so many bytes, one after the other: seconds of each, and of all with the pauses between them."""
+
+    nbytes: int
+    product_s: float
+    round_s: float
 
 
 def cache_law(
     home: ComputeHome, pool: Pool, kinds: Sequence[WeightType], done: Callable[[str], None]
 ) -> CacheLaw | None:
     """With tables for `kinds`. None where caches keep too little to matter. `done` is called before each point."""
-    nbytes, took = _rounds(home, pool, kinds[0], done)
-    least, whole = took[0], took[-1]
-    if least > LEAST_GAIN * whole:
+    quick, slow = _rounds(home, pool, kinds[0], done)
+    least_s, whole_s = quick[0].product_s, quick[-1].product_s
+    if least_s > LEAST_GAIN * whole_s:
         return None
-    shares = [min(1.0, max(0.0, (one - least) / (whole - least))) for one in took]
+    shares = [min(1.0, max(0.0, (it.product_s - least_s) / (whole_s - least_s))) for it in quick]
     # Of more, caches never keep more: a quicker round of more bytes was lucky.
     rising = tuple(min(shares[place:]) for place in range(len(shares)))
+    others = others_bytes_per_s(quick, rising, slow)
+    passing = tuple(round(it.nbytes + others * it.round_s) for it in quick)
     few = Pool(KEPT_BYTES)
     calls = calls_s(home, few)
     tables = [table(home, few, kind, size, calls, done) for kind in kinds for size in SIZES]
     for kind in kinds:
         tables += (table(home, few, kind, size, calls, done, NARROW_INPUTS) for size in narrow_sizes(kind))
-    return CacheLaw(nbytes, rising, tuple(tables))
+    return CacheLaw(passing, rising, tuple(tables), others)
+
+
+def others_bytes_per_s(quick: Sequence[Round], rising: Sequence[float], slow: Sequence[Round]) -> float:
+    """What passes through the caches besides, of whoever shares them: a slow round finds as little left as a quick one
+    of more bytes. `rising`: how far quick ones come from memory. The first of the slow ones is of bytes that caches keep
+    anyhow, and has what pauses cost a product."""
+    found: list[float] = []
+    for it in slow[1:]:
+        share = max(0.0, (it.product_s - slow[0].product_s) / (quick[-1].product_s - quick[0].product_s))
+        for (low, low_share), (high, high_share) in pairwise(zip(quick, rising, strict=True)):
+            if low_share <= share < high_share:
+                part = (share - low_share) / (high_share - low_share)
+                more_bytes = low.nbytes * (high.nbytes / low.nbytes) ** part - it.nbytes
+                longer_s = it.round_s - low.round_s - part * (high.round_s - low.round_s)
+                found.append(max(0.0, more_bytes / longer_s) if longer_s > 0 else 0.0)
+                break
+    return median(found) if found else 0.0
 
 
 def _rounds(
     home: ComputeHome, pool: Pool, kind: WeightType, done: Callable[[str], None]
-) -> tuple[tuple[int, ...], list[float]]:
-    """(bytes of rounds, from those that caches keep to all of the pool; seconds of one product with one row in them)"""
+) -> tuple[list[Round], list[Round]]:
+    """Rounds with one row, of weights that caches keep to all of the pool; and slow ones of some of that."""
     rows = max(1, len(pool.memory) // MATRICES // kind.matrix_bytes(BAND_ROWS, COLUMNS)) * BAND_ROWS
     one = kind.matrix_bytes(rows, COLUMNS)
     x = home.place(np.ones((1, COLUMNS), np.float32))
     each = [Linears((pool.matrix(kind, rows, COLUMNS),)) for _ in range(len(pool.memory) // one - 1)]
-    counts = sorted({max(1, KEPT_BYTES // one), *(round(part * len(each)) for part in PARTS)})
+    kept = max(1, KEPT_BYTES // one)
+
+    def counts(parts: Sequence[float]) -> list[int]:
+        return sorted({kept, *(round(part * len(each)) for part in parts)})
+
+    asked = [(count, 0.0) for count in counts(PARTS)] + [(count, PAUSE_S) for count in counts(SLOW_PARTS)]
     rounds: list[list[float]] = []
     for _ in range(ROUNDS):
         rounds.append([])
-        for count in counts:
+        for count, pause_s in asked:
             done("what caches keep")
-            rounds[-1].append(_round_s(home, x, each[:count]))
-    return tuple(count * one for count in counts), [median(took) for took in zip(*rounds, strict=True)]
+            rounds[-1].append(_product_s(home, x, each[:count], pause_s))
+    found = [
+        Round(count * one, product_s, count * (product_s + pause_s))
+        for (count, pause_s), product_s in zip(asked, map(median, zip(*rounds, strict=True)), strict=True)
+    ]
+    return found[: len(counts(PARTS))], found[len(counts(PARTS)) :]
 
 
-def _round_s(home: ComputeHome, x: Floats, each: Sequence[Linears]) -> float:
+def _product_s(home: ComputeHome, x: Floats, each: Sequence[Linears], pause_s: float) -> float:
     """Of one product, on average of two rounds that follow others: a cache that is too small keeps more in the first
     ones than it does in the long run."""
-    began_s = 0.0
+    took_s = 0.0
     for place in range(_BEFORE + _COUNTED):
-        if place == _BEFORE:
-            began_s = time.perf_counter()
         for linear in each:
+            began_s = time.perf_counter() + pause_s
+            while time.perf_counter() < began_s:
+                pass  # asleep, a processor would have to wake first
+            began_s = time.perf_counter()
             home.linears(x, linear)
-    return (time.perf_counter() - began_s) / (_COUNTED * len(each))
+            took_s += (time.perf_counter() - began_s) if place >= _BEFORE else 0.0
+    return took_s / (_COUNTED * len(each))
