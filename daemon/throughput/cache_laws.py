@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from dataclasses import replace
 from statistics import median
 from typing import NamedTuple
 
@@ -30,6 +30,7 @@ _BEFORE, _COUNTED = 4, 2  # rounds
 MATRICES = 256  # that the pool is divided into
 SLOW_PARTS = (1 / 8, 3 / 16, 1 / 4)  # of the pool, that come round more slowly, too: …
 PAUSE_S = 200e-6  # … so long before each product, in which threads do not fall asleep
+OTHERS_BYTES_PER_S = (0.0, *(1e9 * 2 ** (step / 2) for step in range(13)))  # up to 64 GB/s
 
 
 class Round(NamedTuple):
@@ -45,37 +46,39 @@ def cache_law(
 ) -> CacheLaw | None:
     """With tables for `kinds`. None where caches keep too little to matter. `done` is called before each point."""
     quick, slow = _rounds(home, pool, kinds[0], done)
-    least_s, whole_s = quick[0].product_s, quick[-1].product_s
-    if least_s > LEAST_GAIN * whole_s:
+    if quick[0].product_s > LEAST_GAIN * quick[-1].product_s:
         return None
-    shares = [min(1.0, max(0.0, (it.product_s - least_s) / (whole_s - least_s))) for it in quick]
-    # Of more, caches never keep more: a quicker round of more bytes was lucky.
-    rising = tuple(min(shares[place:]) for place in range(len(shares)))
-    others = others_bytes_per_s(quick, rising, slow)
-    passing = tuple(round(it.nbytes + others * it.round_s) for it in quick)
     few = Pool(KEPT_BYTES)
     calls = calls_s(home, few)
     tables = [table(home, few, kind, size, calls, done) for kind in kinds for size in SIZES]
     for kind in kinds:
         tables += (table(home, few, kind, size, calls, done, NARROW_INPUTS) for size in narrow_sizes(kind))
-    return CacheLaw(passing, rising, tuple(tables), others)
+    return replace(law_of(quick, slow), products=tuple(tables))
 
 
-def others_bytes_per_s(quick: Sequence[Round], rising: Sequence[float], slow: Sequence[Round]) -> float:
-    """What passes through the caches besides, of whoever shares them: a slow round finds as little left as a quick one
-    of more bytes. `rising`: how far quick ones come from memory. The first of the slow ones is of bytes that caches keep
-    anyhow, and has what pauses cost a product."""
-    found: list[float] = []
-    for it in slow[1:]:
-        share = max(0.0, (it.product_s - slow[0].product_s) / (quick[-1].product_s - quick[0].product_s))
-        for (low, low_share), (high, high_share) in pairwise(zip(quick, rising, strict=True)):
-            if low_share <= share < high_share:
-                part = (share - low_share) / (high_share - low_share)
-                more_bytes = low.nbytes * (high.nbytes / low.nbytes) ** part - it.nbytes
-                longer_s = it.round_s - low.round_s - part * (high.round_s - low.round_s)
-                found.append(max(0.0, more_bytes / longer_s) if longer_s > 0 else 0.0)
-                break
-    return median(found) if found else 0.0
+def law_of(quick: Sequence[Round], slow: Sequence[Round]) -> CacheLaw:
+    """Without tables. Of more, caches never keep more: a quicker round of more bytes was lucky. Whoever shares the
+    caches brings so much into them that slow rounds find as little left as they did. The first of these is of bytes
+    that caches keep anyhow, and has what pauses cost a product."""
+    least_s, more_s = quick[0].product_s, quick[-1].product_s - quick[0].product_s
+    shares = [min(1.0, max(0.0, (it.product_s - least_s) / more_s)) for it in quick]
+    rising = tuple(min(shares[place:]) for place in range(len(shares)))
+    left = [min(1.0, max(0.0, (it.product_s - slow[0].product_s) / more_s)) for it in slow]
+
+    usual_s = [
+        it.round_s * (least_s + share * more_s) / it.product_s
+        for it, share in zip(quick, rising, strict=True)
+    ]
+
+    def law(others: float) -> CacheLaw:
+        passing = tuple(round(it.nbytes + others * s) for it, s in zip(quick, usual_s, strict=True))
+        return CacheLaw(passing, rising, others_bytes_per_s=others)
+
+    def error(found: CacheLaw) -> float:
+        pairs = zip(slow, left, strict=True)
+        return sum((found.share(it.nbytes, it.round_s) - share) ** 2 for it, share in pairs)
+
+    return min(map(law, OTHERS_BYTES_PER_S), key=error)
 
 
 def _rounds(

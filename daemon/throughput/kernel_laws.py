@@ -287,8 +287,8 @@ def flops_of(law: RowsLaw) -> float:
 def attention_laws(
     home: ComputeHome, done: Callable[[str], None], kv_types: Iterable[str] = KV_FORMATS
 ) -> Iterator[AttentionLaw]:
-    """For each type of K and V, decodes and chunks of prompts by what they see. What a call with small heads takes for a
-    text that has just begun is no number's: a layer costs it anyhow (`fixed_costs`). Storing K and V is."""
+    """For each type of K and V, decodes and chunks of prompts by what they see. What a call with small heads takes for
+    a text that has just begun is no number's: a layer costs it anyhow (`fixed_costs`). Storing K and V is."""
     for kv_type, dim in product(kv_types, HEAD_DIMS):
         small = _kv_pages(kv_type, SMALL_HEAD_DIM, 1)
         call_s = median(_attention_s(home, small, 1, 1) for _ in range(ROUNDS))
