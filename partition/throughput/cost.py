@@ -211,7 +211,8 @@ def _step_with(
             mixtures[len(uses)] = experts
         own_s = fixed_s + added_s * fed
         if kind.expert:  # its rows are normalised apart, and its sum begins with zeros
-            own_s += overheads.mixture_s + 2 * added_s * fed
+            further_s = overheads.expert_s * pieces.further_experts(fed)
+            own_s += overheads.mixture_s + further_s + 2 * added_s * fed
         block = model.spec.ffn_blocks(layer)[0]
         uses.append(Use(feeding.seconds + mixed.seconds + own_s, tier[block]))
         computing += attending + feeding + mixed

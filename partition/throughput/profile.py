@@ -128,6 +128,7 @@ class Overheads:
     layer_s: float = LAYER_S
     mixture_s: float = MIXTURE_S
     logit_s: float = LOGIT_S
+    expert_s: float = 0.0  # of each further expert that a layer uses than one row chooses
     stream_s: float = 0.0  # of each further stream in a step, and …
     stream_layer_s: float = 0.0  # … in each layer of it
     hidden_s: float = 0.0  # of a number of a hidden state, in each layer: what blocks give is added to it

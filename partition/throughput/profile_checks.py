@@ -31,6 +31,7 @@ _LIMITS: Mapping[str, tuple[float, float]] = {
     "step_s": (0, 10),
     "layer_s": (0, 1),
     "mixture_s": (0, 1),
+    "expert_s": (0, 1),
     "logit_s": (0, 1e-3),
     "stream_s": (0, 1),
     "stream_layer_s": (0, 1),
