@@ -155,6 +155,7 @@ def halves(half: Profile, whole: Profile, link: ProfileLink) -> Profile:
         and replace(
             caches,
             nbytes=tuple(it // 2 for it in caches.nbytes),
+            others_bytes_per_s=caches.others_bytes_per_s / 2,
             products=twice_as_long(caches.products),
         ),
     )
