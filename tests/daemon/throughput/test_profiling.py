@@ -252,7 +252,8 @@ def test_caches_keep_less_of_more(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("others", [0.0, 16e9, 64e9])
 def test_what_others_bring_into_caches_is_what_slow_rounds_find_gone(others: float) -> None:
     """Rounds as a law makes them: of 100 µs from caches and 200 from memory for each MB; and pauses that cost 9 µs."""
-    true = CacheLaw((200_000_000, 1_000_000_000), (0.0, 1.0), others_bytes_per_s=others)
+    room = tuple(round(nbytes + others * after_s) for nbytes, after_s in ((2e8, 0.008), (1e9, 0.040)))
+    true = CacheLaw(room, (0.0, 1.0), others_bytes_per_s=others)
 
     def round_of(mb: int, pause_s: float) -> cache_laws.Round:
         product_s = 100e-6
@@ -264,7 +265,7 @@ def test_what_others_bring_into_caches_is_what_slow_rounds_find_gone(others: flo
 
     quick = [round_of(mb, 0.0) for mb in (8, 16, 32, 64, 128, 256, 512, 1024)]
     found = cache_laws.law_of(quick, [round_of(mb, 200e-6) for mb in (8, 64, 96, 128)])
-    assert found.others_bytes_per_s == pytest.approx(others)
+    assert found.others_bytes_per_s == pytest.approx(others, rel=0.45)  # one rate of those that are tried
     for mb in (64, 96):
         slow = round_of(mb, 200e-6)
         assert found.share(slow.nbytes, slow.round_s) == pytest.approx(
