@@ -28,7 +28,7 @@ LEAST_GAIN = 0.9  # times as long as from memory: caches that do less are not wo
 COLUMNS = 4096
 _BEFORE, _COUNTED = 4, 2  # rounds
 MATRICES = 256  # that the pool is divided into
-SLOW_PARTS = (1 / 8, 3 / 16, 1 / 4)  # of the pool, that come round more slowly, too: …
+SLOW_PARTS = (3 / 32, 1 / 8, 5 / 32, 3 / 16, 1 / 4)  # of the pool, that come round more slowly, too: …
 PAUSE_S = 200e-6  # … so long before each product, in which threads do not fall asleep
 OTHERS_BYTES_PER_S = (0.0, *(1e9 * 2 ** (step / 2) for step in range(13)))  # up to 64 GB/s
 
