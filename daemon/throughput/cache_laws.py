@@ -29,7 +29,7 @@ COLUMNS = 4096
 _BEFORE, _COUNTED = 4, 2  # rounds
 MATRICES = 256  # that the pool is divided into
 SLOW_PARTS = (3 / 32, 1 / 8, 5 / 32, 3 / 16, 1 / 4)  # of the pool, that come round more slowly, too: …
-PAUSE_S = 200e-6  # … so long before each product, in which threads do not fall asleep
+SLOW_PAUSE_S = 200e-6  # … so long before each product, in which threads do not fall asleep
 OTHERS_BYTES_PER_S = (0.0, *(1e9 * 2 ** (step / 2) for step in range(13)))  # up to 64 GB/s
 
 
@@ -94,7 +94,9 @@ def _rounds(
     def counts(parts: Sequence[float]) -> list[int]:
         return sorted({kept, *(round(part * len(each)) for part in parts)})
 
-    asked = [(count, 0.0) for count in counts(PARTS)] + [(count, PAUSE_S) for count in counts(SLOW_PARTS)]
+    asked = [(count, 0.0) for count in counts(PARTS)] + [
+        (count, SLOW_PAUSE_S) for count in counts(SLOW_PARTS)
+    ]
     rounds: list[list[float]] = []
     for _ in range(ROUNDS):
         rounds.append([])
