@@ -9,7 +9,7 @@ processor: an interpreter whose caches are never swept is two or three times as 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -77,11 +77,12 @@ def overheads(done: Callable[[str], None]) -> Overheads:
     by_bytes = {nbytes: _sweeps(memory, nbytes // 2) for nbytes in SWEPT_BYTES}
     dense = {nbytes: (_Steps(FEW, its), _Steps(MANY, its)) for nbytes, its in {0: (), **by_bytes}.items()}
     usual = by_bytes[SWEPT_BYTES[-1]]
-    mixture = _Steps(MANY, usual, moe=MoeSpec(32, 8, _SIZE, True))
+    moe = MoeSpec(32, 8, _SIZE, True)
+    mixture, mixed = _Steps(MANY, usual, moe=moe), _Steps(MANY, usual, STREAMS, moe)
     streams = _Steps(FEW, usual, STREAMS), _Steps(MANY, usual, STREAMS)
     for turn in range(TURNS):
         tokens = len(range(turn, ANSWER_TOKENS, TURNS))
-        for steps in (*(its for pair in dense.values() for its in pair), mixture, *streams):
+        for steps in (*(its for pair in dense.values() for its in pair), mixture, mixed, *streams):
             done("fixed costs")
             steps.turn(tokens)
     layers = {nbytes: _layer_s(*pair) for nbytes, pair in dense.items()}
@@ -89,11 +90,15 @@ def overheads(done: Callable[[str], None]) -> Overheads:
     few, many = (it.usual_s for it in dense[SWEPT_BYTES[-1]])
     stream_few, stream_many = streams[0].usual_s - few, streams[1].usual_s - many
     stream_layer_s = max(0.0, (stream_many - stream_few) / (MANY - FEW) / (STREAMS - 1))
+    mixture_s = max(0.0, (mixture.usual_s - many) / MANY)
+    mixed_s = (mixed.usual_s - streams[1].usual_s) / MANY
+    further = max(1.0, (mixed.experts - mixture.experts) / MANY)
     sizes = tuple(sorted(layers))
     return Overheads(
         step_s=max(1e-6, few - FEW * layer_s),
         layer_s=warm_s,
-        mixture_s=max(0.0, (mixture.usual_s - many) / MANY),
+        mixture_s=mixture_s,
+        expert_s=max(0.0, mixed_s - mixture_s) / further,
         logit_s=_sampling_s() / VOCAB,
         stream_s=max(0.0, stream_few / (STREAMS - 1) - FEW * stream_layer_s),
         stream_layer_s=stream_layer_s,
@@ -103,8 +108,8 @@ def overheads(done: Callable[[str], None]) -> Overheads:
 
 
 def turns() -> int:
-    """Of all models together: two without sweeps, two with each, one with experts and two with streams."""
-    return TURNS * (2 * len(SWEPT_BYTES) + 5)
+    """Of all models together: two without sweeps, two with each, two with experts and two with streams."""
+    return TURNS * (2 * len(SWEPT_BYTES) + 6)
 
 
 def device_overheads(device: DeviceHome) -> Overheads:
@@ -139,18 +144,25 @@ class _Steps:
         spec = _spec(layers, moe)
         where = where or _Where(kernels.home_of(CPU), time.perf_counter)
         self.took: list[float] = []
+        self._experts: list[int] = []
         self._clock = where.clock
         blocks = {block: _weights(spec, block, where.home) for block in spec.blocks()}
         self._store = _Swept({block: Resident(its) for block, its in blocks.items()}, sweeps)
         self._engine = _engine(spec, self._store, streams, where.home)
-        for _ in range(streams):
-            sampler = Sampler(SamplingParams(temperature=0.0), [1])
-            self._engine.submit(Sequence([1] * 4, 4 + 2 * ANSWER_TOKENS, sampler))
+        for number in range(streams):
+            prompt = [1 + number] * 4
+            sampler = Sampler(SamplingParams(temperature=0.0), prompt)
+            self._engine.submit(Sequence(prompt, 4 + 2 * ANSWER_TOKENS, sampler))
         self._engine.step()  # the prompts
 
     @property
     def usual_s(self) -> float:
         return median(self.took)
+
+    @property
+    def experts(self) -> float:
+        """That a step usually uses, in all layers."""
+        return median(self._experts)
 
     def turn(self, tokens: int) -> None:
         """So many steps, of which the first counts only if it is the only one."""
@@ -160,18 +172,21 @@ class _Steps:
             del self.took[-tokens]
 
     def step(self) -> None:
-        began_s, swept_s = self._clock(), self._store.swept_s
+        began_s, swept_s, experts = self._clock(), self._store.swept_s, self._store.experts
         self._engine.step()
         self._engine.events()
         self.took.append(self._clock() - began_s - (self._store.swept_s - swept_s))
+        self._experts.append(self._store.experts - experts)
 
 
 class _Swept(ResidentStore):
-    """Sweeps the caches before it lends a block, as a product does. `swept_s`: how long that took, all in all."""
+    """Sweeps the caches before it lends a block, as a product does. `swept_s`: how long that took, all in all.
+    `experts`: how many of them it has lent; they come together, with nothing between them."""
 
     def __init__(self, blocks: Mapping[BlockId, Resident], sweeps: Iterable[Linears]) -> None:
         super().__init__(blocks)
         self.swept_s = 0.0
+        self.experts = 0
         self._sweeps = cycle(sweeps)
         self._input = np.ones((1, _SWEPT_COLS), np.float32)
         self._home = kernels.home_of(CPU)
@@ -182,6 +197,10 @@ class _Swept(ResidentStore):
             self._home.linears(self._input, sweep)
         self.swept_s += time.perf_counter() - began_s
         return super().acquire(block)
+
+    def acquire_all(self, blocks: Collection[BlockId]) -> AbstractContextManager[list[Weights]]:
+        self.experts += len(blocks)
+        return super().acquire_all(list(blocks))
 
 
 def _sweeps(memory: Floats, nbytes: int) -> list[Linears]:

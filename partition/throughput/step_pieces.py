@@ -99,6 +99,12 @@ class Pieces:
             guessed_right(used, moe.experts) if self._guesses else 0.0,
         )
 
+    def further_experts(self, rows: int) -> float:
+        """How many more of a layer's experts these rows use than one row does."""
+        moe = self._model.spec.moe
+        assert moe is not None
+        return max(0.0, self._used(rows) - moe.active)
+
     def _used(self, rows: int) -> float:
         moe = self._model.spec.moe
         assert moe is not None
