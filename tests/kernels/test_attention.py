@@ -10,7 +10,7 @@ from itertools import cycle
 import numpy as np
 import pytest
 import torch
-from fakes.homes import HOMES, NATIVE, assert_close, frozen, layouts, randn, zeros
+from fakes.homes import HOMES, NATIVE, assert_close, frozen, layouts, ones, randn, zeros
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -365,6 +365,10 @@ def test_what_does_not_fit_is_refused() -> None:
         step(shape, kv, [(Text(text.q.astype(np.float16), text.k, text.v, [0]), 0, 3)])
     with pytest.raises(OperandError, match="window=0"):
         step(Shape(window=0), kv, [(text, 0, 3)])
+    fits = ones(shape.dim)
+    for q, k in ((fits[1:], fits), (fits, fits[:, None]), (fits, np.ones(shape.dim))):
+        with pytest.raises(OperandError, match=r"norms of heads must be float32 of shape \(32,\)"):
+            step(shape, kv, [(text, 0, 3)], HeadNorms(q, k, 1e-5))
     good = zeros(3, 4)
     for wrong in (np.zeros((3, 4)), zeros(3, 5), zeros(4, 3).T, zeros(2, 4)):
         with pytest.raises(OperandError, match="must be contiguous float32"):
