@@ -186,7 +186,7 @@ def check_norm(x: Floats, weight: Floats) -> None:
 def check_attention(
     kv: KvPages, segments: Segments, q: Floats, k: Floats, v: Floats, scoring: Scoring
 ) -> None:
-    rotation, window = scoring.rotation, scoring.window
+    rotation, _, window, norms = scoring
     tokens, dim = segments.tokens, kv.layout.head_dim
     wide, narrow = (tokens, kv.heads * dim), (tokens, kv.kv_heads * dim)
     if q.shape != wide or k.shape != narrow or v.shape != narrow:
@@ -204,3 +204,8 @@ def check_attention(
         )
     if window is not None and window < 1:
         raise OperandError(f"window={window}: must be at least 1, or none")
+    for weight in norms[:2] if norms else ():
+        if weight.dtype != FLOAT32 or weight.shape != (dim,):
+            raise OperandError(
+                f"norms of heads must be float32 of shape ({dim},), got {weight.dtype} {weight.shape}"
+            )

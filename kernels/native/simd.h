@@ -227,14 +227,6 @@ INLINE void store_i8(uint8_t* p, vi v) {
 }
 #endif
 
-INLINE float half(const uint8_t* p) {
-#if defined(__F16C__)
-    return _cvtsh_ss(read<uint16_t>(p));
-#else
-    return half_bits_to_float(read<uint16_t>(p));
-#endif
-}
-
 INLINE float read_float(int32_t bits) { return read<float>(&bits); }
 
 // The greatest lane, and the sum of all.

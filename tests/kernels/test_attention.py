@@ -10,7 +10,7 @@ from itertools import cycle
 import numpy as np
 import pytest
 import torch
-from fakes.homes import HOMES, NATIVE, assert_close, frozen, layouts, randn, zeros
+from fakes.homes import HOMES, NATIVE, assert_close, frozen, layouts, ones, randn, zeros
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -129,10 +129,10 @@ def plain(shape: Shape, text: Text, norms: HeadNorms | None = None) -> Floats:
 
 @st.composite
 def shapes(draw: st.DrawFn) -> Shape:
-    dim = draw(st.sampled_from([4, 8, 24, 32, 40, 64, 80, 128]))
+    dim = draw(st.sampled_from([4, 8, 24, 32, 40, 64, 80, 96, 128, 256]))
     return Shape(
-        kv_heads=draw(st.integers(1, 3)),
-        group=draw(st.sampled_from([1, 2, 3, 4, 7, 8])),
+        kv_heads=draw(st.sampled_from([1, 2, 3, 8])),
+        group=draw(st.sampled_from([1, 2, 3, 4, 7, 8, 16])),
         dim=dim,
         type=draw(st.sampled_from(sorted(KV_FORMATS))),
         window=draw(st.sampled_from([None, None, 1, 5, 70])),
@@ -142,8 +142,14 @@ def shapes(draw: st.DrawFn) -> Shape:
     )
 
 
+def lengths(most: int) -> st.SearchStrategy[int]:
+    """Of texts and their parts; often around where a page or a span ends."""
+    ends = [end + more for end in (PAGE_TOKENS, 128, 256, 512) for more in (-1, 0, 1) if end + more <= most]
+    return st.one_of(st.integers(1, most), st.sampled_from(ends))
+
+
 @settings(deadline=None, max_examples=25)
-@given(shape=shapes(), length=st.integers(1, 140), normed=st.booleans(), chunk=st.integers(1, 140))
+@given(shape=shapes(), length=lengths(140), normed=st.booleans(), chunk=lengths(140))
 def test_every_home_computes_the_definition(shape: Shape, length: int, normed: bool, chunk: int) -> None:
     text = Text.random(shape, length, [2, 0, 3], seed=length)
     norms = HeadNorms(1 + randn(shape.dim, seed=8) / 4, 1 + randn(shape.dim, seed=9) / 4, 1e-5)
@@ -208,8 +214,8 @@ def pages_for(lengths: list[int], order: list[int]) -> list[list[int]]:
 @settings(deadline=None, max_examples=25)
 @given(
     shape=shapes(),
-    lengths=st.lists(st.integers(1, 600), min_size=1, max_size=3),
-    sizes=st.lists(st.one_of(st.integers(0, 5), st.integers(0, 600)), max_size=6),
+    lengths=st.lists(lengths(600), min_size=1, max_size=3),
+    sizes=st.lists(st.one_of(st.integers(0, 5), lengths(600)), max_size=6),
     seed=st.integers(0, 99),
     threads=st.integers(1, 3),
 )
@@ -365,6 +371,10 @@ def test_what_does_not_fit_is_refused() -> None:
         step(shape, kv, [(Text(text.q.astype(np.float16), text.k, text.v, [0]), 0, 3)])
     with pytest.raises(OperandError, match="window=0"):
         step(Shape(window=0), kv, [(text, 0, 3)])
+    fits = ones(shape.dim)
+    for q, k in ((fits[1:], fits), (fits, fits[:, None]), (fits, np.ones(shape.dim))):
+        with pytest.raises(OperandError, match=r"norms of heads must be float32 of shape \(32,\)"):
+            step(shape, kv, [(text, 0, 3)], HeadNorms(q, k, 1e-5))
     good = zeros(3, 4)
     for wrong in (np.zeros((3, 4)), zeros(3, 5), zeros(4, 3).T, zeros(2, 4)):
         with pytest.raises(OperandError, match="must be contiguous float32"):
