@@ -73,9 +73,7 @@ class CacheLaw:
 
     def slowed(self, compute: float) -> CacheLaw:
         """If computing took so many times as long."""
-        products = (
-            replace(law, byte_s=tuple(compute * byte_s for byte_s in law.byte_s)) for law in self.products
-        )
+        products = (replace(law, byte_s=tuple(compute * it for it in law.byte_s)) for law in self.products)
         return replace(self, products=tuple(products))
 
 
@@ -96,8 +94,7 @@ class AttentionLaw:
 
 @dataclass(frozen=True)
 class RingLaw:
-    """How fast large blocks pass from a disk through a window, by the bytes of its ring: what caches hold is filled
-    sooner than other memory."""
+    """How fast large blocks pass from a disk through a window, by the bytes of its ring, which caches may hold."""
 
     nbytes: tuple[int, ...]
     bytes_per_s: tuple[float, ...]
