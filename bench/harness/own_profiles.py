@@ -177,7 +177,6 @@ def one_of_two(half: Profile, whole: Profile) -> Device:
         and replace(
             caches,
             nbytes=tuple(it // 2 for it in caches.nbytes),
-            others_bytes_per_s=caches.others_bytes_per_s / 2,
             products=twice_as_long(caches.products),
         ),
     )
