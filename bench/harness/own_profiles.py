@@ -32,7 +32,7 @@ PORT = 27651
 KIND = next(kind for kind in WEIGHT_TYPES if kind.name == "Q8_0")  # which no kernel computes with for longer
 COLUMNS, MATRIX_BYTES = 4096, 8 << 20
 LEAST_READ_BYTES, PROBES = 384 << 20, 5
-COMPUTED_ROWS, COMPUTED = 64, 60  # rows, and products: a third of a second
+COMPUTED_ROWS, COMPUTED = 64, 180  # rows, and products: a second
 SAMPLE_BYTES = 512 << 20  # of a file
 ROUND_BYTES = tuple(it << 20 for it in (64, 96, 128, 192, 256, 384, 512, 1024))  # with which memory is probed
 
@@ -177,7 +177,6 @@ def one_of_two(half: Profile, whole: Profile) -> Device:
         and replace(
             caches,
             nbytes=tuple(it // 2 for it in caches.nbytes),
-            others_bytes_per_s=caches.others_bytes_per_s / 2,
             products=twice_as_long(caches.products),
         ),
     )

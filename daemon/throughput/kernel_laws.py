@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import cycle, product
 from pathlib import Path
-from statistics import median
+from statistics import median, median_low
 from typing import NamedTuple
 
 import numpy as np
@@ -47,6 +47,7 @@ MANY_ROWS_BYTES = 8 << 20
 POOL_BYTES, MOST_POOL_BYTES = 192 << 20, 512 << 20
 POOL_TIMES = 4  # as large as the last cache, within these limits
 ROUNDS = 3  # of all tables, one after the other: a machine changes its speed within seconds
+HELD_UP = 1.3  # times as long as with more rows
 CALLS = 1  # at least, of each point in a round
 CELL_S = 0.008  # for which it is called again
 _SMALL_CALLS, _SWEPT_BYTES = 48, 16 << 20  # small ones, behind so many bytes of weights at most
@@ -190,7 +191,13 @@ def table(
     for rows in counts:
         done(f"{kind.name}, {size.name}")
         points.append(_point(home, pool, kind, size, rows, calls[_passing_bytes(size)], input_bits))
-    return RowsLaw(kind.name, points[0][1], counts, tuple(byte_s for byte_s, _ in points), input_bits)
+    return RowsLaw(kind.name, points[0][1], counts, not_held_up([it for it, _ in points]), input_bits)
+
+
+def not_held_up(times: Sequence[float]) -> tuple[float, ...]:
+    """What more and more rows take. Some kernels take a little longer for fewer; what took much longer was held up by
+    something else."""
+    return tuple(min(it, HELD_UP * min(times[place:])) for place, it in enumerate(times))
 
 
 def narrow_sizes(kind: WeightType) -> Sequence[SizeClass]:
@@ -199,9 +206,9 @@ def narrow_sizes(kind: WeightType) -> Sequence[SizeClass]:
 
 
 def middle(rounds: Sequence[Sequence[RowsLaw]]) -> tuple[RowsLaw, ...]:
-    """The medians of all rounds."""
+    """The medians of all rounds; of two the less."""
     return tuple(
-        replace(laws[0], byte_s=tuple(map(median, zip(*(law.byte_s for law in laws), strict=True))))
+        replace(laws[0], byte_s=tuple(map(median_low, zip(*(law.byte_s for law in laws), strict=True))))
         for laws in _alike(rounds)
     )
 

@@ -57,8 +57,7 @@ def device_facts(device: Device) -> Iterator[tuple[str, str]]:
 def _kept(device: Device) -> str:
     """How fast weights are read that come round, from the fewest to the most that were tried."""
     assert device.caches
-    passing = 1 + device.caches.others_bytes_per_s / device.memory_bytes_per_s  # while a byte is read
-    sizes = [it / passing for it in device.caches.nbytes]
+    sizes = device.caches.nbytes
     shown = dict.fromkeys((sizes[0], sizes[len(sizes) // 2], sizes[-1]))
     speeds = (f"{format_bytes(device.going_round(it).memory_bytes_per_s)}/s" for it in shown)
     said = (f"{speed} of {format_bytes(it)}" for speed, it in zip(speeds, shown, strict=True))

@@ -30,7 +30,7 @@ from shoal.offload.errors import OffloadError
 from shoal.partition.memory_layout import KV_FORMATS
 from shoal.partition.throughput.profile import Contention, Device, Profile, ReadLaw
 
-from .cache_laws import PARTS, SLOW_PARTS, cache_law
+from .cache_laws import PARTS, cache_law
 from .disk_laws import READS, RINGS, DiskFile, contention, read_law, written
 from .fixed_costs import overheads, turns
 from .kept_profile import Kept, profile_key, read_kept, write_kept
@@ -99,7 +99,7 @@ def measure(threads: int, place: Path, progress: Progress = no_progress) -> Prof
     tables = len(WEIGHT_TYPES) * len(SIZES) * len(ROWS) + narrow * len(NARROW_ROWS)
     attended = len(HEAD_DIMS) * len(QUERIES) * len(KV_FORMATS) * len(CONTEXTS)
     steps = (ROUNDS + 1) * tables + 2 * attended
-    steps += turns() + ROUNDS * (len(READS) + len(RINGS) + len(PARTS) + len(SLOW_PARTS) + 2) + 1
+    steps += turns() + ROUNDS * (len(READS) + len(RINGS) + len(PARTS) + 1) + 1
     at = 0
 
     def done(what: str) -> None:

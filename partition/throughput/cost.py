@@ -54,8 +54,7 @@ def cost(model: Weighed, plan: Plan, device: Device, job: Job) -> Prediction:
     if model.spec.moe and job.distinct is None:  # what is not known is how many experts several tokens wake
         slow = max(slow, _decode(model, plan, device, job, 1.0).seconds)
         fast = min(fast, _decode(model, plan, device, job, DISTINCT_SHARE).seconds)
-    nbytes = round_bytes(model, plan, job.batch * job.prompt_tokens)
-    for other in _with_other_caches(device, nbytes, decode.seconds):
+    for other in _with_other_caches(device, round_bytes(model, plan, job.batch * job.prompt_tokens)):
         other_s = _decode(model, plan, other, job, job.distinct).seconds
         slow, fast = max(slow, other_s), min(fast, other_s)
     prompt = list(_prompt(model, plan, device, job))
@@ -163,27 +162,10 @@ def _step(
     wanted: int,
     share: float | None = None,
 ) -> _Step:
-    """A step of these segments that gives logits for `wanted` rows. `share`: see `distinct_experts`. What caches that
-    others use, too, keep of its weights until the next one goes with how long it takes."""
+    """A step of these segments that gives logits for `wanted` rows. `share`: see `distinct_experts`. With a device of
+    which nothing is known, as if the CPU computed all."""
     tokens = sum(segment.alike * (segment.before + segment.rows) for segment in segments)
-    nbytes = round_bytes(model, plan, tokens)
-    near = device.going_round(nbytes)
-    found = _step_with(model, plan, near, segments, wanted, share)
-    if near is device or device.caches is None or not device.caches.others_bytes_per_s:
-        return found
-    return _step_with(model, plan, device.going_round(nbytes, found.seconds), segments, wanted, share)
-
-
-def _step_with(
-    model: Weighed,
-    plan: Plan,
-    device: Device,
-    segments: Sequence[Rows],
-    wanted: int,
-    share: float | None,
-) -> _Step:
-    """A step on a device that reads its weights as quickly as `Device.going_round` says. With an accelerator of which
-    nothing is known, as if the CPU computed all."""
+    device = device.going_round(round_bytes(model, plan, tokens))
     if any(it.name == plan.device for it in device.accelerators):
         there = device_step(model, plan, device, segments, wanted, share)
         return _Step(there.seconds, there.stall_s, there.parts)
@@ -250,11 +232,11 @@ def round_bytes(model: Weighed, plan: Plan, tokens: float) -> float:
     return held + plan.window_bytes + plan.expert_bytes + kv_bytes
 
 
-def _with_other_caches(device: Device, nbytes: float, round_s: float) -> Iterator[Device]:
-    """The device if its caches kept less or more, where that changes what they keep of a round."""
+def _with_other_caches(device: Device, nbytes: float) -> Iterator[Device]:
+    """The device if its caches kept less or more, where that changes what they keep of so many bytes."""
     caches = device.caches
     for its in (caches.larger(times) for times in _CACHES) if caches else ():
-        if caches and its.share(nbytes, round_s) != caches.share(nbytes, round_s):
+        if caches and its.share(nbytes) != caches.share(nbytes):
             yield replace(device, caches=its)
 
 

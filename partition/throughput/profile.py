@@ -48,18 +48,15 @@ class RowsLaw:
 @dataclass(frozen=True)
 class CacheLaw:
     """What caches do for weights that come round in every step. `from_memory`: how far products with one row are on the
-    way from what they take if caches hold all (0) to what they take if nothing is left there (1), by the bytes that
-    pass until the same come again: those of a round, and meanwhile those of others who share the caches
-    (`others_bytes_per_s`). `products`: tables as a device's, if caches hold all."""
+    way from what they take if caches hold all (0) to what they take if nothing is left there (1), by the bytes of a
+    round. `products`: tables as a device's, if caches hold all."""
 
     nbytes: tuple[int, ...]
     from_memory: tuple[float, ...]
     products: tuple[RowsLaw, ...] = ()
-    others_bytes_per_s: float = 0.0
 
-    def share(self, nbytes: float, round_s: float = 0.0) -> float:
-        """`from_memory` of a round of so many bytes and seconds, between points on a logarithmic scale."""
-        nbytes += self.others_bytes_per_s * round_s
+    def share(self, nbytes: float) -> float:
+        """`from_memory` of so many bytes, between points on a logarithmic scale."""
         place = bisect_left(self.nbytes, nbytes)
         if place in (0, len(self.nbytes)):
             return 1.0 if place else self.from_memory[0]
@@ -285,11 +282,10 @@ class Device:
     def laid_out_bytes_per_s(self) -> float:
         return self.band_bytes_per_s or self.memory_bytes_per_s / 8
 
-    def going_round(self, nbytes: float, round_s: float = 0.0) -> Device:
-        """If so many bytes come round in every step, of so many seconds if that is longer than reading takes, and
-        caches keep some: its memory is as quick then as both are together."""
-        round_s = max(round_s, nbytes / self.memory_bytes_per_s)
-        share = self.caches.share(nbytes, round_s) if self.caches else 1.0
+    def going_round(self, nbytes: float) -> Device:
+        """If so many bytes come round in every step, of which caches keep some: its memory is as quick then as both are
+        together."""
+        share = self.caches.share(nbytes) if self.caches else 1.0
         if self.caches is None or share >= 1:
             return self
         kept = {replace(law, byte_s=()): law.byte_s for law in self.caches.products}

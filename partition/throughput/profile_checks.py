@@ -25,7 +25,6 @@ _LIMITS: Mapping[str, tuple[float, float]] = {
     "write_bytes_per_s": (0, 1e14),
     "band_bytes_per_s": (0, 1e16),
     "port_bytes_per_s": (0, 1e14),
-    "others_bytes_per_s": (0, 1e14),
     "latency_s": (0, 3600),
     "bytes_per_s": (1, 1e14),
     "step_s": (0, 10),
@@ -95,7 +94,6 @@ def check_profile(profile: Profile) -> Profile:
         if device.caches is not None:
             _check_laws(f"{where}.caches.products", device.caches.products)
             _check_law(f"{where}.caches", device.caches)
-            _check_figures(f"{where}.caches", vars(device.caches))
     for number, link in enumerate(profile.links):
         where = f"links[{number}]"
         for end in link.between:

@@ -233,10 +233,9 @@ def test_weights_that_pass_cost_a_layer_what_was_measured() -> None:
 
 def _cache_law(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> CacheLaw | None:
     """If products take so long in rounds of 1 MiB and of parts of 24 MiB."""
-    kept = iter((*seconds, seconds[0]) * kernel_laws.ROUNDS)
+    kept = iter(seconds * kernel_laws.ROUNDS)
     monkeypatch.setattr(cache_laws, "PARTS", (1 / 4, 1 / 2, 1))
-    monkeypatch.setattr(cache_laws, "SLOW_PARTS", ())
-    monkeypatch.setattr(cache_laws, "_product_s", lambda home, x, each, pause_s: next(kept))
+    monkeypatch.setattr(cache_laws, "_round_s", lambda home, x, each: next(kept))
     kinds = [kind for kind in WEIGHT_TYPES if kind.name == "Q4_K"]
     return cache_laws.cache_law(home_of("cpu"), kernel_laws.Pool(), kinds, lambda what: None)
 
@@ -249,36 +248,10 @@ def test_caches_keep_less_of_more(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {law.kind for law in found.products} == {"Q4_K"}
 
 
-@pytest.mark.parametrize("others", [0.0, 16e9, 64e9])
-def test_what_others_bring_into_caches_is_what_slow_rounds_find_gone(others: float) -> None:
-    """Rounds as a law makes them: of 100 µs from caches and 200 from memory for each MB; and pauses that cost 9 µs."""
-    room = tuple(round(nbytes + others * after_s) for nbytes, after_s in ((2e8, 0.008), (1e9, 0.040)))
-    true = CacheLaw(room, (0.0, 1.0), others_bytes_per_s=others)
-
-    def round_of(mb: int, pause_s: float) -> cache_laws.Round:
-        product_s = 100e-6
-        for _ in range(50):
-            round_s = mb * (product_s + pause_s)
-            product_s = 100e-6 * (1 + true.share(1e6 * mb, round_s))
-        costs_s = 9e-6 if pause_s else 0.0
-        return cache_laws.Round(mb * 1_000_000, product_s + costs_s, mb * (product_s + costs_s + pause_s))
-
-    quick = [round_of(mb, 0.0) for mb in (8, 16, 32, 64, 128, 256, 512, 1024)]
-    found = cache_laws.law_of(quick, [round_of(mb, 200e-6) for mb in (8, 64, 96, 128)])
-    assert found.others_bytes_per_s == pytest.approx(others, rel=0.45)  # one rate of those that are tried
-    for mb in (64, 96):
-        slow = round_of(mb, 200e-6)
-        assert found.share(slow.nbytes, slow.round_s) == pytest.approx(
-            true.share(slow.nbytes, slow.round_s), abs=0.05
-        )
-
-
-def test_rounds_that_differ_by_chance_make_a_law_that_rises() -> None:
-    quick = [cache_laws.Round(n * 10**6, s, n * s) for n, s in ((8, 1.0), (16, 1.9), (32, 1.2), (64, 2.0))]
-    slow = [cache_laws.Round(n * 10**6, s, n * (s + 2)) for n, s in ((8, 1.0), (16, 2.5), (32, 0.5))]
-    found = cache_laws.law_of(quick, slow)
-    assert found.from_memory == (0.0, pytest.approx(0.2), pytest.approx(0.2), 1.0)
-    assert list(found.nbytes) == sorted(set(found.nbytes))
+def test_what_was_held_up_is_no_kernel_s() -> None:
+    """Three rows that take a tenth longer than four stay; two that take ten times as long as four do not."""
+    times = [1.0, 20.0, 2.2, 2.0, 9.0]
+    assert kernel_laws.not_held_up(times) == (1.0, pytest.approx(2.6), 2.2, 2.0, 9.0)
 
 
 def test_texts_that_are_attended_to_come_from_all_pages_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,27 +78,6 @@ def test_weights_that_caches_keep_are_read_from_there() -> None:
     assert half == pytest.approx((few + bare) / 2, rel=0.02)
 
 
-def test_caches_that_others_use_keep_less_until_a_slow_step_comes_again() -> None:
-    """10 GB/s of others, and room for twice the weights: all stay in a step that only reads, none in a slow one."""
-    whole = DENSE.weights_bytes
-    far, near = RowsLaw(ANY, 1.0, (1, 256), (5e-11, 1e-9)), RowsLaw(ANY, 1.0, (1, 256), (2e-11, 9e-10))
-    caches = CacheLaw((2 * whole, 4 * whole), (0.0, 1.0), (near,), others_bytes_per_s=10e9)
-    plan = in_ram(DENSE)
-
-    def token_s(slow_s: float, caches: CacheLaw | None) -> float:
-        own = replace(FREE, step_s=slow_s)
-        machine = replace(device(), products=(far,), caches=caches, overheads=own, contention=ALONE)
-        return cost(DENSE, plan, machine, Job(512, 64)).token_s - slow_s
-
-    bare = token_s(0.0, None)
-    assert token_s(0.0, caches) == pytest.approx(bare * 2 / 5, rel=0.02)
-    assert bare * 0.45 < token_s(whole * 1.6 / 10e9, caches) < bare * 0.9
-    assert token_s(whole * 4 / 10e9, caches) == pytest.approx(bare)
-    assert token_s(whole * 4 / 10e9, replace(caches, others_bytes_per_s=0.0)) == pytest.approx(
-        bare * 2 / 5, rel=0.02
-    )
-
-
 def test_further_experts_of_a_layer_cost_each() -> None:
     """Four rows of dice choose 32 × (1 − (28/32)⁴) of 32 experts; one row its four, which `mixture_s` has."""
     own, plan = replace(FREE, expert_s=1e-4), in_ram(MIXED)
