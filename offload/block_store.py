@@ -62,7 +62,7 @@ class BlockStore(Protocol):
         ...
 
     def acquire_all(self, blocks: Sequence[BlockId]) -> AbstractContextManager[list[Weights]]:
-        """The weights of several blocks, in this order, for the length of a `with`."""
+        """The weights of several experts, in this order, for the length of a `with`. Raises OffloadError."""
         ...
 
     def coming(self, block: BlockId) -> Coming:

@@ -57,7 +57,7 @@ def passing_speed(
         passed, began_s = 0, 0.0
         while True:
             passage = readers.lease(ring, partial(window.want, cycle[passed % count].block))
-            readers.give_back(ring, passage)
+            readers.give_back(ring, [passage])
             now_s = time.perf_counter()
             if not passed:
                 began_s = now_s  # from here on as many bytes come as go

@@ -26,7 +26,10 @@ from shoal.partition.spec import BlockId
 from .window import Passage, Read
 
 READERS = 4
-READ_BYTES = 4 << 20  # four such reads at a time are as fast as anything, and wake seldom (docs/LOG.md)
+READ_BYTES = 4 << 20  # two such reads at a time are as fast as anything, and wake seldom (docs/LOG.md)
+# Another read begins while no more than this is on its way. Reads that go on at a time end at a time: with more of them,
+# what is wanted first comes late.
+MOST_COMING_BYTES = READ_BYTES
 STUCK_S = 120.0  # when nothing has come for so long, the disk is taken for dead
 IDLE_S = 5.0
 SILENT_LOOK_S = 1.0
@@ -106,6 +109,7 @@ class Readers:
         self._latest_bytes = 0
         self._best_bytes_per_s = 0.0
         self._landings = 0
+        self._coming_bytes = 0  # of reads that go on
         self._broken: Exception | None = None
         self._closed = False
         self._file = DirectFile(source.path)
@@ -120,27 +124,25 @@ class Readers:
 
     def lease(self, region: Region, want: Callable[[], Passage | None]) -> Passage:
         """Waits until the passage that `want` gives is here. Raises OffloadError when it cannot be read."""
-        with self._lock:
-            passage = want()
-            if passage is not None and passage.error is not None:
-                # This read failed ahead of need, perhaps long ago, so it is tried once more.
-                region.policy.leave(passage)
-                passage = want()
-            if passage is None or not passage.here:
-                began_s = time.perf_counter()
-                try:
-                    passage = self._await(region, want)
-                finally:
-                    self.stall_s += time.perf_counter() - began_s
-            passage.leases += 1
-            return passage
+        (passage,) = self.lease_all(region, [want])
+        return passage
 
-    def give_back(self, region: Region, passage: Passage) -> None:
-        """Ends a lease, so that the place can be used again."""
+    def lease_all(self, region: Region, wants: Sequence[Callable[[], Passage | None]]) -> list[Passage]:
+        """The same for several: all of them, or none. Readers go on when it waits, not between one and the next."""
+        leased: list[Passage] = []
         with self._lock:
-            passage.leases -= 1
-            region.policy.leave(passage)
-            self._work.notify()
+            try:
+                for want in wants:
+                    leased.append(self._leased(region, want))
+            except BaseException:
+                self._leave(region, leased)
+                raise
+        return leased
+
+    def give_back(self, region: Region, passages: Sequence[Passage]) -> None:
+        """Ends leases, so that the places can be used again."""
+        with self._lock:
+            self._leave(region, passages)
 
     def change(self, policy: Callable[[], None]) -> None:
         """Calls `policy` while no reader is in one, then wakes a reader, because there may be more to read."""
@@ -173,6 +175,29 @@ class Readers:
         until = time.monotonic() + CLOSING_S
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
+
+    def _leased(self, region: Region, want: Callable[[], Passage | None]) -> Passage:
+        """The caller holds the lock."""
+        passage = want()
+        if passage is not None and passage.error is not None:
+            # This read failed ahead of need, perhaps long ago, so it is tried once more.
+            region.policy.leave(passage)
+            passage = want()
+        if passage is None or not passage.here:
+            began_s = time.perf_counter()
+            try:
+                passage = self._await(region, want)
+            finally:
+                self.stall_s += time.perf_counter() - began_s
+        passage.leases += 1
+        return passage
+
+    def _leave(self, region: Region, passages: Sequence[Passage]) -> None:
+        """The caller holds the lock."""
+        for passage in passages:
+            passage.leases -= 1
+            region.policy.leave(passage)
+        self._work.notify()
 
     def _await(self, region: Region, want: Callable[[], Passage | None]) -> Passage:
         """Waits until the passage is here. The caller holds the lock, which is released while waiting."""
@@ -215,8 +240,9 @@ class Readers:
         """Waits until there is something to read, and gives it; None when closed."""
         with self._lock:
             while not self._closed:
-                for region in self._regions:
+                for region in self._regions if self._coming_bytes <= MOST_COMING_BYTES else ():
                     if (read := region.policy.next_read(READ_BYTES)) is not None:
+                        self._coming_bytes += read.nbytes
                         self._work.notify()  # each reader wakes the next, as there may be more
                         return region, region.bytes_of(read.passage), read
                 self._work.wait(IDLE_S)
@@ -239,6 +265,7 @@ class Readers:
                 f"cannot be read: {reason}"
             )
         with self._lock:
+            self._coming_bytes -= nbytes
             if written_ns > self._written_ns:
                 self._written_ns = written_ns
                 self._checked.clear()
@@ -247,6 +274,8 @@ class Readers:
             check = complete and region.whole and passage.block not in self._checked and not passage.left
             if not check:
                 self._note(region, read)
+            else:
+                self._work.notify()  # another one can go on meanwhile
         if check:
             try:
                 self._source.check(passage.block, memory)

@@ -8,7 +8,7 @@ read it.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from types import MappingProxyType
 
@@ -48,7 +48,7 @@ class _Lease:
         return self._region.weights(self._pack, self._passage)
 
     def __exit__(self, *_: object) -> None:
-        self._readers.give_back(self._region, self._passage)
+        self._readers.give_back(self._region, [self._passage])
 
 
 class WindowStore:
@@ -139,8 +139,16 @@ class WindowStore:
 
     @contextmanager
     def acquire_all(self, blocks: Sequence[BlockId]) -> Generator[list[Weights], None, None]:
-        with ExitStack() as held:
-            yield [held.enter_context(self.acquire(block)) for block in blocks]
+        wants = [partial(self._experts.want, block) for block in blocks if block not in self._kept]
+        passages = self._readers.lease_all(self._slots, wants)
+        try:
+            coming = iter(passages)
+            yield [
+                kept.enter_result if (kept := self._kept.get(block)) else self._slots.weights(self._pack, next(coming))
+                for block in blocks
+            ]
+        finally:
+            self._readers.give_back(self._slots, passages)
 
     def expect(self, blocks: Sequence[BlockId]) -> None:
         if any(block not in self._kept for block in blocks):
