@@ -28,8 +28,9 @@ _ROWS = (1, 64, 512)
 _CALLS = 3  # one after the other, of which only the end is waited for
 _ROUNDS = 3
 _TOGETHER_S = 0.05  # for so long copies go on beside computing
-# Of weights that come meanwhile, and of those that the processor reads, as it would K and V from memory.
-_HOST_COLS, _HOST_BYTES, _HOST_PIECES = 4096, 64 << 20, 16
+# Of this machine's memory: weights come from it meanwhile, and the processor reads it, as it would K and V.
+HOST_TRIED_BYTES = 64 << 20
+_HOST_COLS, _HOST_PIECES = 4096, 16
 MOST_SHAPES = 16
 COPIED_NUMBERS = 2048  # of a small copy
 
@@ -80,11 +81,12 @@ def copy_contention(home: DeviceHome, shape: Shape, link_bytes_per_s: float) -> 
     HomeLost."""
     if _virtual(home.device):
         return CopyContention()
-    memory = np.ones(max(1, _HOST_BYTES // shape.nbytes) * shape.nbytes, np.uint8)  # no cache holds it
+    memory = np.ones(max(1, HOST_TRIED_BYTES // shape.nbytes) * shape.nbytes, np.uint8)  # few caches hold it
     sources = [Matrix(shape.type, it, shape.rows, shape.cols) for it in memory.reshape(-1, shape.nbytes)]
     staging, kept = home.staging(shape.nbytes), Linears([home.keep_matrix(sources[0])])
     x = home.keep_vector(np.zeros((1, shape.cols), np.float32))
-    numbers = np.ones((_HOST_BYTES // (F32_BYTES * _HOST_COLS), _HOST_COLS), np.float32)
+    row_bytes = F32_BYTES * _HOST_COLS
+    numbers = memory[: len(memory) // row_bytes * row_bytes].view(np.float32).reshape(-1, _HOST_COLS)
     read = cycle([Linears([Matrix.of(it)]) for it in np.array_split(numbers, _HOST_PIECES)])
     here = np.ones((1, _HOST_COLS), np.float32)
 

@@ -50,6 +50,7 @@ from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shoal.models.step import Step
 from shoal.models.transformer import Transformer
 from shoal.offload.block_store import ResidentStore
+from shoal.offload.budget import Budget
 from shoal.offload.kv.pool import KvPool
 from shoal.offload.pack.pack import Pack
 from shoal.offload.window.pinned import PackReader
@@ -192,7 +193,7 @@ class Case:
     def predicted_s(self, machine: Device, link: float) -> float:
         """From what is tried of the device now."""
         self.device.bytes_per_s = link
-        there = device_figures(self.home, self.model, ROOMY, None, laws=True).laws
+        there = device_figures(self.home, self.model, ROOMY, None, Budget(ROOMY), laws=True).laws
         assert there is not None
         self.there = replace(there, name=NAME, host_bytes_per_s=link)
         host = replace(machine, accelerators=(self.there,))

@@ -86,13 +86,17 @@ def device_room(
     free_bytes = max(0, min(ledger.limit_bytes, there.budget.room_bytes) - ledger.held_bytes)
     with suppress(HomeLost):  # now, or long ago
         troubles.insert(0, _pinned(there, budget))
-        figures = device_figures(home, model, free_bytes, kept, laws=laws)
+        figures = device_figures(home, model, free_bytes, kept, budget, laws=laws)
     lacks = ""
     if there.lost:
         lacks = f"device {name} is lost ({there.lost}), so the cpu computes; start anew to use it again"
     elif auto and figures.laws is None:
-        free = format_bytes(free_bytes)
-        lacks = f"{name} is left alone: {free} of its memory are free, too little to try how fast it is"
+        from shoal.devices.device_timing import HOST_TRIED_BYTES
+
+        short = budget.free_bytes < HOST_TRIED_BYTES
+        free = format_bytes(max(0, budget.free_bytes) if short else free_bytes)
+        where = "of the memory budget" if short else "of its memory"
+        lacks = f"{name} is left alone: {free} {where} are free, too little to try how fast it is"
         lacks = "; ".join(filter(None, (lacks, there.budget.trouble)))
     if lacks:
         let_be(name, budget)
