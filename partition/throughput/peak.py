@@ -100,14 +100,13 @@ def _kernel_bytes(model: Weighed, plan: Plan, rows: int, context: int) -> int:
     most = 4 * queries + (min(SPANS_BYTES, 4 * spans * queries) if apart else 0)
     tile = min(rows, TILE_TOKENS)
     for kind in model.layer_kinds:
+        first, last = kind.dense[0], kind.dense[-1]
         most = max(most, *(tile * _packed(it, normed=True) for it in kind.attention))
-        if moe is None or not kind.expert:
-            enter, _, leave = kind.dense
-            most = max(most, tile * (_packed(enter, normed=True) + _packed(leave)))
-        else:
+        most = max(most, tile * (_packed(first, normed=True) + _packed(last)))
+        if moe is not None and kind.expert:
             chosen = min(moe.active, experts_together(plan.expert_slots)) if plan.expert_slots else moe.active
-            enter, _, leave = kind.expert  # in the forms for few rows and for many
-            most = max(most, 2 * rows * (_packed(enter) + chosen * _packed(leave)))
+            first, last = kind.expert[0], kind.expert[-1]  # in the forms for few rows and for many
+            most = max(most, 2 * rows * (_packed(first) + chosen * _packed(last)))
     return most + plan.threads * _THREAD_BYTES
 
 
