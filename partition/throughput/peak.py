@@ -42,7 +42,7 @@ def peak_bytes(model: Weighed, plan: Plan, job: Job, times: int = 1) -> int:
     else:
         reading = model.vectors_bytes + READING_BYTES - _UNUSED_READING if plan.streams else 0
         step = min(plan.scratch_bytes, reading + step_bytes(model, plan, job))
-    weights = plan.pinned_bytes + plan.window_bytes + plan.expert_bytes
+    weights = sum(map(_in_huge_pages, (plan.pinned_bytes, plan.window_bytes, plan.expert_bytes)))
     return RESIDENT_BYTES + model.tokenizer_bytes + weights + kv + step
 
 
@@ -52,8 +52,12 @@ def _kv_bytes(model: Weighed, plan: Plan, job: Job, times: int) -> int:
     each = -(-job.context_tokens // PAGE_TOKENS)
     pages = min(plan.kv.pages, job.batch * times * each)
     share = host_kv_share(plan)
-    whole = -int(-share * pages * kv_page_bytes(model.spec, plan.kv.dtype) // HUGE_BYTES) * HUGE_BYTES
-    return min(int(share * plan.kv.nbytes), whole)
+    taken = _in_huge_pages(int(share * pages * kv_page_bytes(model.spec, plan.kv.dtype)))
+    return min(int(share * plan.kv.nbytes), taken)
+
+
+def _in_huge_pages(nbytes: int) -> int:
+    return -(-nbytes // HUGE_BYTES) * HUGE_BYTES
 
 
 def host_kv_share(plan: Plan) -> float:

@@ -40,6 +40,7 @@ def test_peak_is_that_of_the_job() -> None:
     page_bytes = plan.kv.nbytes // plan.kv.pages
     assert plan.kv.pages == 16
     assert 4 * page_bytes == HUGE_BYTES
+    assert plan.pinned_bytes % HUGE_BYTES == 0
     held = RESIDENT_BYTES + plan.pinned_bytes
 
     def kv(job: Job, times: int = 1) -> int:
@@ -52,6 +53,7 @@ def test_peak_is_that_of_the_job() -> None:
     least = peak_bytes(DENSE, plan, short)
     assert peak_bytes(replace(DENSE, tokenizer_bytes=5 * MB), plan, short) == least + 5 * MB
     assert cost(DENSE, plan, device(), short).peak_bytes == {"one": least}
+    assert peak_bytes(DENSE, replace(plan, window_bytes=1000), short) == least + HUGE_BYTES
     scarce = replace(plan, scratch_bytes=1000)
     assert peak_bytes(DENSE, scarce, short) == held + 4 * page_bytes + 1000, "no more than the plan has"
 
