@@ -46,3 +46,13 @@ class DeviceLost(HomeLost):
     def __init__(self, name: str, why: str) -> None:
         super().__init__(f"device {name} is lost: {why}")
         self.name = name
+
+
+def says_no_memory(said: str) -> bool:
+    """Whether that is what the driver or a library says which has asked it for memory past torch: no harm is done."""
+    return "CUBLAS_STATUS_ALLOC_FAILED" in said or ("CUDA" in said and "out of memory" in said)
+
+
+def one_line(error: Exception | Warning) -> str:
+    """What it says, however long that is."""
+    return " ".join(str(error).split())[:200]
