@@ -51,6 +51,11 @@ class Begun(DeviceEvent):
         return self._event
 
 
+def recorded(event: DeviceEvent) -> Any:
+    """The event itself, which may have to be recorded first."""
+    return event.event if isinstance(event, Begun) else event
+
+
 class CopyThread:
     """Begins with the first copy, and ends with the process."""
 

@@ -7,9 +7,9 @@ wait, those that come out too, and with no limit, so threads make them (`CopyThr
 with weights that come and go, another one empties it of what leaves and is more than a packet. This memory is asked for
 once, so nothing that is copied later can lack it. Weights that are locked where they lie need none of it.
 
-All waits for the card have a limit (`Progress`). One that hangs is lost like any other, but it may still copy: what it
-may copy from and to, and its events, which some drivers destroy only when they have ended, are kept until the process
-ends. Calls that only begin something have no limit: a driver may keep who makes them.
+All waits for the card have a limit (`SignsOfLife`). One that hangs is lost like any other, but it may still copy: what
+it may copy from and to, and its events, which some drivers destroy only when they have ended, are kept until the
+process ends. Calls that only begin something have no limit: a driver may keep who makes them.
 
 Memory is the computing stream's. Both ends of a copy are kept until it has ended, so torch need not be told which other
 streams use them (`record_stream`): if it was, it asks the driver when memory is given back, and where the card is lost
@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial as bound
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ from shoal.kernels.huge_pages import mapped
 from shoal.partition.amounts import format_bytes
 from shoal.partition.placement import PINNED_BYTES
 
-from .copy_thread import BEGIN_LIMIT_S, Begun, CopyThread
+from .copy_thread import BEGIN_LIMIT_S, CopyThread, recorded
 from .device import (
     PACKET_BYTES,
     DeviceArray,
@@ -47,11 +48,11 @@ from .device import (
     StagedPart,
 )
 from .errors import DeviceLost, NoSuchDevice, NotPageLocked, one_line, says_no_memory
-from .opening import driver
 from .page_locked import LockedRanges, limit_on_locking
-from .pinned_ring import Ends, PinnedRing, packets
-from .waiting import Progress, Stuck
+from .pinned_ring import CopyEnds, PinnedRing, begin_copies, packets
+from .waiting import SignsOfLife, Stuck
 
+DRIVER = Path("/proc/driver/nvidia/version")
 OF_FREE_MEMORY = 0.9  # of the free memory, if no size was named: libraries take some, too
 LEFT_LIMIT_S = 5.0  # for a thread to come back from a card that hangs
 
@@ -90,19 +91,19 @@ class CudaDevice:
         self._pinned: dict[torch.cuda.Stream, PinnedRing] = {}
         self._ranges = LockedRanges()
         self._owners: dict[int, object] = {}  # of what is locked, by its first address
-        self._progress = Progress()
+        self._life = SignsOfLife()
         self._copies_begin, self._copies_arrive, self._copies_leave = self._threads = tuple(
             CopyThread(f"shoal-{it}-{number}") for it in ("copies", "arriving", "leaving")
         )
         self._number = number
         self._device = torch.device("cuda", number)
-        self._copies: list[tuple[Any, Sequence[Ends]]] = []  # under way: their last events, and of what
+        self._copies: list[tuple[Any, Sequence[CopyEnds]]] = []  # under way: their last events, and of what
         self._lock = threading.RLock()  # of these; where it is held, the garbage collector may settle
 
     @property
     def facts(self) -> str:
         card = torch.cuda.get_device_properties(self._number)
-        return f"{card.name} | {card.total_memory} | {torch.__version__} | {driver()}"
+        return f"{card.name} | {card.total_memory} | {torch.__version__} | {_driver()}"
 
     @property
     def now_s(self) -> float:
@@ -181,7 +182,7 @@ class CudaDevice:
         self._owners.pop(start, None)
 
     def copy_in(self, source: Array, target: DeviceArray, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
-        ends = [Ends(torch.from_numpy(source), target.inside)]
+        ends = [CopyEnds(torch.from_numpy(source), target.inside)]
         begin = bound(self._copy, self._coming, ends, tuple(after))
         return begin() if self.pinned_bytes else self._begun_by(self._copies_arrive, begin)
 
@@ -191,7 +192,7 @@ class CudaDevice:
         after: Sequence[DeviceEvent] = (),
         lent: AbstractContextManager[object] = HERE,
     ) -> DeviceEvent:
-        ends = [Ends(torch.from_numpy(it.source), it.target.inside) for it in parts]
+        ends = [CopyEnds(torch.from_numpy(it.source), it.target.inside) for it in parts]
 
         def begin() -> DeviceEvent:
             self._look()
@@ -209,7 +210,9 @@ class CudaDevice:
         self._finish(self._pinned)
 
     def copy_out(self, source: DeviceArray, target: Array, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
-        begin = bound(self._copy, self._going, [Ends(source.inside, torch.from_numpy(target))], tuple(after))
+        begin = bound(
+            self._copy, self._going, [CopyEnds(source.inside, torch.from_numpy(target))], tuple(after)
+        )
         # Of more packets whoever asks would have to wait for the first, and so for all that it was computed from.
         at_once = self.pinned_bytes and target.nbytes <= PACKET_BYTES
         return begin() if at_once else self._begun_by(self._copies_leave, begin)
@@ -221,10 +224,9 @@ class CudaDevice:
 
     def wait(self, event: DeviceEvent) -> None:
         with self._calling():
-            recorded = _recorded(event)
-            self._ended(recorded)
+            self._ended(ended := recorded(event))
             if (pinned := self._pinned.get(self._going)) is not None:
-                pinned.land(recorded)
+                pinned.land(ended)
             self._forget_ended()
 
     def _begun_by(self, thread: CopyThread, begin: Callable[[], DeviceEvent]) -> DeviceEvent:
@@ -242,7 +244,7 @@ class CudaDevice:
             begun, self._copies = self._copies, []
         with suppress(DeviceLost), self._calling():
             for stream in (self._staging, self._coming, self._going):
-                self._progress.wait(stream.query, self._look)
+                self._life.wait(stream.query, self._look)
             for its in pinned.values():
                 its.land_all()
         if self._hangs:
@@ -252,7 +254,7 @@ class CudaDevice:
     def _copy(
         self,
         stream: torch.cuda.Stream,
-        all: Sequence[Ends],
+        all: Sequence[CopyEnds],
         after: Sequence[DeviceEvent],
         together: int | None = None,
     ) -> DeviceEvent:
@@ -273,13 +275,13 @@ class CudaDevice:
     def _plainly(
         self,
         stream: torch.cuda.Stream,
-        all: Sequence[Ends],
+        all: Sequence[CopyEnds],
         after: Sequence[DeviceEvent],
         together: int | None,
     ) -> Any:
         if not self.pinned_bytes:  # then the driver waits, for ever
             for event in after:
-                self._ended(_recorded(event))
+                self._ended(recorded(event))
 
         def run() -> None:
             for source, target in all:
@@ -294,34 +296,34 @@ class CudaDevice:
         self,
         stream: torch.cuda.Stream,
         pinned: PinnedRing,
-        all: Sequence[Ends],
+        all: Sequence[CopyEnds],
         after: Sequence[DeviceEvent],
     ) -> Any:
         """Bytes by way of page-locked memory, in packets of PACKET_BYTES; waits where all of that is in use. What is
         locked where it lies needs none of it, and what of that comes together is begun in one call."""
         leaves = stream is self._going
         ended: Any = None
-        cut = packets([Ends(*map(_bytes, its)) for its in all], PACKET_BYTES)
+        cut = packets([CopyEnds(*map(_bytes, its)) for its in all], PACKET_BYTES)
         for locked, some in groupby(cut, lambda its: not leaves and self._locked(its.source)):
             if locked:
-                _, ended = self._on(stream, after, bound(_begin_copies, [*some]))
+                _, ended = self._on(stream, after, bound(begin_copies, [*some]))
                 after = ()
                 continue
             for mine, theirs in some:
                 with pinned.room(len(mine), self._ended) as packet:
                     if not leaves:
                         packet.copy_(mine)
-                    way = Ends(mine, packet) if leaves else Ends(packet, theirs)
-                    _, ended = self._on(stream, after, bound(_begin_copies, [way]))
+                    way = CopyEnds(mine, packet) if leaves else CopyEnds(packet, theirs)
+                    _, ended = self._on(stream, after, bound(begin_copies, [way]))
                     land = bound(theirs.copy_, packet) if leaves else bool
                     pinned.take(len(mine), ended, land)
                 after = ()
         return ended
 
-    def _ended(self, recorded: Any) -> None:
-        """Wait for that. Raises DeviceLost, also where it takes for ever."""
+    def _ended(self, event: Any) -> None:
+        """Wait for it. Raises DeviceLost, also where that takes for ever."""
         with self._calling():
-            self._progress.wait(recorded.query, self._look)
+            self._life.wait(event.query, self._look)
 
     def _locked(self, packet: torch.Tensor) -> bool:
         return self._ranges.whole(packet.data_ptr(), len(packet))
@@ -338,11 +340,11 @@ class CudaDevice:
             torch.cuda.set_device(self._device)
             with torch.cuda.stream(stream):
                 for event in after:
-                    stream.wait_event(_recorded(event))
+                    stream.wait_event(recorded(event))
                 made = run()
                 ended = _cuda.Event()
                 ended.record(stream)
-                self._progress.note(stream, ended)
+                self._life.note(stream, ended)
                 return made, ended
 
     @contextmanager
@@ -378,20 +380,17 @@ def _probe(device: torch.device) -> None:
     if device.type == "cuda":
         ended = _cuda.Event()
         ended.record()
-        Progress().wait(ended.query, lambda: None)
+        SignsOfLife().wait(ended.query, lambda: None)
     found = float(sum)
     if found != 64**3:
         raise RuntimeError(f"64 times 64 times 64 is {found:g} there")
 
 
-def _recorded(event: DeviceEvent) -> Any:
-    """The event in torch, which may have to be recorded first."""
-    return event.event if isinstance(event, Begun) else event
-
-
-def _begin_copies(all: Sequence[Ends]) -> None:
-    for source, target in all:
-        target.copy_(source, non_blocking=True)
+def _driver() -> str:
+    try:
+        return DRIVER.read_text(errors="replace").partition("\n")[0]
+    except OSError:
+        return ""
 
 
 def _bytes(x: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 NVIDIA = Path("/proc/driver/nvidia/gpus")  # has a directory for each card, once the driver is there
-DRIVER = Path("/proc/driver/nvidia/version")
 NODES = Path("/dev")  # has a file for each card, also where that of the driver is not seen
 
 _opened: dict[str, DeviceHome] = {}
@@ -38,14 +37,6 @@ def present() -> list[str]:
         cards = len(list(NVIDIA.iterdir())) if NVIDIA.is_dir() else 0
     cards = max(cards, len(list(NODES.glob("nvidia[0-9]*"))))
     return [f"cuda:{number}" for number in range(cards)]
-
-
-def driver() -> str:
-    """Its version, in a line; "" if it does not say."""
-    try:
-        return DRIVER.read_text(errors="replace").partition("\n")[0]
-    except OSError:
-        return ""
 
 
 def home_of(name: str) -> ComputeHome:

@@ -96,7 +96,8 @@ class TritonKernels(TorchKernels):
         theirs = super().feed_forward
         if not fused:
             return theirs(x, layer, norm, eps)
-        return self._or(1, lambda: self._fed(x, layer, norm, eps), lambda: theirs(x, layer, norm, eps))
+        fed: Tensor = self._or(1, lambda: self._fed(x, layer, norm, eps), lambda: theirs(x, layer, norm, eps))
+        return fed
 
     def _fed(self, x: Tensor, layer: FeedForward, norm: Tensor | None, eps: float) -> Tensor:
         gate, up = layer.enter.matrices

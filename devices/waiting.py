@@ -23,7 +23,7 @@ from typing import Any, Protocol
 STILL_LIMIT_S = 20.0
 EAGER_S = 50e-6
 PAUSE_SHARE = 1 / 128  # of what was waited
-LONGEST_PAUSE_S = 5e-3
+MOST_PAUSE_S = 5e-3
 LOOK_S = 1.0  # from one look at the whole device to the next
 MOST_NOTED = 2048  # events of a queue; a driver has who begins more than about a thousand things wait
 
@@ -36,7 +36,7 @@ class _Event(Protocol):
     def query(self) -> bool: ...
 
 
-class Progress:
+class SignsOfLife:
     """Of a device: what was begun in each of its queues, and when something of it was last seen to have ended. Any
     thread may call it."""
 
@@ -62,7 +62,7 @@ class Progress:
                     raise Stuck(f"CUDA: nothing that was begun has ended for {STILL_LIMIT_S:.0f} s")
                 looked_s = now_s
             if now_s - began_s >= EAGER_S:
-                sleep(min(LONGEST_PAUSE_S, PAUSE_SHARE * (now_s - began_s)))
+                sleep(min(MOST_PAUSE_S, PAUSE_SHARE * (now_s - began_s)))
 
     def _still_s(self, since_s: float) -> float:
         """For how long nothing has ended, at most since then."""

@@ -26,7 +26,7 @@ from shoal.devices.errors import DeviceLost, NoSuchDevice
 from shoal.devices.expert_timing import Shape, expert_times
 from shoal.devices.page_locked import PageLocked
 from shoal.devices.torch_kernels import TorchKernels
-from shoal.devices.waiting import Progress, Stuck
+from shoal.devices.waiting import SignsOfLife, Stuck
 from shoal.kernels.huge_pages import mapped
 from shoal.kernels.types import Q8_0
 
@@ -188,7 +188,7 @@ def nothing() -> None:
 
 def test_as_long_as_something_ends_one_may_wait() -> None:
     """Five times the limit, behind much that was begun before, in another queue."""
-    progress, now_s = Progress(), time.perf_counter()
+    progress, now_s = SignsOfLife(), time.perf_counter()
     things = [Thing(now_s + 0.02 * (place + 1)) for place in range(25)]
     for place, it in enumerate(things):
         progress.note("one" if place < 24 else "other", it)
@@ -201,7 +201,7 @@ def test_as_long_as_something_ends_one_may_wait() -> None:
 
 def test_a_process_that_was_stopped_meanwhile_has_not_waited(monkeypatch: pytest.MonkeyPatch) -> None:
     """Much time has gone by since it asked, and all has ended in it."""
-    progress, thing, asked = Progress(), Thing(0.0), []
+    progress, thing, asked = SignsOfLife(), Thing(0.0), []
 
     def ended() -> bool:
         asked.append(time.perf_counter())
@@ -220,12 +220,12 @@ def test_what_ends_a_wait_otherwise_is_raised() -> None:
         raise DeviceLost("cuda:0", "the bus is gone")
 
     with pytest.raises(DeviceLost, match="the bus is gone"):
-        Progress().wait(lambda: False, lost)
+        SignsOfLife().wait(lambda: False, lost)
 
 
 def test_short_waits_are_not_rounded_up() -> None:
     """A decode step has some for each layer. Others get to compute in longer ones."""
-    progress, late_s = Progress(), []
+    progress, late_s = SignsOfLife(), []
     for _ in range(21):
         ends_s = time.perf_counter() + 3e-5
         progress.wait(Thing(ends_s).query, nothing)
