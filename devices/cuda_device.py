@@ -54,7 +54,7 @@ from .waiting import SignsOfLife, Stuck
 
 DRIVER = Path("/proc/driver/nvidia/version")
 OF_FREE_MEMORY = 0.9  # of the free memory, if no size was named: libraries take some, too
-LEFT_LIMIT_S = 5.0  # for a thread to come back from a card that hangs
+LEFT_LIMIT_S = 2.0  # for a thread to come back from a card that hangs
 
 _cuda: Any = torch.cuda  # which has no types for streams and events
 _hanging: list[CudaDevice] = []  # with all that they keep

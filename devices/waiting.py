@@ -43,12 +43,14 @@ class SignsOfLife:
     def __init__(self) -> None:
         self._begun: dict[Any, deque[_Event]] = {}
         self._moved_s = 0.0
-        self._lock = threading.RLock()  # the garbage collector may come by, and have something to wait for
+        self._lock = threading.RLock()  # of who takes events out
 
     def note(self, queue: Any, event: _Event) -> None:
-        """Recorded in this queue after all that was noted for it."""
-        with self._lock:
-            self._begun.setdefault(queue, deque(maxlen=MOST_NOTED)).append(event)
+        """Recorded in this queue after all that was noted for it. Takes no lock: the garbage collector may come by, and
+        wait for a thread that is here, too."""
+        if (begun := self._begun.get(queue)) is None:
+            begun = self._begun.setdefault(queue, deque(maxlen=MOST_NOTED))
+        begun.append(event)
 
     def wait(self, ended: Callable[[], bool], look: Callable[[], None]) -> None:
         """Until `ended` says so. `look` is called now and then, and raises what else ends it. Raises Stuck if nothing
@@ -67,7 +69,7 @@ class SignsOfLife:
     def _still_s(self, since_s: float) -> float:
         """For how long nothing has ended, at most since then."""
         with self._lock:
-            for begun in self._begun.values():
+            for begun in list(self._begun.values()):
                 while begun and begun[0].query():
                     begun.popleft()
                     self._moved_s = perf_counter()
