@@ -22,7 +22,7 @@ from shoal.partition.throughput.profile import CopyContention, RowsLaw
 
 from .device import OpenDevice
 from .device_home import F32_BYTES, DeviceHome
-from .expert_timing import TRIED_BYTES, Shape, part_of
+from .expert_timing import TRIED_BYTES, Shape, from_locked, part_of
 
 _ROWS = (1, 64, 512)
 _CALLS = 3  # one after the other, of which only the end is waited for
@@ -38,7 +38,8 @@ COPIED_NUMBERS = 2048  # of a small copy
 class DeviceSpeed(NamedTuple):
     """`products`: for each shape. `flops`: the most that any reached; `memory_bytes_per_s`: likewise, of weights with
     one row. `link_bytes_per_s`: of weights that come. `copy_s`: of a small copy, one way, with the waiting.
-    `contention`: what is left of these while copies go on."""
+    `contention`: what is left of these while copies go on. `locked_bytes_per_s`: of weights that come from where they
+    are page-locked; 0: nothing is."""
 
     products: tuple[RowsLaw, ...]
     memory_bytes_per_s: float
@@ -46,6 +47,7 @@ class DeviceSpeed(NamedTuple):
     link_bytes_per_s: float
     copy_s: float
     contention: CopyContention = CopyContention()
+    locked_bytes_per_s: float = 0.0
 
 
 def device_speed(home: DeviceHome, shapes: Collection[Shape]) -> DeviceSpeed:
@@ -54,17 +56,20 @@ def device_speed(home: DeviceHome, shapes: Collection[Shape]) -> DeviceSpeed:
     staging = home.staging(max(it.nbytes for it in parts))
     laws, flops, link = [], 0.0, 0.0
     for shape in parts:
-        w = Matrix(shape.type, np.zeros(shape.nbytes, np.uint8), shape.rows, shape.cols)
-        come_s = min(_come_s(home, w, staging) for _ in range(2))
-        link = max(link, w.nbytes / come_s)
+        w = _weights(shape)
+        link = max(link, w.nbytes / min(_come_s(home, w, staging) for _ in range(2)))
         there = home.staged(Staged(w, staging, 0))
         took = [_product_s(home, there, rows) for rows in _ROWS]
         laws.append(RowsLaw(shape.type.name, float(w.nbytes), _ROWS, tuple(it / w.nbytes for it in took)))
         flops = max(flops, *(2.0 * rows * w.rows * w.cols / it for rows, it in zip(_ROWS, took, strict=True)))
     memory = max(1 / law.byte_s[0] for law in laws)
     copy_s = min(_copy_s(home) for _ in range(3))
-    contention = copy_contention(home, max(parts, key=_nbytes), link)
-    return DeviceSpeed(tuple(laws), memory, flops, link, copy_s, contention)
+    largest = max(parts, key=_nbytes)
+    w = _weights(largest)
+    locked_s = from_locked(home, [w.data], lambda: _come_s(home, w, staging))
+    contention = copy_contention(home, largest, link)
+    locked = w.nbytes / locked_s if locked_s else 0.0
+    return DeviceSpeed(tuple(laws), memory, flops, link, copy_s, contention, locked)
 
 
 def tried_for_speed_bytes(shapes: Collection[Shape]) -> int:
@@ -157,6 +162,10 @@ def _virtual(device: OpenDevice) -> bool:
 
 def _parts(shapes: Collection[Shape]) -> list[Shape]:
     return list(dict.fromkeys(part_of(it, TRIED_BYTES) for it in shapes))[:MOST_SHAPES]
+
+
+def _weights(shape: Shape) -> Matrix:
+    return Matrix(shape.type, np.zeros(shape.nbytes, np.uint8), shape.rows, shape.cols)
 
 
 def _come_s(home: DeviceHome, w: Matrix, staging: Bytes) -> float:

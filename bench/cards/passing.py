@@ -195,7 +195,7 @@ class Case:
         self.device.bytes_per_s = link
         there = device_figures(self.home, self.model, ROOMY, None, Budget(ROOMY), laws=True).laws
         assert there is not None
-        self.there = replace(there, name=NAME, host_bytes_per_s=link)
+        self.there = replace(there, name=NAME, host_bytes_per_s=link, locked_bytes_per_s=0.0)
         host = replace(machine, accelerators=(self.there,))
         return device_step(
             self.model, self.plan, host, [Rows(self._rows, 1, CONTEXT)], self._rows, None

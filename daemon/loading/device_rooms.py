@@ -113,10 +113,16 @@ def let_idle_be(budget: Budget) -> None:
 
 
 def let_be(name: str, budget: Budget) -> None:
-    """Of a device that computes no model of this ledger nothing stays page-locked."""
-    if not budget.on(name).held_bytes:
-        device_home(name).device.unpin()
-        budget.release(pinned_for(name))
+    """Of a device that computes no model of this ledger nothing stays page-locked, unless it hangs: what it keeps then
+    nobody else can have."""
+    if budget.on(name).held_bytes:
+        return
+    device, purpose = device_home(name).device, pinned_for(name)
+    device.unpin()
+    if device.lost and device.locked_bytes:
+        budget.take(purpose, device.locked_bytes)
+    else:
+        budget.release(purpose)
 
 
 def _no_room_for_libraries(name: str, budget: Budget) -> str:

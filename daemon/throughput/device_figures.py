@@ -158,6 +158,7 @@ def _laws(home: DeviceHome, shapes: list[Shape], free_bytes: int, budget: Budget
         float(home.room(0).kernel_bytes),
         speed.contention,
         measured=True,
+        locked_bytes_per_s=speed.locked_bytes_per_s,
     )
 
 
@@ -191,6 +192,7 @@ def _check(figures: DeviceFigures) -> None:
     if figures.expert is not None:
         for name, value in figures.expert._asdict().items():
             low, high = (math.ulp(0.0), 1e6) if name.endswith("_s") else (1, 1 << 40)
+            low = 0 if name == "locked_s" else low
             check_figure(f"expert.{name}", value, low, high)
     if figures.laws is not None:
         check_profile(Profile((replace(unmeasured(1, 1e9), accelerators=(figures.laws,)),)))
