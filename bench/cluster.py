@@ -30,6 +30,7 @@ from shoal.client import Client
 from shoal.comm.home import Home
 from shoal.comm.messages import Done, Token
 from shoal.daemon.throughput.kept_profile import Kept, profile_key, write_kept
+from shoal.daemon.throughput.own_machine import profile_file
 from shoal.partition.throughput.profile import Profile
 
 PORT = 27447
@@ -100,7 +101,7 @@ def attached(
         head, *workers = (Machine(Path(root) / str(rank), threads, pins[rank]) for rank in range(ranks))
         for machine in (head, *workers) if profile is not None else ():
             key = profile_key(threads, machine.home.models)
-            write_kept(machine.home.profile, key, Kept(profile, looked_s=time.time()))
+            write_kept(profile_file(machine.home, threads), key, Kept(profile, looked_s=time.time()))
         head.serve(serving)
         stack.callback(head.close)
         for worker in workers:

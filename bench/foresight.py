@@ -162,7 +162,7 @@ def foretell(models: Path, threads: int) -> list[Foretold]:
     """Every cell's prediction. Cells that have no plan or would take too long are left out."""
     largest = max((it for it in models.rglob("*") if it.is_file()), key=lambda it: it.stat().st_size)
     half = max(1, threads // 2)
-    known = {count: profile_of(count, threads, largest) for count in sorted({1, half, threads})}
+    known = {count: profile_of(count, largest) for count in sorted({1, half, threads})}
     ranks = halves(known[half].profile, known[threads].profile, loopback(half))
     found: list[Foretold] = []
     for cell in cells(models, threads):

@@ -259,7 +259,7 @@ def in_process(config: NodeConfig, library: Library, *, sequences: int = 1) -> I
     home = Home.from_env()
     packs = Packs(home, lambda estimate: note(estimate.describe()))
     config = replace(config, max_sequences=sequences, max_queue=max(sequences, config.max_queue))
-    machine = OwnMachine(config.thread_count, home.profile, home.models)
+    machine = OwnMachine.of(home, config.thread_count)
     with (
         machines(home, config) as grouping,
         Node(config, resolve=library.resolve, packs=packs, grouping=grouping, machine=machine) as node,

@@ -150,8 +150,10 @@ def _machine() -> Iterator[Finding]:
 def _profile(home: Home) -> Iterator[Finding]:
     with spinner("looking at the profile"), deferred_interrupt():
         from shoal.daemon.throughput.kept_profile import profile_key, read_kept
+        from shoal.daemon.throughput.own_machine import profile_file
 
-        known = read_kept(home.profile, profile_key(default_threads(), home.models))
+        threads = default_threads()
+        known = read_kept(profile_file(home, threads), profile_key(threads, home.models))
     if known is None:
         yield Finding(
             "profile", "ok", "this machine is not measured yet (shoal profile): predictions are rough"

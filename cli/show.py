@@ -59,7 +59,7 @@ def show(model: str, as_json: bool, plan: PlanOptions) -> None:
             from shoal.daemon.throughput.own_machine import OwnMachine
         described = checkpoint_facts(path)
         packs = Packs(home)
-        found = outlook(path, config, packs, OwnMachine(config.thread_count, home.profile, home.models))
+        found = outlook(path, config, packs, OwnMachine.of(home, config.thread_count))
         made = packs.shelf.of(packs.shelf.model_of(path))
     if as_json:
         plan_facts = {"fits": not isinstance(found, TooLarge), **msgspec.structs.asdict(found)}

@@ -63,10 +63,10 @@ class Home:
         """KV pages of conversations, a directory for each model."""
         return self.root / "kv"
 
-    @property
-    def profile(self) -> Path:
-        """What this machine can do, as it was measured."""
-        return self.root / "profile.json"
+    def profile(self, kernels: str, threads: int) -> Path:
+        """What this machine can do with these kernels (`shoal.kernels.home`) on so many threads, as it was measured:
+        whoever tries others finds what was measured with these again."""
+        return self.root / f"profile-{kernels}-{threads}.json"
 
     @property
     def experts(self) -> Path:

@@ -68,7 +68,7 @@ def serve(
         raise DaemonError("bad_request", str(error)) from error
     library = Library(home)
     neighbours = Neighbours(lambda: _place(home, config, node, machine))
-    machine = OwnMachine(config.thread_count, home.profile, home.models, lambda: neighbours.apart)
+    machine = OwnMachine.of(home, config.thread_count, lambda: neighbours.apart)
     node = Node(
         config,
         library.resolve_stored if models_only else library.resolve,

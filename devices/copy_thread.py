@@ -12,6 +12,7 @@ from queue import Full, Queue
 from typing import Any
 
 from .device import DeviceEvent
+from .waiting import Stuck
 
 MOST_WAITING = 1 << 14  # copies that were not begun; whoever asks for one more waits
 BEGIN_LIMIT_S = 180.0  # longer than a disk is waited for, whose error says more
@@ -19,7 +20,7 @@ BEGIN_LIMIT_S = 180.0  # longer than a disk is waited for, whose error says more
 
 class Begun(DeviceEvent):
     """A copy that is begun, or will be. `event` waits for that, and is what `begin` made. Raises what `begin` raised,
-    and RuntimeError if nothing came of it."""
+    and Stuck if nothing came of it."""
 
     def __init__(self, begin: Callable[[], Any]) -> None:
         self._begin: Callable[[], Any] | None = begin
@@ -39,11 +40,20 @@ class Begun(DeviceEvent):
 
     @property
     def event(self) -> Any:
-        if not self._settled.wait(BEGIN_LIMIT_S):
-            raise RuntimeError(f"CUDA: a copy was not begun in {BEGIN_LIMIT_S:.0f} s")
+        return self.within(BEGIN_LIMIT_S)
+
+    def within(self, limit_s: float) -> Any:
+        """`event`, which is waited for no longer than that."""
+        if not self._settled.wait(limit_s):
+            raise Stuck(f"CUDA: a copy was not begun in {limit_s:.0f} s")
         if self._error is not None:
             raise self._error
         return self._event
+
+
+def recorded(event: DeviceEvent) -> Any:
+    """The event itself, which may have to be recorded first."""
+    return event.event if isinstance(event, Begun) else event
 
 
 class CopyThread:
@@ -55,31 +65,27 @@ class CopyThread:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
-    @property
-    def started(self) -> bool:
-        return self._thread is not None
-
     def begin(self, begin: Callable[[], Any]) -> Begun:
-        """Have a copy begun after those before it. Raises RuntimeError if too many are not begun, and stay so."""
-        copy = Begun(begin)
+        """Have a copy begun after those before it. Raises Stuck if too many are not begun, and stay so."""
         with self._lock:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
                 self._thread.start()
+        return self._enter(Begun(begin), BEGIN_LIMIT_S)
+
+    def drain(self, limit_s: float) -> None:
+        """Wait until all of them are begun, or have failed. Raises Stuck if that takes longer. The thread itself,
+        where the garbage collector may come by, waits for nothing."""
+        if self._thread is not None and threading.current_thread() is not self._thread:
+            self._enter(Begun(lambda: None), limit_s).within(limit_s)
+
+    def _enter(self, copy: Begun, limit_s: float) -> Begun:
         try:
-            self._waiting.put(copy, timeout=BEGIN_LIMIT_S)
+            self._waiting.put(copy, timeout=limit_s)
         except Full:
             most = self._waiting.maxsize
-            raise RuntimeError(
-                f"CUDA: of {most} copies that wait none was begun in {BEGIN_LIMIT_S:.0f} s"
-            ) from None
+            raise Stuck(f"CUDA: of {most} copies that wait none was begun in {limit_s:.0f} s") from None
         return copy
-
-    def drain(self) -> None:
-        """Wait until all of them are begun, or have failed. Raises RuntimeError if that takes too long. The thread
-        itself, where the garbage collector may come by, waits for nothing."""
-        if self.started and threading.current_thread() is not self._thread:
-            _ = self.begin(lambda: None).event
 
     def _run(self) -> None:
         while True:

@@ -3,9 +3,13 @@
 Knows streams, events and torch's errors; `torch_kernels` computes.
 
 Copies go through page-locked memory (`PinnedRing`), if there is any: from other memory torch's copies make the caller
-wait, those that come out too. A thread fills it with weights that come and go, another one empties it of what leaves
-and is more than a packet (`CopyThread`). This memory is asked for once, so nothing that is copied later can lack it.
-Weights that are locked where they lie need none of it.
+wait, those that come out too, and with no limit, so threads make them (`CopyThread`). A thread fills page-locked memory
+with weights that come and go, another one empties it of what leaves and is more than a packet. This memory is asked for
+once, so nothing that is copied later can lack it. Weights that are locked where they lie need none of it.
+
+All waits for the card have a limit (`SignsOfLife`). One that hangs is lost like any other, but it may still copy: what
+it may copy from and to, and its events, which some drivers destroy only when they have ended, are kept until the
+process ends. Calls that only begin something have no limit: a driver may keep who makes them.
 
 Memory is the computing stream's. Both ends of a copy are kept until it has ended, so torch need not be told which other
 streams use them (`record_stream`): if it was, it asks the driver when memory is given back, and where the card is lost
@@ -22,7 +26,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial as bound
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +37,7 @@ from shoal.kernels.huge_pages import mapped
 from shoal.partition.amounts import format_bytes
 from shoal.partition.placement import PINNED_BYTES
 
-from .copy_thread import Begun, CopyThread
+from .copy_thread import BEGIN_LIMIT_S, CopyThread, recorded
 from .device import (
     PACKET_BYTES,
     DeviceArray,
@@ -43,25 +47,17 @@ from .device import (
     DeviceWork,
     StagedPart,
 )
-from .errors import DeviceLost, NoSuchDevice, NotPageLocked
+from .errors import DeviceLost, NoSuchDevice, NotPageLocked, one_line, says_no_memory
 from .page_locked import LockedRanges, limit_on_locking
-from .pinned_ring import PinnedRing
+from .pinned_ring import CopyEnds, PinnedRing, begin_copies, packets
+from .waiting import SignsOfLife, Stuck
 
 DRIVER = Path("/proc/driver/nvidia/version")
 OF_FREE_MEMORY = 0.9  # of the free memory, if no size was named: libraries take some, too
+LEFT_LIMIT_S = 2.0  # for a thread to come back from a card that hangs
 
 _cuda: Any = torch.cuda  # which has no types for streams and events
-
-
-class _Ends(NamedTuple):
-    """What is copied, and where to."""
-
-    source: torch.Tensor
-    target: torch.Tensor
-
-    @property
-    def whole(self) -> bool:
-        return bool(self.source.numel()) and all(it.is_contiguous() for it in self)
+_hanging: list[CudaDevice] = []  # with all that they keep
 
 
 class CudaDevice:
@@ -73,7 +69,9 @@ class CudaDevice:
                 warnings.simplefilter("always")
                 there = torch.cuda.device_count() if torch.cuda.is_available() else 0
             if number >= there:
-                why = "".join(f": {_line(it.message)}" for it in noted[:1] if isinstance(it.message, Warning))
+                why = "".join(
+                    f": {one_line(it.message)}" for it in noted[:1] if isinstance(it.message, Warning)
+                )
                 raise NoSuchDevice(
                     f"device {name} is not there: torch {torch.__version__} finds {there} cards{why}"
                 )
@@ -85,19 +83,21 @@ class CudaDevice:
                 _cuda.Stream(number) for _ in range(4)
             )
         except (RuntimeError, AssertionError) as error:  # a driver that is too old, no kernels for the card
-            raise NoSuchDevice(f"device {name} cannot be used: {_line(error)}") from error
+            raise NoSuchDevice(f"device {name} cannot be used: {one_line(error)}") from error
         self.name = name
         self.budget = DeviceBudget(name, limit_bytes)
-        self.lost = ""
+        self.lost, self._hangs = "", False
         self.pinned_bytes, self.unpinned = 0, ""
         self._pinned: dict[torch.cuda.Stream, PinnedRing] = {}
         self._ranges = LockedRanges()
-        self._copies_begin, self._copies_leave = (
-            CopyThread(f"shoal-{it}-{number}") for it in ("copies", "leaving")
+        self._owners: dict[int, object] = {}  # of what is locked, by its first address
+        self._life = SignsOfLife()
+        self._copies_begin, self._copies_arrive, self._copies_leave = self._threads = tuple(
+            CopyThread(f"shoal-{it}-{number}") for it in ("copies", "arriving", "leaving")
         )
         self._number = number
         self._device = torch.device("cuda", number)
-        self._copies: list[tuple[Any, Sequence[_Ends]]] = []  # under way: their last events, and of what
+        self._copies: list[tuple[Any, Sequence[CopyEnds]]] = []  # under way: their last events, and of what
         self._lock = threading.RLock()  # of these; where it is held, the garbage collector may settle
 
     @property
@@ -132,7 +132,7 @@ class CudaDevice:
             return
         memory = torch.from_numpy(mapped(PINNED_BYTES)[:PINNED_BYTES])
         try:
-            self.lock(memory.data_ptr(), PINNED_BYTES)
+            self.lock(memory.data_ptr(), PINNED_BYTES, memory)
         except NotPageLocked as error:
             self.unpinned = str(error)
             return
@@ -154,7 +154,7 @@ class CudaDevice:
     def locked_bytes(self) -> int:
         return self._ranges.nbytes - self.pinned_bytes
 
-    def lock(self, start: int, nbytes: int) -> None:
+    def lock(self, start: int, nbytes: int, owner: object) -> None:
         with self._calling():
             torch.cuda.set_device(self._device)
             runtime = _cuda.cudart()
@@ -166,18 +166,25 @@ class CudaDevice:
             raise NotPageLocked(
                 f"of {format_bytes(nbytes)} more the driver says: {why}{limit_on_locking(nbytes)}"
             )
+        self._owners[start] = owner
         self._ranges.add(start, nbytes)
 
     def unlock(self, start: int) -> None:
-        if not self._ranges.remove(start):
+        if self._hangs or not (nbytes := self._ranges.remove(start)):
             return
         self.settle()  # nothing is copied from there any more
+        if self._hangs:
+            self._ranges.add(start, nbytes)
+            return
         with suppress(RuntimeError):  # a card that is lost may keep it until the process ends
             torch.cuda.set_device(self._device)
             _cuda.cudart().cudaHostUnregister(start)
+        self._owners.pop(start, None)
 
     def copy_in(self, source: Array, target: DeviceArray, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
-        return self._copy(self._coming, [_Ends(torch.from_numpy(source), target.inside)], after)
+        ends = [CopyEnds(torch.from_numpy(source), target.inside)]
+        begin = bound(self._copy, self._coming, ends, tuple(after))
+        return begin() if self.pinned_bytes else self._begun_by(self._copies_arrive, begin)
 
     def stage_in(
         self,
@@ -185,7 +192,7 @@ class CudaDevice:
         after: Sequence[DeviceEvent] = (),
         lent: AbstractContextManager[object] = HERE,
     ) -> DeviceEvent:
-        ends = [_Ends(torch.from_numpy(it.source), it.target.inside) for it in parts]
+        ends = [CopyEnds(torch.from_numpy(it.source), it.target.inside) for it in parts]
 
         def begin() -> DeviceEvent:
             self._look()
@@ -197,17 +204,18 @@ class CudaDevice:
                     self._ended(begun)
                 return begun
 
-        # From the first one on that has to wait all go by the thread, so that they keep their order.
-        waits = self.pinned_bytes or lent is not HERE or self._copies_begin.started
-        return self._begun_by(self._copies_begin, begin) if waits else begin()
+        return self._begun_by(self._copies_begin, begin)
 
     def settle(self) -> None:
         self._finish(self._pinned)
 
     def copy_out(self, source: DeviceArray, target: Array, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
-        begin = bound(self._copy, self._going, [_Ends(source.inside, torch.from_numpy(target))], tuple(after))
+        begin = bound(
+            self._copy, self._going, [CopyEnds(source.inside, torch.from_numpy(target))], tuple(after)
+        )
         # Of more packets whoever asks would have to wait for the first, and so for all that it was computed from.
-        return begin() if target.nbytes <= PACKET_BYTES else self._begun_by(self._copies_leave, begin)
+        at_once = self.pinned_bytes and target.nbytes <= PACKET_BYTES
+        return begin() if at_once else self._begun_by(self._copies_leave, begin)
 
     def compute(
         self, what: str, work: DeviceWork, run: Callable[[], Any], after: Sequence[DeviceEvent]
@@ -216,10 +224,9 @@ class CudaDevice:
 
     def wait(self, event: DeviceEvent) -> None:
         with self._calling():
-            recorded = _recorded(event)
-            recorded.synchronize()
+            self._ended(ended := recorded(event))
             if (pinned := self._pinned.get(self._going)) is not None:
-                pinned.land(recorded)
+                pinned.land(ended)
             self._forget_ended()
 
     def _begun_by(self, thread: CopyThread, begin: Callable[[], DeviceEvent]) -> DeviceEvent:
@@ -228,24 +235,26 @@ class CudaDevice:
 
     def _finish(self, pinned: Mapping[torch.cuda.Stream, PinnedRing]) -> None:
         """All copies that were begun have ended, and what leaves through this memory is where it should be."""
-        for thread in (self._copies_begin, self._copies_leave):
+        for thread in self._threads:
             try:
-                thread.drain()
-            except RuntimeError as error:
-                self.lost = self.lost or _line(error)
+                thread.drain(LEFT_LIMIT_S if self._hangs else BEGIN_LIMIT_S)
+            except Stuck as error:
+                self._lose(error)
         with self._lock:
             begun, self._copies = self._copies, []
         with suppress(DeviceLost), self._calling():
             for stream in (self._staging, self._coming, self._going):
-                stream.synchronize()
+                self._life.wait(stream.query, self._look)
             for its in pinned.values():
                 its.land_all()
-        begun.clear()
+        if self._hangs:
+            with self._lock:
+                self._copies += begun
 
     def _copy(
         self,
         stream: torch.cuda.Stream,
-        all: Sequence[_Ends],
+        all: Sequence[CopyEnds],
         after: Sequence[DeviceEvent],
         together: int | None = None,
     ) -> DeviceEvent:
@@ -266,10 +275,14 @@ class CudaDevice:
     def _plainly(
         self,
         stream: torch.cuda.Stream,
-        all: Sequence[_Ends],
+        all: Sequence[CopyEnds],
         after: Sequence[DeviceEvent],
         together: int | None,
     ) -> Any:
+        if not self.pinned_bytes:  # then the driver waits, for ever
+            for event in after:
+                self._ended(recorded(event))
+
         def run() -> None:
             for source, target in all:
                 step = together or max(1, len(source))
@@ -283,32 +296,34 @@ class CudaDevice:
         self,
         stream: torch.cuda.Stream,
         pinned: PinnedRing,
-        all: Sequence[_Ends],
+        all: Sequence[CopyEnds],
         after: Sequence[DeviceEvent],
     ) -> Any:
         """Bytes by way of page-locked memory, in packets of PACKET_BYTES; waits where all of that is in use. What is
         locked where it lies needs none of it, and what of that comes together is begun in one call."""
         leaves = stream is self._going
         ended: Any = None
-        for locked, packets in groupby(_cut(all), lambda its: not leaves and self._locked(its.source)):
+        cut = packets([CopyEnds(*map(_bytes, its)) for its in all], PACKET_BYTES)
+        for locked, some in groupby(cut, lambda its: not leaves and self._locked(its.source)):
             if locked:
-                _, ended = self._on(stream, after, bound(_begin_copies, [*packets]))
+                _, ended = self._on(stream, after, bound(begin_copies, [*some]))
                 after = ()
                 continue
-            for mine, theirs in packets:
+            for mine, theirs in some:
                 with pinned.room(len(mine), self._ended) as packet:
                     if not leaves:
                         packet.copy_(mine)
-                    way = _Ends(mine, packet) if leaves else _Ends(packet, theirs)
-                    _, ended = self._on(stream, after, bound(_begin_copies, [way]))
+                    way = CopyEnds(mine, packet) if leaves else CopyEnds(packet, theirs)
+                    _, ended = self._on(stream, after, bound(begin_copies, [way]))
                     land = bound(theirs.copy_, packet) if leaves else bool
                     pinned.take(len(mine), ended, land)
                 after = ()
         return ended
 
-    def _ended(self, copy: Any) -> None:
+    def _ended(self, event: Any) -> None:
+        """Wait for it. Raises DeviceLost, also where that takes for ever."""
         with self._calling():
-            copy.synchronize()
+            self._life.wait(event.query, self._look)
 
     def _locked(self, packet: torch.Tensor) -> bool:
         return self._ranges.whole(packet.data_ptr(), len(packet))
@@ -325,10 +340,11 @@ class CudaDevice:
             torch.cuda.set_device(self._device)
             with torch.cuda.stream(stream):
                 for event in after:
-                    stream.wait_event(_recorded(event))
+                    stream.wait_event(recorded(event))
                 made = run()
                 ended = _cuda.Event()
                 ended.record(stream)
+                self._life.note(stream, ended)
                 return made, ended
 
     @contextmanager
@@ -338,28 +354,34 @@ class CudaDevice:
         try:
             yield
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or _no_memory(str(error)):
+            if isinstance(error, torch.OutOfMemoryError) or says_no_memory(str(error)):
                 raise self.budget.full() from error
             if "CUDA" not in str(error) and "cuda" not in str(error):
                 raise
-            self.lost = _line(error)
+            self._lose(error)
             raise DeviceLost(self.name, self.lost) from error
+
+    def _lose(self, error: RuntimeError) -> None:
+        self.lost = self.lost or one_line(error)
+        if isinstance(error, Stuck) and not self._hangs:
+            self._hangs = True
+            _hanging.append(self)
 
     def _look(self) -> None:
         if self.lost:
             raise DeviceLost(self.name, self.lost)
 
 
-def _no_memory(said: str) -> bool:
-    """Whether that is what the driver or a library says which has asked it for memory past torch: no harm is done."""
-    return "CUBLAS_STATUS_ALLOC_FAILED" in said or ("CUDA" in said and "out of memory" in said)
-
-
 def _probe(device: torch.device) -> None:
     """Raises RuntimeError unless the card computes what every model needs, and rightly: torch may have no kernels for
     it, or it may know no bfloat16."""
     ones = torch.ones(64, 64, dtype=torch.bfloat16, device=device).float()
-    found = float((ones @ ones).sum())
+    sum = (ones @ ones).sum()
+    if device.type == "cuda":
+        ended = _cuda.Event()
+        ended.record()
+        SignsOfLife().wait(ended.query, lambda: None)
+    found = float(sum)
     if found != 64**3:
         raise RuntimeError(f"64 times 64 times 64 is {found:g} there")
 
@@ -371,27 +393,6 @@ def _driver() -> str:
         return ""
 
 
-def _recorded(event: DeviceEvent) -> Any:
-    """The event in torch, which may have to be recorded first."""
-    return event.event if isinstance(event, Begun) else event
-
-
-def _cut(all: Sequence[_Ends]) -> Iterator[_Ends]:
-    """The same in packets of bytes."""
-    for source, target in ((_bytes(its.source), _bytes(its.target)) for its in all):
-        for start in range(0, len(source), PACKET_BYTES):
-            yield _Ends(source[start : start + PACKET_BYTES], target[start : start + PACKET_BYTES])
-
-
-def _begin_copies(all: Sequence[_Ends]) -> None:
-    for source, target in all:
-        target.copy_(source, non_blocking=True)
-
-
 def _bytes(x: torch.Tensor) -> torch.Tensor:
     """The same memory, (n,); contiguous."""
     return x.view(-1).view(torch.uint8)
-
-
-def _line(error: Exception | Warning) -> str:
-    return " ".join(str(error).split())[:200]

@@ -170,7 +170,8 @@ class DeviceBudget:
 
 
 class OpenDevice(Protocol):
-    """Any thread may call it. Every call raises DeviceLost when the device is gone."""
+    """Any thread may call it. Every call raises DeviceLost when the device is gone, or has hung for so long that it is
+    taken to be."""
 
     name: str
     budget: DeviceBudget  # of all that is allocated on it, together
@@ -190,7 +191,7 @@ class OpenDevice(Protocol):
 
     @property
     def locked_bytes(self) -> int:
-        """Of the host's memory, page-locked where it lies."""
+        """Of the host's memory, page-locked where it lies; of a device that hangs, with what copies went through."""
         ...
 
     def reserve(self, nbytes: int) -> DeviceMemory:
@@ -211,16 +212,18 @@ class OpenDevice(Protocol):
         ...
 
     def unpin(self) -> None:
-        """Give that memory back when all that goes through it has landed. Idempotent."""
+        """Give that memory back when all that goes through it has landed; see `unlock`. Idempotent."""
         ...
 
-    def lock(self, start: int, nbytes: int) -> None:
+    def lock(self, start: int, nbytes: int, owner: object) -> None:
         """Page-lock memory of the host where it lies: whole pages from this address on, of which none is locked.
-        Copies from there need no other memory. Whoever asks keeps it as it is until `unlock`. Raises NotPageLocked."""
+        Copies from there need no other memory. `owner`, which it is given back with, is kept until `unlock`. Raises
+        NotPageLocked."""
         ...
 
     def unlock(self, start: int) -> None:
-        """What was locked from this address on is not any more, as soon as copies from there have ended. Idempotent."""
+        """What was locked from this address on is not any more, as soon as copies from there have ended. A device that
+        hangs may still copy, so there it stays as it is for good. Idempotent."""
         ...
 
     def copy_in(self, source: Array, target: DeviceArray, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
@@ -242,7 +245,8 @@ class OpenDevice(Protocol):
 
     def settle(self) -> None:
         """Wait for all copies that were begun. Of what lies on the host nothing is kept for them any more, also where
-        the device is lost and they never end. What went wrong with one is raised by whoever needs it, not here."""
+        the device is lost and they never end; but where it hangs, they may still go on. What went wrong with one is
+        raised by whoever needs it, not here."""
         ...
 
     def copy_out(self, source: DeviceArray, target: Array, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:

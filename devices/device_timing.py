@@ -22,14 +22,15 @@ from shoal.partition.throughput.profile import CopyContention, RowsLaw
 
 from .device import OpenDevice
 from .device_home import F32_BYTES, DeviceHome
-from .expert_timing import TRIED_BYTES, Shape, part_of
+from .expert_timing import TRIED_BYTES, Shape, from_locked, part_of
 
 _ROWS = (1, 64, 512)
 _CALLS = 3  # one after the other, of which only the end is waited for
 _ROUNDS = 3
 _TOGETHER_S = 0.05  # for so long copies go on beside computing
-# Of weights that come meanwhile, and of those that the processor reads, as it would K and V from memory.
-_HOST_COLS, _HOST_BYTES, _HOST_PIECES = 4096, 64 << 20, 16
+# Of this machine's memory: weights come from it meanwhile, and the processor reads it, as it would K and V.
+HOST_TRIED_BYTES = 64 << 20
+_HOST_COLS, _HOST_PIECES = 4096, 16
 MOST_SHAPES = 16
 COPIED_NUMBERS = 2048  # of a small copy
 
@@ -37,7 +38,8 @@ COPIED_NUMBERS = 2048  # of a small copy
 class DeviceSpeed(NamedTuple):
     """`products`: for each shape. `flops`: the most that any reached; `memory_bytes_per_s`: likewise, of weights with
     one row. `link_bytes_per_s`: of weights that come. `copy_s`: of a small copy, one way, with the waiting.
-    `contention`: what is left of these while copies go on."""
+    `contention`: what is left of these while copies go on. `locked_bytes_per_s`: of weights that come from where they
+    are page-locked; 0: nothing is."""
 
     products: tuple[RowsLaw, ...]
     memory_bytes_per_s: float
@@ -45,6 +47,7 @@ class DeviceSpeed(NamedTuple):
     link_bytes_per_s: float
     copy_s: float
     contention: CopyContention = CopyContention()
+    locked_bytes_per_s: float = 0.0
 
 
 def device_speed(home: DeviceHome, shapes: Collection[Shape]) -> DeviceSpeed:
@@ -53,17 +56,20 @@ def device_speed(home: DeviceHome, shapes: Collection[Shape]) -> DeviceSpeed:
     staging = home.staging(max(it.nbytes for it in parts))
     laws, flops, link = [], 0.0, 0.0
     for shape in parts:
-        w = Matrix(shape.type, np.zeros(shape.nbytes, np.uint8), shape.rows, shape.cols)
-        come_s = min(_come_s(home, w, staging) for _ in range(2))
-        link = max(link, w.nbytes / come_s)
+        w = _weights(shape)
+        link = max(link, w.nbytes / min(_come_s(home, w, staging) for _ in range(2)))
         there = home.staged(Staged(w, staging, 0))
         took = [_product_s(home, there, rows) for rows in _ROWS]
         laws.append(RowsLaw(shape.type.name, float(w.nbytes), _ROWS, tuple(it / w.nbytes for it in took)))
         flops = max(flops, *(2.0 * rows * w.rows * w.cols / it for rows, it in zip(_ROWS, took, strict=True)))
     memory = max(1 / law.byte_s[0] for law in laws)
     copy_s = min(_copy_s(home) for _ in range(3))
-    contention = copy_contention(home, max(parts, key=_nbytes), link)
-    return DeviceSpeed(tuple(laws), memory, flops, link, copy_s, contention)
+    largest = max(parts, key=_nbytes)
+    w = _weights(largest)
+    locked_s = from_locked(home, [w.data], lambda: _come_s(home, w, staging))
+    contention = copy_contention(home, largest, link)
+    locked = w.nbytes / locked_s if locked_s else 0.0
+    return DeviceSpeed(tuple(laws), memory, flops, link, copy_s, contention, locked)
 
 
 def tried_for_speed_bytes(shapes: Collection[Shape]) -> int:
@@ -80,11 +86,12 @@ def copy_contention(home: DeviceHome, shape: Shape, link_bytes_per_s: float) -> 
     HomeLost."""
     if _virtual(home.device):
         return CopyContention()
-    memory = np.ones(max(1, _HOST_BYTES // shape.nbytes) * shape.nbytes, np.uint8)  # no cache holds it
+    memory = np.ones(max(1, HOST_TRIED_BYTES // shape.nbytes) * shape.nbytes, np.uint8)  # few caches hold it
     sources = [Matrix(shape.type, it, shape.rows, shape.cols) for it in memory.reshape(-1, shape.nbytes)]
     staging, kept = home.staging(shape.nbytes), Linears([home.keep_matrix(sources[0])])
     x = home.keep_vector(np.zeros((1, shape.cols), np.float32))
-    numbers = np.ones((_HOST_BYTES // (F32_BYTES * _HOST_COLS), _HOST_COLS), np.float32)
+    row_bytes = F32_BYTES * _HOST_COLS
+    numbers = memory[: len(memory) // row_bytes * row_bytes].view(np.float32).reshape(-1, _HOST_COLS)
     read = cycle([Linears([Matrix.of(it)]) for it in np.array_split(numbers, _HOST_PIECES)])
     here = np.ones((1, _HOST_COLS), np.float32)
 
@@ -155,6 +162,10 @@ def _virtual(device: OpenDevice) -> bool:
 
 def _parts(shapes: Collection[Shape]) -> list[Shape]:
     return list(dict.fromkeys(part_of(it, TRIED_BYTES) for it in shapes))[:MOST_SHAPES]
+
+
+def _weights(shape: Shape) -> Matrix:
+    return Matrix(shape.type, np.zeros(shape.nbytes, np.uint8), shape.rows, shape.cols)
 
 
 def _come_s(home: DeviceHome, w: Matrix, staging: Bytes) -> float:

@@ -46,3 +46,28 @@ class DeviceLost(HomeLost):
     def __init__(self, name: str, why: str) -> None:
         super().__init__(f"device {name} is lost: {why}")
         self.name = name
+
+
+def says_no_memory(said: str) -> bool:
+    """Whether that is what the driver or a library says which has asked it for memory past torch: no harm is done."""
+    return "CUBLAS_STATUS_ALLOC_FAILED" in said or ("CUDA" in said and "out of memory" in said)
+
+
+_NOT_LOADED = (
+    "kernel image",  # is invalid; none is for this card
+    "PTX",  # does not compile, or is from a compiler that the driver does not know
+    "symbol not found",
+    "too many resources requested",
+    "invalid argument",
+)
+
+
+def says_not_loaded(said: str) -> bool:
+    """Whether the driver says so of a kernel that Triton has compiled. Such errors leave a card as it was. Others that
+    come up where a kernel is loaded are of something that went wrong before."""
+    return said.startswith("Triton Error [CUDA]: ") and any(it in said for it in _NOT_LOADED)
+
+
+def one_line(error: Exception | Warning) -> str:
+    """What it says, however long that is."""
+    return " ".join(str(error).split())[:200]

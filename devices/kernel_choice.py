@@ -61,7 +61,9 @@ def chosen(device: OpenDevice) -> ChosenKernels:
     torch = DeviceHome(device, TorchKernels())
     used, said = [], []
     for rows in (FEW, SOME):
-        lacks = _lacks(torch, DeviceHome(device, TritonKernels()), rows)
+        kernels = TritonKernels()
+        lacks = _lacks(torch, DeviceHome(device, kernels), rows)
+        lacks = f"triton's kernels cannot be had: {kernels.refused}" if kernels.refused else lacks
         used.append(not lacks)
         said += [f"torch computes with {'one row' if rows == FEW else 'more rows'}: {lacks}"] if lacks else []
     why = "; ".join(said)

@@ -30,7 +30,7 @@ class Locking(Protocol):
 
     name: str
 
-    def lock(self, start: int, nbytes: int) -> None:
+    def lock(self, start: int, nbytes: int, owner: object) -> None:
         """See `OpenDevice`."""
         ...
 
@@ -52,12 +52,12 @@ class LockedRanges:
         with self._lock:
             self._ranges = tuple(sorted((*self._ranges, (start, start + nbytes))))
 
-    def remove(self, start: int) -> bool:
-        """False if none begins there."""
+    def remove(self, start: int) -> int:
+        """How many bytes there were; 0 if none begins there."""
         with self._lock:
-            before = self._ranges
-            self._ranges = tuple(it for it in before if it[0] != start)
-            return len(self._ranges) < len(before)
+            before = self.nbytes
+            self._ranges = tuple(it for it in self._ranges if it[0] != start)
+            return before - self.nbytes
 
     def whole(self, start: int, nbytes: int) -> bool:
         """Whether one of them has all these bytes."""
@@ -87,7 +87,7 @@ class PageLocked:
         pieces = list(_pieces(self._keeps))
         for start, nbytes in pieces:
             try:
-                device.lock(start, nbytes)
+                device.lock(start, nbytes, self._keeps)
             except NotPageLocked as error:
                 locked, whole = format_bytes(self.nbytes), format_bytes(sum(it[1] for it in pieces))
                 self.trouble = (

@@ -4,18 +4,41 @@ A driver copies memory that the system may move only by way of memory of its own
 memory it copies by itself. Weights lie in the other kind, so their packets pass through pieces of this one. A queue
 does one thing after the other, so pieces become free in the order in which they were taken.
 
-Knows places and whose turn it is; not what is copied, nor how, nor how to wait for it.
+Knows places and whose turn it is, and how bytes are cut into packets; not what is copied, nor how to wait for it.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 ALIGNMENT = 256  # of pieces, in bytes
+
+
+class CopyEnds(NamedTuple):
+    """What is copied, and where to: two arrays of torch's kind."""
+
+    source: Any
+    target: Any
+
+    @property
+    def whole(self) -> bool:
+        return bool(self.source.numel()) and all(it.is_contiguous() for it in self)
+
+
+def begin_copies(all: Sequence[CopyEnds]) -> None:
+    for source, target in all:
+        target.copy_(source, non_blocking=True)
+
+
+def packets(all: Sequence[CopyEnds], most_bytes: int) -> Iterator[CopyEnds]:
+    """Bytes (n,), in packets of at most so many."""
+    for source, target in all:
+        for start in range(0, len(source), most_bytes):
+            yield CopyEnds(source[start : start + most_bytes], target[start : start + most_bytes])
 
 
 class _Piece(NamedTuple):

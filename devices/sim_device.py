@@ -144,7 +144,7 @@ class SimDevice:
     def unpin(self) -> None:
         self.pinned_bytes = 0
 
-    def lock(self, start: int, nbytes: int) -> None:
+    def lock(self, start: int, nbytes: int, owner: object) -> None:
         with self._lock:
             self._look()
             twice = "some of these pages are locked already" if self._ranges.some(start, nbytes) else ""

@@ -178,9 +178,10 @@ def _out_of_bands(kind: WeightType, bands: Tensor) -> Tensor:
 
 @cache
 def _order_in_band(kind: WeightType, device: torch.device) -> Tensor:
-    """Where in a band of one block's width the bytes of its rows are, one row after the other."""
+    """Where in a band of one block's width the bytes of its rows are, one row after the other. Drivers take so few (27
+    KB at most) at once, so nobody waits for what the device has to do before."""
     places = np.arange(BAND_ROWS * kind.block_bytes)
     low, high = (
         from_bands(kind, it.astype(np.uint8)[None]).reshape(-1) for it in (places & 255, places >> 8)
     )
-    return torch.from_numpy(low + 256 * high.astype(np.int64)).to(device)
+    return torch.from_numpy(low + 256 * high.astype(np.int64)).to(device, non_blocking=True)

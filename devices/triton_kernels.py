@@ -3,25 +3,31 @@
 Knows sizes of programs and which matrices go into one launch; `triton_linears` has the kernels. Weights lie on the
 device as they do on the host, in bands, so nothing is rearranged when they come. One row of inputs is multiplied as it
 is, in float32. More rows are rounded to float16, each divided by a scale of its own, as are weights: products are exact
-and sums float32, which leaves results within 2e-3 of the largest.
+and sums float32, which leaves results within 2e-3 of the largest. What cannot be compiled or loaded for a card does no
+harm there: from then on torch computes that, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.errors import TritonError
 
 from shoal.kernels.arrays import Bytes
 from shoal.kernels.matrix import FeedForward, Linears, Matrix
 from shoal.partition.memory_layout import BAND_ROWS
 
 from . import triton_linears as launched
+from .errors import one_line, says_not_loaded
 from .torch_kernels import InBands, TorchKernels
 from .triton_weights import GROUP, ONE
+
+log = logging.getLogger(__name__)
 
 COVERED = {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K"}
 MOST_COLS = 1 << 15  # of which a program has a whole row in registers, to norm it
@@ -43,12 +49,17 @@ class Arranged(NamedTuple):
 
 
 class TritonKernels(TorchKernels):
-    """Is an OnDevice. `one`, `many`: whether it computes with one row of inputs, and with more; else torch does."""
+    """Is an OnDevice. `one`, `many`: whether it computes with one row of inputs, and with more; else torch does.
+    `refused`: why not all that it was to, if something could not be compiled or loaded; or ""."""
 
     def __init__(self, one: bool = True, many: bool = True) -> None:
+        self._use(one, many)
+        self.refused = ""
+
+    def _use(self, one: bool, many: bool) -> None:
         self._one, self._many = one, many
         uses = [name for name, used in (("one row", one), ("many", many)) if used]
-        self.name = f"triton {triton.__version__} ({', '.join(uses)})"
+        self.name = f"triton {triton.__version__} ({', '.join(uses) or 'nothing'})"
 
     def laid_out(self, w: Matrix) -> Bytes:
         return w.data if covers(w) else super().laid_out(w)
@@ -71,7 +82,10 @@ class TritonKernels(TorchKernels):
         others = [place for place in range(len(all.matrices)) if place not in own]
         made: dict[int, Tensor] = {}
         if own:
-            made |= zip(own, self._own(x, _some(all, own), norm, eps), strict=True)
+            some = _some(all, own)
+            theirs = super().linears
+            its = self._or(len(x), lambda: self._own(x, some, norm, eps), lambda: theirs(x, some, norm, eps))
+            made |= zip(own, its, strict=True)
         if others:
             made |= zip(others, super().linears(x, _some(all, others), norm, eps), strict=True)
         return [made[place] for place in range(len(all.matrices))]
@@ -79,8 +93,13 @@ class TritonKernels(TorchKernels):
     def feed_forward(self, x: Tensor, layer: FeedForward, norm: Tensor | None, eps: float) -> Tensor:
         matrices = *layer.enter.matrices, *layer.leave.matrices
         fused = len(x) == 1 and self._one and all(map(covers, matrices))
+        theirs = super().feed_forward
         if not fused:
-            return super().feed_forward(x, layer, norm, eps)
+            return theirs(x, layer, norm, eps)
+        fed: Tensor = self._or(1, lambda: self._fed(x, layer, norm, eps), lambda: theirs(x, layer, norm, eps))
+        return fed
+
+    def _fed(self, x: Tensor, layer: FeedForward, norm: Tensor | None, eps: float) -> Tensor:
         gate, up = layer.enter.matrices
         inputs, ffn, step = _arranged(x, norm, eps, many=False), gate.rows, _step(layer.enter.matrices)
         inner = Arranged(x.new_empty(1, GROUP, ffn // GROUP), x.new_empty(1, 4, ffn // GROUP))
@@ -92,6 +111,21 @@ class TritonKernels(TorchKernels):
             num_warps=_warps(step), num_stages=1,
         )  # fmt: skip
         return _one_row(inner, layer.leave)[0]
+
+    def _or(self, rows: int, ours: Callable[[], Any], theirs: Callable[[], Any]) -> Any:
+        """What our kernels make of so many rows, or, from the first time on that they cannot be had, torch's."""
+        try:
+            return ours()
+        except (RuntimeError, TritonError) as error:
+            if not (isinstance(error, TritonError) or says_not_loaded(str(error))):
+                raise
+            self.refused = f"{type(error).__name__}: {one_line(error)}"
+            self._use(self._one and rows != 1, self._many and rows == 1)
+            what = "one row" if rows == 1 else "more rows"
+            log.warning(
+                "torch computes with %s, as a kernel of triton's cannot be had: %s", what, self.refused
+            )
+        return theirs()
 
     def _uses(self, rows: int) -> bool:
         return self._one if rows == 1 else self._many and rows > 0

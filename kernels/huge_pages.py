@@ -11,15 +11,16 @@ import threading
 import numpy as np
 
 from shoal.kernels.arrays import Bytes
+from shoal.partition.memory_layout import HUGE_BYTES
 
-HUGE_BYTES = 2 << 20
 CHUNK_BYTES = 32 << 20
 ALIGN_BYTES = 64
 
 
 class Arena:
     """Takes memory from the system in large chunks and hands out parts of them. Only memory that is written to costs
-    anything. A chunk is given back when the last array in it is gone. Threads may share an Arena.
+    anything, in whole huge pages: of a chunk's last one, what the next array has no room in is wasted. A chunk is
+    given back when the last array in it is gone. Threads may share an Arena.
     """
 
     def __init__(self) -> None:
@@ -33,6 +34,11 @@ class Arena:
                 self._chunk = mapped(max(CHUNK_BYTES, nbytes))
             taken, self._chunk = self._chunk[:nbytes], self._chunk[-(-nbytes // ALIGN_BYTES) * ALIGN_BYTES :]
             return taken
+
+    def reserve(self, nbytes: int) -> None:
+        """The next arrays, of so many bytes together, get one chunk, so that nothing is wasted between them."""
+        with self._lock:
+            self._chunk = mapped(max(CHUNK_BYTES, nbytes))
 
 
 def mapped(nbytes: int) -> Bytes:

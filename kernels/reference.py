@@ -205,8 +205,8 @@ def _half(field: Tensor) -> Tensor:
 
 @cache
 def _constant(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Brought there once: each time the host would wait for all that the device has to do before."""
-    return torch.tensor(values, dtype=dtype, device=device)
+    """Brought there once, without waiting for what the device has to do before: drivers take up to 64 KB at once."""
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
 def _bits(field: Tensor, shifts: tuple[int, ...], mask: int, group: int) -> Tensor:

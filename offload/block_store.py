@@ -14,7 +14,7 @@ from shoal.kernels import ComputeHome, gather_rows, home_of
 from shoal.kernels.arrays import Floats, Ids
 from shoal.kernels.compute_home import HERE
 from shoal.models.weights import Weights
-from shoal.partition.plan import Plan
+from shoal.partition.plan import Plan, arena_slack
 from shoal.partition.spec import BlockId
 
 from .bytes_done import BytesDone, unheard
@@ -94,6 +94,10 @@ class BlockStore(Protocol):
 class BlockReader(Protocol):
     """Reads the blocks that stay in memory, from a checkpoint (`models.checkpoint`) or from a pack."""
 
+    def reserve(self, nbytes: int) -> None:
+        """The blocks that are read next, of so many bytes together, all stay in memory: they get one piece of it."""
+        ...
+
     def read_blocks(self, blocks: Sequence[BlockId]) -> Arriving:
         """Reads all these blocks, in any order. A tied embedding and head share their bytes.
         Raises CheckpointError or OffloadError."""
@@ -121,6 +125,8 @@ class ResidentStore:
         CheckpointError or OffloadError, and KernelError where a device does not take them."""
         sizes = {item.block: item.nbytes for item in plan.blocks}
         away = {item.block: home_of(item.device) for item in plan.blocks if item.tier == "gpu"}
+        if not away:  # else what goes away leaves room for what comes
+            reader.reserve(plan.pinned_bytes + arena_slack(plan.pinned_bytes))
         arriving = reader.read_blocks(list(sizes))
         return cls(keep(placed(arriving, away) if away else arriving, Hearing(sizes, progress)))
 

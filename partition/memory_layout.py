@@ -27,6 +27,9 @@ MOST_MATRICES = 5  # of a block: a router with a shared expert
 
 KERNEL_BYTES = 4 << 20  # scratch of the kernels for any model, and …
 THREAD_BYTES = 1 << 20  # … for each of their threads besides
+TILE_TOKENS = 96  # rows that share a tile of weights: for so many at once inputs are packed …
+PACKED_BYTES = 80  # … of which a group takes this much at most
+HUGE_BYTES = 2 << 20  # of a page of the system in which weights and KV lie
 SPAN_TOKENS = 256  # attention to a long context is computed in spans of this many tokens …
 SPANS_BYTES = 16 << 20  # … whose results take at most this much
 

@@ -46,7 +46,8 @@ PINNED_BYTES = 6 << 20  # of memory that is page-locked, through which a device'
 
 class ExpertTimes(NamedTuple):
     """What one expert of so many bytes takes a device: seconds to come from this machine's memory, and to be computed
-    for so many rows; for so many that arithmetic decides (0: not tried)."""
+    for so many rows; for so many that arithmetic decides (0: not tried). `locked_s`: to come from where it is
+    page-locked (0: not tried, or nothing is)."""
 
     nbytes: int
     come_s: float
@@ -54,6 +55,7 @@ class ExpertTimes(NamedTuple):
     computed_s: float
     many_rows: int = 0
     many_s: float = 0.0
+    locked_s: float = 0.0
 
 
 class DeviceRoom(NamedTuple):

@@ -14,7 +14,9 @@ from typing import Literal, NamedTuple
 from .amounts import counted, format_bytes
 from .hardware_guesses import OVERLAP_ROWS
 from .memory_layout import (
+    INPUT_GROUP,
     KERNEL_BYTES,
+    PACKED_BYTES,
     PAGE_TOKENS,
     SPAN_TOKENS,
     SPANS_BYTES,
@@ -320,9 +322,10 @@ def step_numbers(wanted: Wanted, part_tokens: int | None = None) -> int:
     heads = (3 * spec.heads + 2 * spec.kv_heads) * spec.head_dim  # q, q rotated, attention's result; k and v
     rows = wanted.chunk_tokens + (decoded := wanted.sequences + wanted.guesses)
     part = rows if part_tokens is None else min(rows, part_tokens)
-    # The input of a block and its sum; with experts also the inputs and outputs of all of them.
+    # The input of a block and its sum; with experts also inputs and outputs of all, packed when the rest is gone.
     whole = (5 if moe else 3) * rows * spec.hidden
-    inside = part * (spec.hidden + 3 * ffn + heads)
+    packed = PACKED_BYTES * (spec.hidden + moe.active * moe.ffn) // (2 * INPUT_GROUP) if moe else 0
+    inside = part * (spec.hidden + max(3 * ffn + heads, packed))
     gathered = wanted.whole_vocab > spec.vocab  # those of all ranks are there, and their whole
     logits = decoded * (2 * wanted.whole_vocab if gathered else spec.vocab)
     if wanted.native:

@@ -50,6 +50,7 @@ from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shoal.models.step import Step
 from shoal.models.transformer import Transformer
 from shoal.offload.block_store import ResidentStore
+from shoal.offload.budget import Budget
 from shoal.offload.kv.pool import KvPool
 from shoal.offload.pack.pack import Pack
 from shoal.offload.window.pinned import PackReader
@@ -192,9 +193,9 @@ class Case:
     def predicted_s(self, machine: Device, link: float) -> float:
         """From what is tried of the device now."""
         self.device.bytes_per_s = link
-        there = device_figures(self.home, self.model, ROOMY, None, laws=True).laws
+        there = device_figures(self.home, self.model, ROOMY, None, Budget(ROOMY), laws=True).laws
         assert there is not None
-        self.there = replace(there, name=NAME, host_bytes_per_s=link)
+        self.there = replace(there, name=NAME, host_bytes_per_s=link, locked_bytes_per_s=0.0)
         host = replace(machine, accelerators=(self.there,))
         return device_step(
             self.model, self.plan, host, [Rows(self._rows, 1, CONTEXT)], self._rows, None

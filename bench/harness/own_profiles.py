@@ -19,6 +19,7 @@ from cluster import attached
 
 from shoal import kernels
 from shoal.comm.home import Home
+from shoal.daemon.throughput.own_machine import profile_file
 from shoal.daemon.throughput.profiling import machine_profile
 from shoal.kernels import WEIGHT_TYPES, Linears, Matrix
 from shoal.kernels.huge_pages import mapped
@@ -104,15 +105,15 @@ class Known(NamedTuple):
     floors: dict[int, Floors]
 
 
-def profile_of(threads: int, usual: int, file: Path) -> Known:
+def profile_of(threads: int, file: Path) -> Known:
     """This machine on so many threads, measured by itself, and its floors meanwhile."""
-    kept = _kept(threads, usual)
 
     def probed() -> dict[int, Floors]:
         read, computed = disk.read_gb_per_s(file, sample_bytes=SAMPLE_BYTES), compute_gflops(threads)
         return {it: Floors(weights_gb_per_s(threads, it), read, computed) for it in ROUND_BYTES}
 
     before = probed()
+    kept = profile_file(Home.from_env(), threads)
     found = machine_profile(threads, file.parent, kept, anew=True)  # with the disk as this file lies on it
     assert found is not None
     after = probed()
@@ -120,20 +121,18 @@ def profile_of(threads: int, usual: int, file: Path) -> Known:
     return Known(profile, {it: before[it].mean(after[it]) for it in ROUND_BYTES})
 
 
-def _kept(threads: int, usual: int) -> Path:
-    """Where a profile on so many threads is kept, if those of a daemon are `usual`."""
-    usually = Home.from_env().profile
-    return usually if threads == usual else usually.with_name(f"profile-{threads}.json")
-
-
 def rank_profile(threads: int, usual: int, place: Path) -> Profile:
-    """What `profile_of` has measured, as each of two ranks on so many threads would know it of itself: what a group was
-    predicted with is what it is chosen and planned with."""
+    """What `profile_of` has measured, as each of two ranks on so many of the `usual` threads would know it of itself:
+    what a group was predicted with is what it is chosen and planned with."""
+    home = Home.from_env()
+    kept = [profile_file(home, count) for count in (threads, usual)]
     half, whole = (
-        machine_profile(count, place, _kept(count, usual), only_kept=True) for count in (threads, usual)
+        machine_profile(count, place, file, only_kept=True)
+        for count, file in zip((threads, usual), kept, strict=True)
     )
     if half is None or whole is None:
-        raise SystemExit(f"{Home.from_env().root} has no profile of this machine: predict first, there")
+        lacking = kept[0] if half is None else kept[1]
+        raise SystemExit(f"{lacking} is no profile of this machine as it is now: predict first, there")
     return Profile((replace(one_of_two(half, whole), corrections=Corrections()),))
 
 

@@ -160,7 +160,7 @@ def _answerer(
             size = BatchSize(sequences, CHUNK_TOKENS)
         else:
             home = Home.from_env()
-            machine = OwnMachine(config.thread_count, home.profile, home.models)
+            machine = OwnMachine.of(home, config.thread_count)
             size = batch_size(names, config, library, Packs(home), machine)
         yield stack.enter_context(in_process(size.of(config), library, sequences=size.sequences))
 

@@ -25,10 +25,12 @@ def own_machines(home: Home, threads: int, *, anew: bool = False, measure_links:
     """`anew`: this machine is measured in any case; `measure_links`: the links of its cluster are, too. Raises
     DaemonError."""
     from shoal.daemon.throughput.cluster_profile import clustered
+    from shoal.daemon.throughput.own_machine import profile_file
     from shoal.daemon.throughput.profiling import machine_profile
 
+    kept = profile_file(home, threads)
     with steps_bar() as progress:
-        measured = machine_profile(threads, home.models, home.profile, anew=anew, progress=_told(progress))
+        measured = machine_profile(threads, home.models, kept, anew=anew, progress=_told(progress))
     assert measured is not None
     found = clustered(measured, *_asked(home, measure_links=measure_links))
     for said in found.left_out:

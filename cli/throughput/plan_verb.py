@@ -160,7 +160,7 @@ def plan(
         plot is not None,
     )
     with spinner("planning"):
-        machine = OwnMachine(config.thread_count, home.profile, home.models) if given is None else None
+        machine = OwnMachine.of(home, config.thread_count) if given is None else None
         found = foresee(path, profile, asked, config, machine)
     if isinstance(found.trouble, str):
         note(found.trouble)

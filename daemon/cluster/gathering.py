@@ -41,7 +41,7 @@ def gathered(home: Home, config: NodeConfig) -> Iterator[Grouping | None]:
     try:
         membership.follow_files()
         sending = partial(send_weights, claimed=PackShelf(home).claimed)
-        machine = OwnMachine(config.thread_count, home.profile, home.models)
+        machine = OwnMachine.of(home, config.thread_count)
         steady = SteadyShares(home.cluster / "shares.json")
         yield Forming(roster, sending, speed, steady=steady, device=lambda: machine.device)
     finally:

@@ -86,13 +86,17 @@ def device_room(
     free_bytes = max(0, min(ledger.limit_bytes, there.budget.room_bytes) - ledger.held_bytes)
     with suppress(HomeLost):  # now, or long ago
         troubles.insert(0, _pinned(there, budget))
-        figures = device_figures(home, model, free_bytes, kept, laws=laws)
+        figures = device_figures(home, model, free_bytes, kept, budget, laws=laws)
     lacks = ""
     if there.lost:
         lacks = f"device {name} is lost ({there.lost}), so the cpu computes; start anew to use it again"
     elif auto and figures.laws is None:
-        free = format_bytes(free_bytes)
-        lacks = f"{name} is left alone: {free} of its memory are free, too little to try how fast it is"
+        from shoal.devices.device_timing import HOST_TRIED_BYTES
+
+        short = budget.free_bytes < HOST_TRIED_BYTES
+        free = format_bytes(max(0, budget.free_bytes) if short else free_bytes)
+        where = "of the memory budget" if short else "of its memory"
+        lacks = f"{name} is left alone: {free} {where} are free, too little to try how fast it is"
         lacks = "; ".join(filter(None, (lacks, there.budget.trouble)))
     if lacks:
         let_be(name, budget)
@@ -109,10 +113,16 @@ def let_idle_be(budget: Budget) -> None:
 
 
 def let_be(name: str, budget: Budget) -> None:
-    """Of a device that computes no model of this ledger nothing stays page-locked."""
-    if not budget.on(name).held_bytes:
-        device_home(name).device.unpin()
-        budget.release(pinned_for(name))
+    """Of a device that computes no model of this ledger nothing stays page-locked, unless it hangs: what it keeps then
+    nobody else can have."""
+    if budget.on(name).held_bytes:
+        return
+    device, purpose = device_home(name).device, pinned_for(name)
+    device.unpin()
+    if device.lost and device.locked_bytes:
+        budget.take(purpose, device.locked_bytes)
+    else:
+        budget.release(purpose)
 
 
 def _no_room_for_libraries(name: str, budget: Budget) -> str:

@@ -24,6 +24,8 @@ from shoal.engine.errors import DeviceGone, DeviceTooFull
 from shoal.kernels.errors import HomeFull, HomeLost
 from shoal.kernels.types import WEIGHT_TYPES
 from shoal.models.regular_files import read_regular
+from shoal.offload.budget import Budget
+from shoal.offload.errors import BudgetExceeded
 from shoal.partition.errors import ProfileError
 from shoal.partition.placement import ExpertTimes
 from shoal.partition.throughput.profile import Accelerator, Profile, unmeasured
@@ -64,17 +66,18 @@ class _File(Struct, frozen=True):
 
 
 def device_figures(
-    home: DeviceHome, model: Weighed, free_bytes: int, file: Path | None, *, laws: bool
+    home: DeviceHome, model: Weighed, free_bytes: int, file: Path | None, budget: Budget, *, laws: bool
 ) -> DeviceFigures:
-    """Of a device for a model, as they are kept in `file`, or tried now, within so much of its memory. Raises
-    HomeLost."""
+    """Of a device for a model, as they are kept in `file`, or tried now, within so much of its memory. Of this
+    machine's, `budget` has what that takes meanwhile. Raises HomeLost."""
     expert, all = _shapes(model)
     key = _key(home, expert, all)
     kept = _read(file)
     known = next((it for it in kept if it.key == key and abs(time.time() - it.tried_s) < AGED_S), None)
     if known is not None and not _lacks(known.figures, bool(expert), laws=laws):
         return _as_named(known.figures, home)
-    found = DeviceFigures(_expert(home, expert, free_bytes), _laws(home, all, free_bytes) if laws else None)
+    tried = _laws(home, all, free_bytes, budget) if laws else None
+    found = DeviceFigures(_expert(home, expert, free_bytes), tried)
     if _lacks(found, bool(expert), laws=laws):
         return_freed()  # what was begun may hang on an error
     if file is not None and found != DeviceFigures():
@@ -123,19 +126,23 @@ def _expert(home: DeviceHome, expert: list[Shape], free_bytes: int) -> ExpertTim
         return None
 
 
-def _laws(home: DeviceHome, shapes: list[Shape], free_bytes: int) -> Accelerator | None:
-    from shoal.devices.device_timing import device_speed, tried_for_speed_bytes
+def _laws(home: DeviceHome, shapes: list[Shape], free_bytes: int, budget: Budget) -> Accelerator | None:
+    from shoal.devices.device_timing import HOST_TRIED_BYTES, device_speed, tried_for_speed_bytes
 
     from .fixed_costs import device_overheads
 
     if tried_for_speed_bytes(shapes) > free_bytes:
         return None
+    purpose = f"trying {home.device.name}"
     try:
+        budget.hold(purpose, HOST_TRIED_BYTES)
         speed, calls = device_speed(home, shapes), device_overheads(home)
-    except (HomeFull, DeviceTooFull):
+    except (BudgetExceeded, HomeFull, DeviceTooFull):
         return None
     except DeviceGone as error:  # in a step
         raise HomeLost(str(error)) from error
+    finally:
+        budget.release(purpose)
     device = home.device
     return Accelerator(
         device.name,
@@ -151,6 +158,7 @@ def _laws(home: DeviceHome, shapes: list[Shape], free_bytes: int) -> Accelerator
         float(home.room(0).kernel_bytes),
         speed.contention,
         measured=True,
+        locked_bytes_per_s=speed.locked_bytes_per_s,
     )
 
 
@@ -184,6 +192,7 @@ def _check(figures: DeviceFigures) -> None:
     if figures.expert is not None:
         for name, value in figures.expert._asdict().items():
             low, high = (math.ulp(0.0), 1e6) if name.endswith("_s") else (1, 1 << 40)
+            low = 0 if name == "locked_s" else low
             check_figure(f"expert.{name}", value, low, high)
     if figures.laws is not None:
         check_profile(Profile((replace(unmeasured(1, 1e9), accelerators=(figures.laws,)),)))

@@ -68,17 +68,6 @@ def read_kept(path: Path, key: str) -> Kept | None:
         return None
 
 
-def settled_for_others(path: Path, key: str) -> bool:
-    """Whether all was measured there for something else, such as more threads: worth more than what is brief. What was
-    measured in another form is of no use to anybody."""
-    try:
-        found = msgspec.json.decode(path.read_bytes(), type=_File)
-    except (OSError, msgspec.MsgspecError):
-        return False
-    now = found.key.startswith(f"{FORM} | ")
-    return now and found.key != key and not (found.brief or found.disturbed)
-
-
 def write_kept(path: Path, key: str, kept: Kept) -> None:
     """What cannot be kept is measured again."""
     text = msgspec.Raw(profile_text(kept.profile))

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shoal import kernels
 from shoal.comm.home import Home
 from shoal.partition.throughput.prediction import Binding
 from shoal.partition.throughput.profile import Device, Profile, unmeasured
@@ -58,6 +59,11 @@ class OwnMachine:
         self._next_s = 0.0  # before which nothing is attempted
         self._measuring: threading.Thread | None = None
         self._suspected: Looked | None = None  # what has changed, if that is still so
+
+    @classmethod
+    def of(cls, home: Home, threads: int, alone: Callable[[], bool] = lambda: True) -> OwnMachine:
+        """The machine as a home knows it, with the disk that its models lie on."""
+        return cls(threads, profile_file(home, threads), home.models, alone)
 
     @property
     def alone(self) -> bool:
@@ -145,12 +151,10 @@ class OwnMachine:
             known, self._unsaved = self._known if self._unsaved else None, False
             if self._kept is None or known is None or self._file_stamp() != self._stamp:
                 return
-            from .kept_profile import profile_key, settled_for_others, write_kept
+            from .kept_profile import profile_key, write_kept
 
-            key = profile_key(self._threads, self._place)
-            if not (known.brief and settled_for_others(self._kept, key)):
-                write_kept(self._kept, key, known)
-                self._stamp = self._file_stamp()
+            write_kept(self._kept, profile_key(self._threads, self._place), known)
+            self._stamp = self._file_stamp()
 
     def _lacking(self, kinds: Collection[str]) -> list[str]:
         """The types that are to be measured; none if they are all known."""
@@ -221,6 +225,11 @@ class OwnMachine:
         except OSError:
             return ()
         return (found.st_mtime_ns, found.st_size, found.st_ino) if found is not None else ()
+
+
+def profile_file(home: Home, threads: int) -> Path:
+    """Where the profile on so many threads is kept, with the kernels that compute here."""
+    return home.profile(kernels.home(), threads)
 
 
 def _with_head(profile: Profile, head: Device) -> Profile:

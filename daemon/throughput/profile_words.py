@@ -48,6 +48,8 @@ def device_facts(device: Device) -> Iterator[tuple[str, str]]:
     for one in device.accelerators:
         sizes_of = f"{format_bytes(one.memory_bytes)} at {format_bytes(one.memory_bytes_per_s)}/s"
         link = f"{format_bytes(one.host_bytes_per_s)}/s from its host"
+        if one.locked_bytes_per_s:
+            link += f", {format_bytes(one.locked_bytes_per_s)}/s from memory that is page-locked"
         yield f"accelerator {one.name}", f"{sizes_of}, {one.flops / 1e12:,.3g} TFLOP/s, {link}"
         if (its := one.contention) != CopyContention():
             keeps = f"the processor keeps {its.host_keeps:.0%}, {one.name} {its.device_keeps:.0%}"

@@ -138,6 +138,10 @@ class Checkpoint:
     def expect(self, pieces: Iterable[Piece]) -> None:
         """Files are read when they are asked for."""
 
+    def reserve(self, nbytes: int) -> None:
+        """The matrices that are read next, of so many bytes together, all stay: they get one piece of memory."""
+        self._memory.reserve(nbytes)
+
     def read_block(self, block: BlockId) -> Weights:
         """Reads the tensors of a block, quantised ones into bands. Raises CheckpointError."""
         return read_whole(self, block)

@@ -64,6 +64,9 @@ class CheckpointShard:
     def expect(self, pieces: Iterable[Piece]) -> None:
         """Files are read when they are asked for."""
 
+    def reserve(self, nbytes: int) -> None:
+        self._whole.reserve(nbytes)
+
     def read_block(self, block: BlockId) -> Weights:
         """Raises CheckpointError."""
         return read_whole(self, block)

@@ -71,6 +71,10 @@ class WeightSource(Described, Protocol):
         """The caller will read these next, in this order. Who has to fetch them from elsewhere begins to."""
         ...
 
+    def reserve(self, nbytes: int) -> None:
+        """Matrices of so many bytes will be read that all stay in memory: they get one piece of it."""
+        ...
+
     def read_rows(
         self, block: BlockId, role: str, start: int, stop: int, into: Bytes | None = None
     ) -> Matrix:

@@ -65,6 +65,9 @@ class PackReader:
         self._pack = pack
         self._away = away
 
+    def reserve(self, nbytes: int) -> None:
+        """See `BlockReader`: they lie in one piece anyway."""
+
     def read_blocks(self, blocks: Sequence[BlockId]) -> Arriving:
         """See `BlockReader`. Raises OffloadError."""
         yield from self._together([block for block in blocks if block not in self._away])

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from ..memory_layout import KV_FORMATS, PAGE_TOKENS, KvLayout, kv_page_bytes
 from ..spec import ModelSpec
 from .prediction import Job
-from .profile import ANY, AttentionLaw, Device, RowsLaw
+from .profile import ANY, Accelerator, AttentionLaw, Device, RowsLaw
 from .weights_of import Product
 
 _WIDE = 16  # bits of inputs, where nothing else is said
@@ -191,6 +191,11 @@ def ring_bytes_per_s(device: Device, nbytes: float) -> float:
     if device.reads is None or device.reads.rings is None:
         return block_bytes_per_s(device, math.inf)
     return interpolated(nbytes, device.reads.rings.nbytes, device.reads.rings.bytes_per_s)
+
+
+def passing_bytes_per_s(its: Accelerator) -> float:
+    """Of weights that pass from memory in every step, and are page-locked where they lie."""
+    return its.locked_bytes_per_s or its.host_bytes_per_s
 
 
 def together(device: Device, computing: float, reading: float) -> tuple[float, float]:

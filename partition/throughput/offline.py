@@ -10,7 +10,7 @@ from __future__ import annotations
 from math import ceil
 from typing import NamedTuple
 
-from .laws import kv_token_bytes
+from .laws import kv_token_bytes, passing_bytes_per_s
 from .profile import Accelerator, Device
 from .weights_of import Weighed
 
@@ -42,7 +42,7 @@ class Hybrid(NamedTuple):
             flops,
             len(spec.layers) * kv_token_bytes(spec, kv_type),
             accelerator.flops,
-            accelerator.host_bytes_per_s,
+            passing_bytes_per_s(accelerator),
             max(0.0, host.memory_bytes - model.weights_bytes),
             host.memory_bytes_per_s,
         )

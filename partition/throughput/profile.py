@@ -234,6 +234,7 @@ class Accelerator:
     scratch_bytes: float = DEVICE_SCRATCH_BYTES
     contention: CopyContention = CopyContention()
     measured: bool = False
+    locked_bytes_per_s: float = 0.0  # of weights that pass, page-locked where they lie; 0: as of all else
 
     @property
     def computing(self) -> Device:

@@ -20,6 +20,7 @@ _LIMITS: Mapping[str, tuple[float, float]] = {
     "flops": (1e6, 1e20),
     "disk_bytes_per_s": (0, 1e14),
     "host_bytes_per_s": (1e3, 1e14),
+    "locked_bytes_per_s": (0, 1e14),
     "threads": (1, 1 << 16),
     "touch_bytes_per_s": (0, 1e16),
     "write_bytes_per_s": (0, 1e14),

@@ -19,6 +19,7 @@ from .laws import (
     attention,
     distinct_experts,
     longer,
+    passing_bytes_per_s,
     product,
     products,
     ring_bytes_per_s,
@@ -65,6 +66,7 @@ def accelerator(room: DeviceRoom, expert: Sequence[Product]) -> Accelerator | No
         layer_s=0.0,
         mixture_s=0.0,
         copy_s=0.0,
+        locked_bytes_per_s=its.nbytes / its.locked_s if its.locked_s else 0.0,
     )
 
 
@@ -217,7 +219,9 @@ class _Passing:
         return {piece: _merged(its) for piece, its in found.items() if its}
 
     def _coming(self, its: BlockPlan) -> ComingBlock:
-        return ComingBlock(its.nbytes / self._link.host_bytes_per_s, its.nbytes if its.tier == "disk" else 0)
+        if its.tier == "disk":  # the window's memory is not locked
+            return ComingBlock(its.nbytes / self._link.host_bytes_per_s, its.nbytes)
+        return ComingBlock(its.nbytes / passing_bytes_per_s(self._link))
 
     def _turn(self, kind: LayerKind, rows: float, groups: int, *, fed: bool) -> LayerTurn:
         spec, there = self._model.spec, self._there

@@ -3,13 +3,14 @@ counts in what steps are predicted to take."""
 
 from __future__ import annotations
 
+import tracemalloc
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fakes.on_device import sim
 
-from shoal.devices.device_timing import _beside, copy_contention
+from shoal.devices.device_timing import HOST_TRIED_BYTES, _beside, copy_contention
 from shoal.devices.expert_timing import Shape
 from shoal.kernels.types import Q4_K
 from shoal.partition.throughput.profile import CopyContention
@@ -59,7 +60,12 @@ def test_on_this_machines_clock_something_is_found() -> None:
         "OnTheClock", (type(device),), {"now_s": property(lambda it: _now_s(), lambda it, value: None)}
     )
     device.__class__ = clock
-    found = copy_contention(home, Shape(Q4_K, 64, 256), 1e8)
+    tracemalloc.start()
+    try:
+        found = copy_contention(home, Shape(Q4_K, 64, 256), 1e8)
+        assert tracemalloc.get_traced_memory()[1] < 1.1 * HOST_TRIED_BYTES
+    finally:
+        tracemalloc.stop()
     assert all(0.05 <= it <= 1 for it in (found.host_keeps, found.device_keeps, found.link_keeps))
     assert device.budget.held_bytes == 0
 

@@ -201,13 +201,12 @@ def test_what_leaves_is_here_when_its_event_has_ended(monkeypatch: pytest.Monkey
 
 def test_who_stages_weights_goes_on_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Though there is room for two packets only, which are copied when somebody lets them."""
-    device, goes_on, ends = pinned(monkeypatch), threading.Event(), Event.synchronize
+    device, goes_on, has_ended = pinned(monkeypatch), threading.Event(), Event.query
 
-    def slow(self: Event) -> None:
-        assert goes_on.wait(10)
-        ends(self)
+    def slow(self: Event) -> bool:
+        return goes_on.wait(10) and has_ended(self)
 
-    monkeypatch.setattr(Event, "synchronize", slow)
+    monkeypatch.setattr(Event, "query", slow)
     source = np.arange(5 * PACKET_BYTES + 10).astype(np.uint8)
     there = device.allocate(source.shape, source.dtype)
     came = [device.stage_in([StagedPart(source, there)], [there.memory.ready]) for _ in range(2)]
@@ -219,20 +218,20 @@ def test_who_stages_weights_goes_on_at_once(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_who_lets_more_than_a_packet_leave_goes_on_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Though there is room for two packets only, and what leaves first has not been computed."""
-    device, goes_on, ends = pinned(monkeypatch), threading.Event(), Event.synchronize
+    device, goes_on, has_ended = pinned(monkeypatch), threading.Event(), Event.query
     source = np.arange(5 * PACKET_BYTES + 10).astype(np.uint8)
     there, small = device.allocate(source.shape, source.dtype), np.zeros(100, np.uint8)
     there.inside.copy_(torch.from_numpy(source))
     before = device.copy_out(device.within(there.memory, there.inside[:100]), small)
     slow, backs = threading.Event(), [np.zeros_like(source) for _ in range(2)]
 
-    def computed(self: Event) -> None:
+    def computed(self: Event) -> bool:
         if self is not before and threading.current_thread() is not threading.main_thread():
             slow.set()
             assert goes_on.wait(10)
-        ends(self)
+        return has_ended(self)
 
-    monkeypatch.setattr(Event, "synchronize", computed)
+    monkeypatch.setattr(Event, "query", computed)
     gone = [device.copy_out(there, back) for back in backs]
     assert slow.wait(10)
     device.wait(before)  # whoever needs something else does not wait for that

@@ -6,10 +6,15 @@ import pytest
 from fakes.on_device import sim
 from fakes.torch_on_host import torch_home
 
+from shoal.devices.device_home import DeviceHome
+from shoal.devices.device_timing import device_speed
 from shoal.devices.errors import DeviceFull, DeviceLost
 from shoal.devices.expert_timing import TRIED_BYTES, Shape, expert_times, tried_bytes
-from shoal.devices.sim_device import LAUNCH_S, SIM_MEMORY_BYTES_PER_S
+from shoal.devices.sim_device import LAUNCH_S, SIM_MEMORY_BYTES_PER_S, SimDevice
+from shoal.devices.sim_kernels import SimKernels
+from shoal.kernels.homes import cpu
 from shoal.kernels.types import BF16, Q4_K, Q8_0, WeightType
+from shoal.partition.placement import PINNED_BYTES
 
 
 def expert(kind: WeightType, ffn: int, hidden: int) -> list[Shape]:
@@ -47,3 +52,26 @@ def test_a_device_that_is_full_or_lost() -> None:
     device.lose("somebody pulled it out")
     with pytest.raises(DeviceLost):
         expert_times(home, expert(BF16, 32, 64))
+
+
+class SlowPackets(SimDevice):
+    """What passes through other memory packet by packet does so at half of the link's speed, as a processor copies."""
+
+    @property
+    def link_bytes_per_s(self) -> float:
+        return 1e9
+
+
+@pytest.mark.parametrize("pinnable", [None, PINNED_BYTES, 0])
+def test_both_ways_over_the_link_are_tried(pinnable: int | None) -> None:
+    """By packets, and from where weights are page-locked; where the system gives no memory for that, or none at all,
+    nothing passes in the second way. What was locked for it is given back."""
+    device = SlowPackets("sim:test", 1 << 30, 2e9, pinnable_bytes=pinnable)
+    device.pin()
+    home, shapes = DeviceHome(device, SimKernels(cpu())), expert(Q8_0, 512, 1024)
+    speed, times = device_speed(home, shapes), expert_times(home, shapes)
+    assert speed.link_bytes_per_s == pytest.approx(1e9, rel=0.02)
+    assert times.come_s == pytest.approx(times.nbytes / 1e9, rel=0.02)
+    assert speed.locked_bytes_per_s == pytest.approx(0.0 if pinnable is not None else 2e9, rel=0.02)
+    assert times.locked_s == pytest.approx(0.0 if pinnable is not None else times.nbytes / 2e9, rel=0.02)
+    assert device.locked_bytes == 0

@@ -70,6 +70,15 @@ def test_a_compiler_that_fails(device: TorchOnHost, monkeypatch: pytest.MonkeyPa
     assert kernels.name == "torch"
     assert "triton's kernels cannot be made: RuntimeError: Failed to find C compiler. Please specify" in why
 
+    def is_not_loaded(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Triton Error [CUDA]: device kernel image is invalid")
+
+    monkeypatch.setattr(triton_kernels, "_arranged", is_not_loaded)
+    kernels, why = chosen(device)
+    assert kernels.name == "torch"
+    said = "triton's kernels cannot be had: RuntimeError: Triton Error [CUDA]: device kernel image is invalid"
+    assert f"torch computes with one row: {said}" in why
+
     def loses(*_: Any, **__: Any) -> None:
         raise DeviceLost("cuda:0", "an illegal memory access")
 

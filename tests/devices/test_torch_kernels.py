@@ -3,10 +3,13 @@ Here in the CPU's memory; on a graphics card where there is one."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from fakes.torch_on_host import torch_home
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shoal.devices import torch_kernels
 from shoal.devices.errors import NoSuchDevice
@@ -15,7 +18,7 @@ from shoal.kernels.band_layout import to_bands
 from shoal.kernels.compute_home import Staged
 from shoal.kernels.homes import cpu
 from shoal.kernels.matrix import Linears, Matrix
-from shoal.kernels.reference import ReferenceHome
+from shoal.kernels.reference import ReferenceHome, _constant
 from shoal.kernels.self_test import disagreements
 from shoal.kernels.types import WEIGHT_TYPES, WeightType
 
@@ -76,3 +79,30 @@ def test_small_operations() -> None:
     home.add(home.rows(x, slice(1, 3)), home.place(rows[:2])), other.add(x2[1:3], rows[:2])
     assert np.allclose(home.fetch(x), x2, rtol=1e-5, atol=1e-6)
     assert not home.fetch(home.zeros_like(x)).any()
+
+
+class _Copies(TorchDispatchMode):
+    """Notes copies to other devices: how many bytes, and whether they block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, bool]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default and "device" in kwargs:
+            self.seen.append((args[0].nbytes, not kwargs.get("non_blocking")))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in WEIGHT_TYPES if kind.quantised], ids=lambda kind: kind.name
+)
+def test_what_decoding_needs_besides_is_brought_without_waiting(kind: WeightType) -> None:
+    """Of up to 64 KB a driver takes a copy before it returns; more, or a copy that blocks, waits for the device."""
+    with _Copies() as copies:
+        torch_kernels._order_in_band.__wrapped__(kind, torch.device("meta"))
+        _constant.__wrapped__((0, 2, 4, 6), torch.uint8, torch.device("meta"))
+    assert len(copies.seen) == 2
+    for nbytes, blocks in copies.seen:
+        assert nbytes <= 64 << 10
+        assert not blocks

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fakes.cuda_on_host import cuda
 from fakes.torch_on_host import home_with, torch_home
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -18,6 +19,8 @@ pytest.importorskip("triton", reason="triton is not installed (Linux on x86-64 o
 
 from shoal.devices import triton_kernels
 from shoal.devices.device_home import DeviceHome
+from shoal.devices.errors import DeviceFull, DeviceLost
+from shoal.devices.torch_kernels import TorchKernels
 from shoal.devices.triton_kernels import COVERED, TritonKernels, covers
 from shoal.kernels.arrays import Bytes, Floats
 from shoal.kernels.band_layout import to_bands
@@ -257,3 +260,50 @@ def test_torch_computes_what_triton_is_not_chosen_for(one: bool, many: bool) -> 
         exact = theirs.fetch(theirs.linears(theirs.place(x), Linears([theirs.keep_matrix(w)]))[0])
         assert np.array_equal(ours, exact) is not chosen
         assert off(ours, multiplied(x, numbers)) < MANY
+
+
+LOADED_WRONGLY = {
+    "device kernel image is invalid": None,
+    "no kernel image is available for execution on the device": None,
+    "the provided PTX was compiled with an unsupported toolchain.": None,
+    "out of memory": DeviceFull,
+    "an illegal memory access was encountered": DeviceLost,
+}
+
+
+@pytest.mark.parametrize("said", LOADED_WRONGLY)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_what_cannot_be_loaded_torch_computes(
+    rows: int, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And the card is not given up for it."""
+    device, kernels, tries = cuda(monkeypatch), TritonKernels(), []
+    home, torch = DeviceHome(device, kernels), DeviceHome(device, TorchKernels())
+    x = inputs(rows, 64)
+
+    def fails(*_: Any, **__: Any) -> None:
+        tries.append(rows)
+        raise RuntimeError(f"Triton Error [CUDA]: {said}")
+
+    monkeypatch.setattr(triton_kernels, "_arranged", fails)
+    w, back = made(Q8_0, 64, 64)[0], made(Q8_0, 64, 64, seed=3)[0]
+
+    def linears(its: DeviceHome) -> Any:
+        return its.fetch(its.linears(its.place(x), Linears([its.keep_matrix(w)]))[0])
+
+    def fed(its: DeviceHome) -> Any:
+        keep = its.keep_matrix
+        layer = FeedForward(Linears([keep(w), keep(back)]), Linears([keep(w)]), "silu")
+        return its.fetch(its.feed_forward(its.place(x), layer))
+
+    if (loss := LOADED_WRONGLY[said]) is not None:
+        with pytest.raises(loss):
+            linears(home)
+        assert not kernels.refused
+        return
+    for compute in (fed, linears):
+        assert np.array_equal(compute(home), compute(torch))
+    assert (len(tries), device.lost) == (1, "")
+    assert kernels.refused == f"RuntimeError: Triton Error [CUDA]: {said}"
+    assert kernels.name.endswith("(many)" if rows == 1 else "(one row)")
+    assert len(caplog.records) == 1

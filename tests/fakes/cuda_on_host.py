@@ -1,12 +1,14 @@
 """What `CudaDevice` calls of `torch.cuda`, played in the CPU's memory: its logic without a card.
 
-Copies are made at the last moment, which is when somebody waits for them: until then their targets are poisoned, and
-what is changed in their source is copied. What is computed is computed at once, as soon as what it waits for is there.
+Copies are made at the last moment, which is when somebody waits for them (asks, and then pauses): until then their
+targets are poisoned, and what is changed in their source is copied. What is computed is computed at once, as soon as
+what it waits for is there. From `hang` on nothing that was begun ends any more, as on a card that hangs.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from shoal.devices import cuda_device, page_locked
+from shoal.devices import cuda_device, page_locked, waiting
 from shoal.devices.cuda_device import CudaDevice
 from shoal.devices.page_locked import SYSTEM_PAGE_BYTES
 
@@ -25,7 +27,8 @@ POISON = 0xFF  # bytes of which any float is NaN
 
 _copy = torch.Tensor.copy_
 _lock = threading.RLock()  # of all streams
-_thread = threading.local()  # whose `stream` is current
+_thread = threading.local()  # whose `stream` is current, and what it `asked` about last
+LONGEST_TEST_S = 60.0
 
 
 class Copy(NamedTuple):
@@ -45,10 +48,18 @@ class Stream:
         self.computes = False
         self.begun: deque[Callable[[], None]] = deque()
 
-    def synchronize(self) -> None:
+    def query(self) -> bool:
+        _thread.asked = self
+        return not self.begun
+
+    def reach(self) -> None:
+        """Everything in it has happened."""
         with _lock:
-            while self.begun:
+            while self.begun and not Event.hang:
                 self.begun.popleft()()
+
+    def synchronize(self) -> None:
+        raise AssertionError("a wait without a limit")
 
     def wait_event(self, event: Event) -> None:
         assert event.stream is not None, "nothing was recorded"
@@ -60,9 +71,10 @@ class Stream:
 
 
 class Event:
-    """`fails`: what the driver says to whoever asks for any event."""
+    """`fails`: what the driver says to whoever asks for any event. `hang`: none ends any more."""
 
     fails: Exception | None = None
+    hang = False
 
     def __init__(self) -> None:
         self.stream: Stream | None = None
@@ -76,16 +88,16 @@ class Event:
     def reach(self) -> None:
         """Everything before it has happened."""
         with _lock:
-            while not self.ended:
+            while not (self.ended or Event.hang):
                 assert self.stream is not None
                 self.stream.begun.popleft()()
 
     def synchronize(self) -> None:
-        self._ask()
-        self.reach()
+        raise AssertionError("a wait without a limit")
 
     def query(self) -> bool:
         self._ask()
+        _thread.asked = self
         return self.ended
 
     def _end(self) -> None:
@@ -102,11 +114,29 @@ def _begun(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = Fals
     if not non_blocking or stream is None or target.shape != source.shape:  # which torch refuses
         return _copy(target, source)
     assert not stream.computes, "a copy in the queue that computes"
+    if not any(runtime().has(it) for it in (target, source)):
+        _waits_in_driver()
     with _lock:
         if target.is_contiguous() and target.numel():
             target.view(-1).view(torch.uint8).fill_(POISON)
         stream.begun.append(Copy(target, source))
     return target
+
+
+def _waits_in_driver() -> None:
+    """As whoever copies to or from memory that is not page-locked: for ever, if the card hangs."""
+    ends_s = time.monotonic() + LONGEST_TEST_S
+    while Event.hang:
+        assert time.monotonic() < ends_s
+        time.sleep(1e-3)
+
+
+def _pause(seconds: float) -> None:
+    """Of who waits for what it has asked about."""
+    if Event.hang:
+        time.sleep(seconds)
+    else:
+        _thread.asked.reach()
 
 
 class Runtime:
@@ -125,7 +155,13 @@ class Runtime:
         self.held[start] = nbytes
         return 0
 
+    def has(self, memory: torch.Tensor) -> bool:
+        """Whether all of it is page-locked."""
+        at, nbytes = memory.data_ptr(), memory.numel() * memory.element_size()
+        return any(start <= at and at + nbytes <= start + its for start, its in self.held.items())
+
     def cudaHostUnregister(self, start: int) -> int:  # noqa: N802
+        assert not Event.hang, "the driver would wait for a card that hangs"
         nbytes = self.held.pop(start, 0)
         under_way = [it for stream in self.streams for it in stream.begun if isinstance(it, Copy)]
         for host in (end for copy in under_way for end in copy):
@@ -155,10 +191,13 @@ def runtime() -> Runtime:
 def cuda(monkeypatch: pytest.MonkeyPatch, limit_bytes: int | None = None) -> CudaDevice:
     """A card with `FREE_BYTES`."""
     monkeypatch.setattr(Event, "fails", None)
+    monkeypatch.setattr(Event, "hang", False)
+    monkeypatch.setattr(waiting, "sleep", _pause)
     for name, value in {
         "is_available": lambda: True,
         "device_count": lambda: 1,
         "set_device": lambda device: None,
+        "get_device_properties": lambda device: SimpleNamespace(name="played", total_memory=2 * FREE_BYTES),
         "mem_get_info": lambda device: (FREE_BYTES, 2 * FREE_BYTES),
         "stream": _stream,
     }.items():

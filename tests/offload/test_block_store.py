@@ -10,6 +10,7 @@ from fakes.group.nodes import begun_threads
 from fakes.running import Running
 from fakes.streaming import MODELS, packed, streaming_plan
 
+from shoal.kernels import huge_pages
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.offload.block_store import ResidentStore
 from shoal.offload.errors import PackCorrupt
@@ -48,6 +49,27 @@ def test_both_readers_give_the_same_blocks(model: tuple[Path, Pack, Plan]) -> No
     )
     for blocks, head in ((read, read[BlockId("head")]), (unpacked, heads[0])):
         assert np.shares_memory(blocks[EMBED].matrix["embed"].data, head.matrix["head"].data) == pack.tied
+
+
+def test_what_stays_lies_in_one_piece(
+    model: tuple[Path, Pack, Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks are far smaller than the model: at the end of each, up to a huge page would be in memory for nothing."""
+    monkeypatch.setattr(huge_pages, "HUGE_BYTES", 4096)
+    monkeypatch.setattr(huge_pages, "CHUNK_BYTES", 4096)
+    path, pack, plan = model
+    with open_checkpoint(path) as checkpoint:
+        from_files = ResidentStore.load(Running(path).plan, checkpoint)
+    for store, blocks in (
+        (from_files, checkpoint.spec.blocks()),
+        (ResidentStore.load(plan, PackReader(pack)), pack.blocks),
+    ):
+        matrices = [it for block in blocks for it in store.acquire(block).__enter__().matrix.values()]
+        places = sorted({(it.data.ctypes.data, it.nbytes) for it in matrices})
+        assert len(places) > 4
+        taken = sum(nbytes for _, nbytes in places)
+        (first, _), (last, nbytes) = places[0], places[-1]
+        assert last + nbytes - first < taken + taken // 64 + 4096 * (store is not from_files)
 
 
 def test_progress_ends_at_all_bytes(model: tuple[Path, Pack, Plan]) -> None:

@@ -124,6 +124,9 @@ class RemoteShard:
     def expect(self, pieces: Iterable[Piece]) -> None:
         self._ahead(pieces)
 
+    def reserve(self, nbytes: int) -> None:
+        self._memory.reserve(nbytes)
+
     def _ahead(self, pieces: Iterable[Piece]) -> PieceStream:
         with self._lending:
             if (stream := self._stream) is None:

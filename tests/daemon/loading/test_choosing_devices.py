@@ -32,7 +32,7 @@ from shoal.devices.errors import DeviceLost, NoSuchDevice
 from shoal.devices.sim_device import SimDevice
 from shoal.offload.budget import Budget
 from shoal.partition.throughput.placing import staging_worth
-from shoal.partition.throughput.profile import Device, Overheads, Profile, unmeasured
+from shoal.partition.throughput.profile import CopyContention, Device, Overheads, Profile, unmeasured
 
 CARD = "sim:64MB"
 
@@ -173,6 +173,16 @@ def test_a_card_without_memory_is_left_alone(path: Path, monkeypatch: pytest.Mon
         assert said.startswith("sim:10kB is left alone: 10 kB of its memory are free, too little")
 
 
+def test_a_card_is_not_tried_without_memory_to_try_it_with(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_timing, "HOST_TRIED_BYTES", 1 << 60)
+    with loaded(path) as node:
+        (said,) = status(node).warnings
+        assert said.startswith(f"{CARD} is left alone: ")
+        assert "of the memory budget are free, too little to try how fast it is" in said
+
+
 def test_one_that_is_lost_later_is_done_without(node: Node, path: Path) -> None:
     expected = text_of(node, prompt(0))[:2]
     with loaded(path) as there:
@@ -303,7 +313,9 @@ def test_only_so_many_are_kept(path: Path, tmp_path: Path, monkeypatch: pytest.M
     assert [it["key"].split(" | ")[1] for it in found["kept"]] == ["3", "2"]
 
 
-def test_the_laws_of_the_simulated_device_are_what_it_does(mixture: Path) -> None:
+def test_the_laws_of_the_simulated_device_are_what_it_does(
+    mixture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its link, the speed of its memory, and so many calls for a layer."""
     with loaded(mixture):
         pass
@@ -313,7 +325,21 @@ def test_the_laws_of_the_simulated_device_are_what_it_does(mixture: Path) -> Non
 
     with open_checkpoint(mixture) as checkpoint:
         model = weighed(checkpoint, "keep")
-    found = device_figures.device_figures(home, model, 1 << 26, None, laws=True).laws  # type: ignore[arg-type]
+    scarce, enough = Budget(device_timing.HOST_TRIED_BYTES - 1), Budget(device_timing.HOST_TRIED_BYTES)
+    held: list[int] = []
+
+    def looked(*_: object) -> CopyContention:
+        held.append(enough.free_bytes)
+        return CopyContention()
+
+    monkeypatch.setattr(device_timing, "copy_contention", looked)
+    none, found = (
+        device_figures.device_figures(home, model, 1 << 26, None, budget, laws=True).laws  # type: ignore[arg-type]
+        for budget in (scarce, enough)
+    )
+    assert none is None
+    assert held == [0], "the ledger has what the host's memory is read for"
+    assert enough.held_bytes == scarce.held_bytes == 0
     assert found is not None
     assert found.host_bytes_per_s == pytest.approx(16e9, rel=0.02)
     assert found.memory_bytes_per_s == pytest.approx(sim_device.SIM_MEMORY_BYTES_PER_S, rel=0.2)

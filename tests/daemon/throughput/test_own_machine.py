@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from shoal import kernels
+from shoal.comm.home import Home
 from shoal.daemon.throughput import (
     brief_profile,
     cache_laws,
@@ -18,7 +20,7 @@ from shoal.daemon.throughput import (
     own_machine,
 )
 from shoal.daemon.throughput.kept_profile import Kept, profile_key, read_kept, write_kept
-from shoal.daemon.throughput.own_machine import OwnMachine
+from shoal.daemon.throughput.own_machine import OwnMachine, profile_file
 from shoal.partition.throughput.profile import CORRECTED, Profile, RowsLaw, unmeasured
 from shoal.partition.throughput.profile_checks import check_profile
 
@@ -55,18 +57,16 @@ def looked(machine: OwnMachine, *kinds: str, idle: bool = True) -> None:
         thread.join(30)
 
 
-@pytest.mark.parametrize("form", ["3 | ", f"{kept_profile.FORM} | "])
-def test_what_was_measured_in_an_older_form_is_replaced(tmp_path: Path, quick: None, form: str) -> None:
-    """As far as it can be; what holds on other threads is worth more than a brief look."""
+@pytest.mark.parametrize("key", ["3 | ", f"{kept_profile.FORM} | another version of the kernels"])
+def test_what_does_not_hold_any_more_is_replaced(tmp_path: Path, quick: None, key: str) -> None:
+    """Also by something brief: nobody else would read it."""
     kept = tmp_path / "profile.json"
-    write_kept(kept, f"{form}on other threads", Kept(Profile((unmeasured(1),))))
-    before = kept.read_bytes()
+    write_kept(kept, key, Kept(Profile((replace(unmeasured(1, 1e9), measured=True),))))
     machine = OwnMachine(1, kept, tmp_path)
     assert not machine.device.measured
     looked(machine, "Q8_0")
     assert machine.device.measured
-    assert (kept.read_bytes() != before) == (form == "3 | ")
-    assert OwnMachine(1, kept, tmp_path).device.measured == (form == "3 | ")
+    assert OwnMachine(1, kept, tmp_path).device == machine.device
 
 
 def test_it_is_measured_between_requests_and_kept(tmp_path: Path, quick: None) -> None:
@@ -144,21 +144,26 @@ def test_a_file_that_is_damaged_is_as_none(tmp_path: Path) -> None:
         assert OwnMachine(1, kept, tmp_path).device == unmeasured(1)
 
 
-def test_what_was_measured_for_other_threads_is_not_overwritten_by_something_brief(
-    tmp_path: Path, quick: None
+def test_a_profile_is_kept_for_each_kernels_and_threads(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = tmp_path / "profile.json"
-    whole = Kept(Profile((replace(unmeasured(2, 1e9), measured=True),)))
-    write_kept(kept, profile_key(2, tmp_path), whole)
-    before = kept.read_bytes()
-    machine = OwnMachine(1, kept, tmp_path)
-    assert not machine.device.measured
-    looked(machine, "Q8_0")
-    assert machine.device.measured
-    assert kept.read_bytes() == before
-    machine.correct(PARTS, 2.0)  # type: ignore[arg-type]
-    machine.save()
-    assert kept.read_bytes() == before
+    """Whoever tries other kernels or threads finds what was measured with the first ones again. A file of before that
+    was so is let be."""
+    home = Home(tmp_path)
+    home.root.joinpath("profile.json").write_bytes(b'{"key": "7 | x86_64", "profile": {"devices": []}}')
+    made = {}
+    for name, threads in (("scalar", 1), ("scalar", 2), ("reference", 1)):
+        monkeypatch.setattr(kernels, "home", lambda name=name: name)
+        machine = OwnMachine.of(home, threads)
+        assert not machine.device.measured
+        looked(machine, "Q8_0")
+        assert machine.device.measured
+        made[name, threads] = machine.device
+    assert len({device.products for device in made.values()}) == len(made)
+    for (name, threads), device in made.items():
+        monkeypatch.setattr(kernels, "home", lambda name=name: name)
+        assert OwnMachine.of(home, threads).device == device
+        assert profile_file(home, threads).parent == home.root
 
 
 @pytest.fixture

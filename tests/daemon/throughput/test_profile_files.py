@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.throughput.profile_files import parse_profile, profile_text, read_profile
 from shoal.daemon.throughput.profile_words import device_facts
+from shoal.partition.throughput.laws import passing_bytes_per_s
 from shoal.partition.throughput.profile import AttentionLaw, CacheLaw, Profile, ReadLaw, RowsLaw
 from shoal.partition.throughput.profile_checks import MAX_LAWS
 
@@ -63,6 +64,13 @@ def test_a_profile_by_hand() -> None:
     profile = parse(json.dumps(HAND).encode())
     assert [device.name for device in profile.devices] == ["a", "b"]
     assert profile.head.accelerators[0].host_bytes_per_s == 3e10
+    assert passing_bytes_per_s(profile.head.accelerators[0]) == 3e10  # where only one figure is known
+    both = parse(changed("devices.0.accelerators.0.locked_bytes_per_s", 5e10))
+    assert passing_bytes_per_s(both.head.accelerators[0]) == 5e10
+    with pytest.raises(
+        DaemonError, match=r"accelerators\[0\].locked_bytes_per_s=5: must be 0, or at least 1000"
+    ):
+        parse(changed("devices.0.accelerators.0.locked_bytes_per_s", 5))
     assert profile.devices[1].disk_bytes_per_s == 0
     link = profile.link("b", "a")
     assert link is not None

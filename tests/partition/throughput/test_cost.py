@@ -14,7 +14,6 @@ from shoal.partition.spec import MoeSpec, RopeSpec
 from shoal.partition.streamed_plan import plan_streamed
 from shoal.partition.throughput.cost import cost
 from shoal.partition.throughput.laws import attention, distinct_experts, product
-from shoal.partition.throughput.peak import RESIDENT_BYTES, peak_bytes
 from shoal.partition.throughput.prediction import MEASURED, Binding, Job, Prediction, uncertainty
 from shoal.partition.throughput.profile import (
     ANY,
@@ -199,37 +198,6 @@ def test_contention_slows_what_is_hidden_too() -> None:
     plan = streamed(DENSE, DENSE.weights_bytes // 2)
     calm = replace(device(), contention=ALONE)
     assert cost(DENSE, plan, calm, Job()).token_s < cost(DENSE, plan, device(), Job()).token_s
-
-
-def test_peak_is_that_of_the_job() -> None:
-    """A job that uses all of a plan needs all that it may hold; another spares pages of K and V, and numbers of rows
-    that it does not have. The tokenizer is there anyway."""
-    plan = in_ram(DENSE)
-    pages, page_tokens = plan.kv.pages, plan.kv.page_tokens
-    streams = plan.sequences + plan.guesses
-    all_of_it = Job(
-        plan.kv.tokens // plan.sequences - 1, 1, plan.sequences, -(-plan.guesses // plan.sequences)
-    )
-    assert all_of_it.batch * all_of_it.prompt_tokens >= plan.chunk_tokens
-    assert streams == all_of_it.batch * (1 + all_of_it.guesses)
-    whole = peak_bytes(DENSE, plan, all_of_it)
-    assert whole == RESIDENT_BYTES + plan.peak_bytes
-    assert peak_bytes(replace(DENSE, tokenizer_bytes=5 * MB), plan, all_of_it) == whole + 5 * MB
-    short = Job(3 * page_tokens - 16, 16)
-    page_bytes = plan.kv.nbytes // pages
-    once, twice = (peak_bytes(DENSE, plan, short, times) for times in (1, 2))
-    assert twice - once == 3 * page_bytes, "what has been answered is kept"
-    assert whole - once > (pages - 3) * page_bytes
-    assert peak_bytes(DENSE, plan, short, 1000) + plan.kv.nbytes // 2 < whole + plan.kv.nbytes
-    half = peak_bytes(DENSE, plan, short._replace(new_tokens=16 + page_tokens // 2))
-    assert once + page_bytes // 2 < half < once + page_bytes, "all keys of a page, and half of its values"
-    begun = Job(page_tokens // 2, 1)
-    more = peak_bytes(DENSE, plan, begun, 4) - peak_bytes(DENSE, plan, begun)
-    assert 2 * page_bytes < more < 3 * page_bytes, "pages that were only begun are kept as well"
-    assert peak_bytes(DENSE, plan, begun, 1000) < whole - plan.kv.nbytes // 5, (
-        "and nothing is in a fourth of them"
-    )
-    assert cost(DENSE, plan, device(), short).peak_bytes == {"one": once}
 
 
 def test_what_blocks_give_is_added_to_every_number_of_a_hidden_state() -> None:

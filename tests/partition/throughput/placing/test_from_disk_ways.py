@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from shoal.partition.plan import Misfit, Plan
 from shoal.partition.spec import MoeSpec
 from shoal.partition.throughput.alone import AS_QUICK, best_plan, usual_job
-from shoal.partition.throughput.cost import batch_tokens_per_s, cost, round_bytes
+from shoal.partition.throughput.cost import batch_tokens_per_s, cost, round_bytes, step_cost
+from shoal.partition.throughput.laws import passing_bytes_per_s
 from shoal.partition.throughput.placing.device_ways import (
     expert_of,
     plan_with_device,
     ways_from_disk,
+    ways_through_device,
     with_device_or_alone,
 )
 from shoal.partition.throughput.prediction import Job
@@ -268,3 +270,30 @@ def test_a_disk_as_quick_as_the_link_keeps_it_busy(memory: int) -> None:
     found = cost(DENSE, plan, machine, Job(1, 2, 2))
     assert 0 < found.parts["disk"] < found.parts["link"]
     assert found.token_s < 1.04 * found.parts["link"]
+
+
+@pytest.mark.parametrize("model", [DENSE, MIXED], ids=["dense", "mixture"])
+def test_what_passes_from_memory_has_the_speed_of_locked_pages(model: Weighed) -> None:
+    """What comes from disk, hidden states, and experts that come for prompts go in packets."""
+    there = card(host_bytes_per_s=1e8, flops=1e15)
+    quick = replace(there, locked_bytes_per_s=4e8)
+    assert (passing_bytes_per_s(there), passing_bytes_per_s(quick)) == (1e8, 4e8)
+    machine = replace(MACHINE, memory_bytes_per_s=1e13, flops=1e15, disk_bytes_per_s=1e11)
+    room = room_of(there, expert_of(model))._replace(gathers=False)
+    (way,) = ways_through_device(model, [wanted(model.spec)], room, 2000 * MB)
+    assert isinstance(way.made, Plan)
+    in_memory = way.made
+    from_disk = plans(model, there, 400 * MB)["through gpu from disk"]
+    staying = plans(model, there, 400 * MB, chunk_tokens=512)["on gpu"]
+
+    def took(plan: Plan, accelerator: Accelerator) -> float:
+        return step_cost(model, plan, replace(machine, accelerators=(accelerator,)), 2, 100).seconds
+
+    passing = [it.nbytes for it in in_memory.blocks if it.passes]
+    saved_s = took(in_memory, there) - took(in_memory, quick)
+    assert saved_s == pytest.approx(sum(passing) * (1 / 1e8 - 1 / 4e8), rel=0.01)
+    here = sum(it.nbytes for it in from_disk.blocks if it.passes and it.tier == "ram")
+    saved_s = took(from_disk, there) - took(from_disk, quick)
+    assert saved_s == pytest.approx(here * (1 / 1e8 - 1 / 4e8), rel=0.02)
+    assert 0 < here < sum(passing)
+    assert took(staying, there) == took(staying, quick)
