@@ -1,6 +1,6 @@
 """Measures this machine for the throughput model, and keeps what it found.
 
-Takes half a minute of all processors, so nothing else should compute then. What was measured holds until hardware,
+Takes less than a minute of all processors, so nothing else should compute then. What was measured holds until hardware,
 kernels, threads or the disk change, or if others computed, until they do not; how much memory is free is asked each
 time.
 """
