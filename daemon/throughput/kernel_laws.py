@@ -50,7 +50,10 @@ POOL_BYTES, MOST_POOL_BYTES = 192 << 20, 512 << 20
 POOL_TIMES = 4  # as large as the last cache, within these limits
 ROUNDS = 3  # of all tables, one after the other: a machine changes its speed within seconds
 HELD_UP = 1.3  # times as long as with more rows
-CALLS, ENOUGH_CALLS = 1, 32  # at least, of each point in a round, and at most: rounds differ by more than these
+CALLS, ENOUGH_CALLS = (
+    1,
+    32,
+)  # at least, of each point in a round, and at most: rounds differ by more than these
 CELL_S = 0.008  # for which it is called again
 _SMALL_CALLS, _SWEPT_BYTES = 48, 16 << 20  # small ones, behind so many bytes of weights at most
 
