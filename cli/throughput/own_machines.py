@@ -46,7 +46,7 @@ def _told(progress: Progress) -> Progress:
         nonlocal told
         if not told:
             told = True
-            note("measuring this machine: about half a minute; the result is kept")
+            note("measuring this machine: less than a minute; the result is kept")
         progress(what, done, total)
 
     return update

@@ -46,7 +46,8 @@ if TYPE_CHECKING:
 def profile(threads: int | None, out: Path | None, anew: bool, given: Path | None, as_json: bool) -> None:
     """Measure what this machine can do: memory, kernels by stored type and rows, attention, the disk, fixed costs.
 
-    Takes half a minute in which nothing else should run, and is kept until hardware, threads, disk or Shoal change.
+    Takes less than a minute in which nothing else should run, and is kept until hardware, threads, disk or Shoal
+    change.
     shoal plan predicts from it, here or on another machine that is given the file. If machines are attached to the
     daemon here, they and the links to them are measured, too, and are in the file.
     """

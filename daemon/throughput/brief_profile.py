@@ -87,7 +87,7 @@ def _measured(
     rounds = table_rounds(home, pool, types, math.inf, going)
     laws = middle(rounds)
     going("")
-    caches = cache_law(home, pool, types, going)
+    caches = cache_law(home, pool, types, laws, going)
     if before is not None:
         return replace(before, products=(*before.products, *laws), caches=_with(before.caches, caches))
     fixed = overheads(going)

@@ -7,6 +7,7 @@ on the threads that kernels are set to, so nothing else should compute meanwhile
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -42,13 +43,17 @@ log = logging.getLogger(__name__)
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 256)
 MANY_ROWS = 32  # from here on, computing counts, and less memory has to be passed
-# With fewer, what kernels make of the rows before they multiply would count for more than in models.
+# Of matrices that share what kernels make of the rows before they multiply. With fewer that would count for more than
+# in models.
 MANY_ROWS_BYTES = 8 << 20
 POOL_BYTES, MOST_POOL_BYTES = 192 << 20, 512 << 20
 POOL_TIMES = 4  # as large as the last cache, within these limits
 ROUNDS = 3  # of all tables, one after the other: a machine changes its speed within seconds
 HELD_UP = 1.3  # times as long as with more rows
-CALLS = 1  # at least, of each point in a round
+CALLS, ENOUGH_CALLS = (
+    1,
+    32,
+)  # at least, of each point in a round, and at most: rounds differ by more than these
 CELL_S = 0.008  # for which it is called again
 _SMALL_CALLS, _SWEPT_BYTES = 48, 16 << 20  # small ones, behind so many bytes of weights at most
 
@@ -85,7 +90,7 @@ def usual_s(calls: Iterator[Callable[[], object]]) -> float:
     quick as it can be."""
     took: list[float] = []
     until_s = time.perf_counter() + CELL_S
-    while len(took) < CALLS or time.perf_counter() < until_s:
+    while len(took) < CALLS or (len(took) < ENOUGH_CALLS and time.perf_counter() < until_s):
         call = next(calls)
         began_s = time.perf_counter()
         call()
@@ -171,8 +176,8 @@ def table_rounds(
                     said = "measuring takes too long, as something else computes: no tables for %s and others"
                     log.warning(said, kind.name)
                 break
-            laws += (table(home, pool, kind, size, calls, done) for size in SIZES)
-            laws += (table(home, pool, kind, size, calls, done, NARROW_INPUTS) for size in narrow_sizes(kind))
+            laws += (table(home, pool, kind, size, WIDE_INPUTS, calls, done) for size in SIZES)
+            laws += (table(home, pool, kind, size, NARROW_INPUTS, calls, done) for size in narrow_sizes(kind))
         rounds.append(laws)
     return rounds
 
@@ -182,16 +187,29 @@ def table(
     pool: Pool,
     kind: WeightType,
     size: SizeClass,
+    input_bits: InputBits,
     calls: Mapping[int, float],
     done: Callable[[str], None],
-    input_bits: InputBits = WIDE_INPUTS,
+    below: float = math.inf,
 ) -> RowsLaw:
-    """Of one type and size. `calls`: how much of each call is not the weights' (`calls_s`)."""
-    points, counts = [], ROWS if input_bits == WIDE_INPUTS else NARROW_ROWS
+    """Of one type and size, for fewer rows than `below`. `calls`: how much of each call is not the weights'
+    (`calls_s`)."""
+    points, counts = [], _row_counts(input_bits, below)
     for rows in counts:
         done(f"{kind.name}, {size.name}")
         points.append(_point(home, pool, kind, size, rows, calls[_passing_bytes(size)], input_bits))
     return RowsLaw(kind.name, points[0][1], counts, not_held_up([it for it, _ in points]), input_bits)
+
+
+def _row_counts(input_bits: InputBits, below: float) -> tuple[int, ...]:
+    """Of which a table has points."""
+    return tuple(it for it in (ROWS if input_bits == WIDE_INPUTS else NARROW_ROWS) if it < below)
+
+
+def table_points(kinds: Sequence[WeightType], below: float = math.inf) -> int:
+    """Of all tables for these types, once, for fewer rows than `below`."""
+    wide, narrow = len(kinds) * len(SIZES), sum(len(narrow_sizes(kind)) for kind in kinds)
+    return wide * len(_row_counts(WIDE_INPUTS, below)) + narrow * len(_row_counts(NARROW_INPUTS, below))
 
 
 def not_held_up(times: Sequence[float]) -> tuple[float, ...]:
@@ -245,36 +263,52 @@ def _point(
     input_bits: InputBits,
 ) -> tuple[float, float]:
     """(seconds for each byte of weights, bytes of one matrix)"""
-    nbytes = min(size.nbytes, MANY_ROWS_BYTES) if rows >= MANY_ROWS else size.nbytes
+    sharing = 1 if size.form == "linears" else 2  # gate and up
+    nbytes = min(size.nbytes, MANY_ROWS_BYTES // sharing) if rows >= MANY_ROWS else size.nbytes
     high = max(1, round(nbytes / kind.matrix_bytes(BAND_ROWS, size.cols))) * BAND_ROWS
     count = (EXPERTS_OF_LONG if rows >= MANY_ROWS else EXPERTS) if size.form == "experts" else 1
     matrices = 1 if size.form == "linears" else 3 * count
     wide = -(-high // 256) * 256  # columns of down are whole blocks of any type
     x = home.place(np.ones((rows, size.cols), np.float32))
     into = home.place(np.zeros((rows, size.cols), np.float32))
-    nums = np.tile(np.arange(rows, dtype=np.int64), count)
-    routes = Routes(tuple(rows * i for i in range(count + 1)), nums, np.ones(len(nums), np.float32))
+    routes, no_routes = _routes(rows, count), _routes(0, count)
 
     def gated() -> FeedForward:
         enter = Linears((pool.matrix(kind, wide, size.cols), pool.matrix(kind, wide, size.cols)))
         return FeedForward(enter, Linears((pool.matrix(kind, size.cols, wide),)), "silu")
 
     def call() -> Callable[[], object]:
+        """Of weights that were used before, as a model's are: what is worked out about them then is known."""
         if size.form == "linears":
             linears = Linears((pool.matrix(kind, high, size.cols),), input_bits=input_bits)
+            home.linears(x[:0], linears)
             return partial(home.linears, x, linears)
         if size.form == "gated":
-            return partial(home.feed_forward, x, gated())
-        return partial(home.experts, x, [gated() for _ in range(count)], routes, into)
+            layer = gated()
+            home.feed_forward(x[:0], layer)
+            return partial(home.feed_forward, x, layer)
+        layers = [gated() for _ in range(count)]
+        home.experts(x[:0], layers, no_routes, into[:0])
+        return partial(home.experts, x, layers, routes, into)
 
     if size.form == "linears":
         one = kind.matrix_bytes(high, size.cols)
     else:
         one = (2 * kind.matrix_bytes(wide, size.cols) + kind.matrix_bytes(size.cols, wide)) // 3
-    # As in a model, the same calls come again and again: what is worked out at the first is known later.
-    coming = len(pool.memory) // 2 // (matrices * one)
-    seconds = usual_s(cycle([call() for _ in range(max(1, coming))]))
+    coming = max(1, len(pool.memory) // 2 // (matrices * one))
+    calls = cycle(call() for _ in range(coming))
+    if (
+        rows >= MANY_ROWS
+    ):  # so few calls have time that the first counts, whose results lie in memory that is new
+        next(calls)()
+    seconds = usual_s(calls)
     return max(0.05 * seconds, seconds - call_s) / (matrices * one), float(one)
+
+
+def _routes(rows: int, experts: int) -> Routes:
+    """Each row to each expert."""
+    tokens = np.tile(np.arange(rows, dtype=np.int64), experts)
+    return Routes(tuple(rows * i for i in range(experts + 1)), tokens, np.ones(len(tokens), np.float32))
 
 
 def memory_bytes_per_s(laws: Sequence[RowsLaw]) -> float:

@@ -1,6 +1,6 @@
 """Measures this machine for the throughput model, and keeps what it found.
 
-Takes half a minute of all processors, so nothing else should compute then. What was measured holds until hardware,
+Takes less than a minute of all processors, so nothing else should compute then. What was measured holds until hardware,
 kernels, threads or the disk change, or if others computed, until they do not; how much memory is free is asked each
 time.
 """
@@ -30,18 +30,15 @@ from shoal.offload.errors import OffloadError
 from shoal.partition.memory_layout import KV_FORMATS
 from shoal.partition.throughput.profile import Contention, Device, Profile, ReadLaw
 
-from .cache_laws import PARTS, cache_law
+from .cache_laws import COMPUTED_ROWS, PARTS, cache_law
 from .disk_laws import READS, RINGS, DiskFile, contention, read_law, written
 from .fixed_costs import overheads, turns
 from .kept_profile import Kept, profile_key, read_kept, write_kept
 from .kernel_laws import (
     CONTEXTS,
     HEAD_DIMS,
-    NARROW_ROWS,
     QUERIES,
     ROUNDS,
-    ROWS,
-    SIZES,
     Pool,
     attention_laws,
     flops_of,
@@ -49,7 +46,7 @@ from .kernel_laws import (
     laid_out_bytes_per_s,
     memory_bytes_per_s,
     middle,
-    narrow_sizes,
+    table_points,
     table_rounds,
 )
 
@@ -95,10 +92,8 @@ def measure(threads: int, place: Path, progress: Progress = no_progress) -> Prof
             "resources", "measuring takes up to 1 GB of memory, and less is free", "end something else"
         )
     began_s = time.monotonic()
-    narrow = sum(len(narrow_sizes(kind)) for kind in WEIGHT_TYPES)
-    tables = len(WEIGHT_TYPES) * len(SIZES) * len(ROWS) + narrow * len(NARROW_ROWS)
     attended = len(HEAD_DIMS) * len(QUERIES) * len(KV_FORMATS) * len(CONTEXTS)
-    steps = (ROUNDS + 1) * tables + 2 * attended
+    steps = ROUNDS * table_points(WEIGHT_TYPES) + table_points(WEIGHT_TYPES, COMPUTED_ROWS) + 2 * attended
     steps += turns() + ROUNDS * (len(READS) + len(RINGS) + len(PARTS) + 1) + 1
     at = 0
 
@@ -120,7 +115,7 @@ def measure(threads: int, place: Path, progress: Progress = no_progress) -> Prof
     rounds = table_rounds(home, pool, kinds, began_s + LIMIT_S, done)
     laws = middle(rounds)
     tabled = {law.kind for law in laws}
-    caches = cache_law(home, pool, [kind for kind in kinds if kind.name in tabled], done)
+    caches = cache_law(home, pool, [kind for kind in kinds if kind.name in tabled], laws, done)
     q4_k = next(kind for kind in WEIGHT_TYPES if kind.name == "Q4_K")
     flops = max(flops_of(law) for law in laws if law.kind == q4_k.name)
     device = Device(

@@ -360,7 +360,7 @@ def test_measuring_is_said_where_no_bar_is_seen(
     monkeypatch.setattr(profiling, "machine_profile", profile)
     code, result = run("plan", config)
     assert code == 0
-    said = ["measuring this machine: about half a minute; the result is kept"]
+    said = ["measuring this machine: less than a minute; the result is kept"]
     assert result.stderr.splitlines() == said * measures
 
 
