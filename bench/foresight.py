@@ -16,6 +16,7 @@ Nothing else should run.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -72,6 +73,17 @@ ROUNDS = (3, 2, 1)
 FIXED_S, GROUP_FIXED_S, LOAD_BYTES_PER_S = 4.5, 10.0, 0.7e9  # of a cell, besides what is predicted
 INDEPENDENT = 1.0  # share of experts: routers of random weights choose as if by dice
 PORT = 27650
+ROOM = """
+import sys
+from pathlib import Path
+from shoal.cli import main
+from shoal.daemon.measurement import budget_of
+from shoal.daemon.loading.runnable import read_tokenizer
+from shoal.models.checkpoint.checkpoint import open_checkpoint
+budget = budget_of(int(sys.argv[2]))
+with open_checkpoint(Path(sys.argv[1])) as checkpoint:
+    print(budget.free_bytes - read_tokenizer("model", checkpoint, budget).nbytes)
+"""
 
 
 class CellFailed(Exception):
@@ -129,8 +141,12 @@ def alone_foretold(cell: Cell, path: Path, profile: Profile) -> Way | None:
         max_sequences=max(cell.batch, NodeConfig().max_sequences),
         max_guesses=0,
     )
-    room = (cell.memory or int(profile.head.memory_bytes)) - PROCESS_BYTES - model.tokenizer_bytes
-    plan = make_plan(model, config, room)
+    memory = cell.memory or int(profile.head.memory_bytes)
+    plan = make_plan(
+        model,
+        config,
+        room_bytes(path, memory) if cell.memory else memory - PROCESS_BYTES - model.tokenizer_bytes,
+    )
     if isinstance(plan, Misfit):
         return None
     plan = replace(plan, narrow_inputs=True)  # as of a machine that is in no cluster
@@ -142,6 +158,16 @@ def alone_foretold(cell: Cell, path: Path, profile: Profile) -> Way | None:
 
     name = "stream" if plan.streams else "memory"
     return Way(name, whole, found, lambda rounds: peak_bytes(model, plan, job, 1 + rounds))
+
+
+@functools.cache
+def room_bytes(path: Path, memory: int) -> int:
+    """What a fresh process with this budget has left for the model. With some MB more or less other blocks stay in
+    memory, which changes when the processor waits for the disk."""
+    printed = subprocess.run(
+        [sys.executable, "-P", "-c", ROOM, str(path), str(memory)], check=True, capture_output=True, text=True
+    ).stdout
+    return int(printed)
 
 
 def group_foretold(cell: Cell, path: Path, profile: Profile) -> Way | None:

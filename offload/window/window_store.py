@@ -144,7 +144,9 @@ class WindowStore:
         try:
             coming = iter(passages)
             yield [
-                kept.enter_result if (kept := self._kept.get(block)) else self._slots.weights(self._pack, next(coming))
+                kept.enter_result
+                if (kept := self._kept.get(block))
+                else self._slots.weights(self._pack, next(coming))
                 for block in blocks
             ]
         finally:
