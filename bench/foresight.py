@@ -17,21 +17,18 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
 import random
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
-from cluster import ask, group
 from harness.cells import (
     WANTED,
     Cell,
@@ -43,7 +40,8 @@ from harness.cells import (
     summary,
     verdict,
 )
-from harness.own_profiles import floors, halves, loopback, nearest_round, profile_of, rank_profile
+from harness.measuring import CellFailed, alone, in_group, processor_s, shoal
+from harness.own_profiles import floors, halves, loopback, nearest_round, profile_of
 
 from shoal.comm.home import Home
 from shoal.daemon.config import NodeConfig
@@ -72,7 +70,6 @@ CELL_S = 18.0
 ROUNDS = (3, 2, 1)
 FIXED_S, GROUP_FIXED_S, LOAD_BYTES_PER_S = 4.5, 10.0, 0.7e9  # of a cell, besides what is predicted
 INDEPENDENT = 1.0  # share of experts: routers of random weights choose as if by dice
-PORT = 27650
 ROOM = """
 import sys
 from pathlib import Path
@@ -84,10 +81,6 @@ budget = budget_of(int(sys.argv[2]))
 with open_checkpoint(Path(sys.argv[1])) as checkpoint:
     print(budget.free_bytes - read_tokenizer("model", checkpoint, budget).nbytes)
 """
-
-
-class CellFailed(Exception):
-    """A cell that cannot be measured."""
 
 
 def cells(models: Path, threads: int) -> Iterator[Cell]:
@@ -122,12 +115,14 @@ def fresh_share(pages: int, job: Job, rounds: int) -> float:
 
 class Way(NamedTuple):
     """A plan: its name, bytes that come round in its steps, and, if the job is done so many times besides warming up,
-    what is predicted of it and the bytes that the process has at most (0: not looked at)."""
+    what is predicted of it and the bytes that the process has at most (0: not looked at); and what stays of the weights
+    if not all do."""
 
     name: str
     round_bytes: float
     prediction: Callable[[int], Prediction]
     peak_bytes: Callable[[int], int] = lambda rounds: 0
+    resident_bytes: int = 0
 
 
 def alone_foretold(cell: Cell, path: Path, profile: Profile) -> Way | None:
@@ -157,7 +152,8 @@ def alone_foretold(cell: Cell, path: Path, profile: Profile) -> Way | None:
         return cost(model, plan, profile.head, job._replace(fresh=fresh))
 
     name = "stream" if plan.streams else "memory"
-    return Way(name, whole, found, lambda rounds: peak_bytes(model, plan, job, 1 + rounds))
+    held = plan.pinned_bytes + plan.expert_bytes if plan.streams else 0
+    return Way(name, whole, found, lambda rounds: peak_bytes(model, plan, job, 1 + rounds), held)
 
 
 @functools.cache
@@ -203,7 +199,7 @@ def foretell(models: Path, threads: int) -> list[Foretold]:
             continue
         if made is None:
             continue
-        name, whole, predicted, peak_bytes = made
+        name, whole, predicted, peak_bytes, resident_bytes = made
         row = predicted(1)
         once_s = row.ttft_s + cell.new_tokens * row.token_s
         before_s = (GROUP_FIXED_S if cell.ranks > 1 else FIXED_S) + path.stat().st_size / LOAD_BYTES_PER_S
@@ -229,14 +225,11 @@ def foretell(models: Path, threads: int) -> list[Foretold]:
                 dict(row.parts),  # type: ignore[arg-type]
                 dict(row.prompt_parts),  # type: ignore[arg-type]
                 size,
+                resident_bytes,
             )
         )
     random.Random(0).shuffle(found)
     return found
-
-
-def shoal(*arguments: str) -> list[str]:
-    return [sys.executable, "-P", "-m", "shoal.cli.main", *arguments]
 
 
 def measured(models: Path, foretold: Foretold) -> Measured:
@@ -255,75 +248,10 @@ def measured(models: Path, foretold: Foretold) -> Measured:
     return Measured(cell, took.ttft_s, took.token_s, took.peak_bytes, before, after, took.apart, others)
 
 
-def processor_s() -> dict[int, float]:
-    """By process, what it has taken of processors; not this one."""
-    found = {}
-    for place in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            fields = place.read_text().rpartition(")")[2].split()  # a name may have blanks
-            found[int(place.parent.name)] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    found.pop(os.getpid(), None)
-    return found
-
-
 def read_from(path: Path, quant: str) -> Path:
     """The largest file of a model, or of its pack: each lies on the disk in its own way. `quant`: "" for no pack."""
     where = Packs(Home.from_env()).directory(path, quant) if quant else path  # type: ignore[arg-type]
     return where if where.is_file() else max(where.iterdir(), key=lambda it: it.stat().st_size)
-
-
-class Took(NamedTuple):
-    """Seconds to the first token, and for each later one; bytes at most (0: not looked at); half of the range of
-    rounds, as a share of their middle: of a token."""
-
-    ttft_s: float
-    token_s: float
-    peak_bytes: int
-    apart: float
-
-
-def alone(file: Path, foretold: Foretold) -> Took:
-    """By `shoal bench`."""
-    cell = foretold.cell
-    named = f"{file}:{cell.quant}" if cell.quant != "keep" else str(file)
-    command = shoal("bench", named, "--json")
-    options = {
-        "--prompt-tokens": cell.prompt_tokens,
-        "--new-tokens": cell.new_tokens,
-        "--batch": cell.batch,
-        "--repeat": foretold.rounds,
-        "--threads": cell.threads,
-        **({"--memory": cell.memory} if cell.memory else {}),
-    }
-    command += [str(part) for pair in options.items() for part in pair]
-    # A process begins with the peak of the one that became it, which would be ours with the floors' buffer. The shell's
-    # child is a process of its own.
-    ended = subprocess.run(
-        ["sh", "-c", '"$@"; exit $?', "sh", *command], capture_output=True, text=True, check=False
-    )
-    if ended.returncode:
-        raise CellFailed(f"{cell.name}: {ended.stderr.strip()}")
-    result: dict[str, Any] = json.loads(ended.stdout)
-    prefill, decode = (result[f"{part}_tokens_per_s"] for part in ("prefill", "decode"))
-    ttft_s = cell.batch * cell.prompt_tokens / prefill["median"]
-    usual = max(decode["median"], 1e-9)
-    apart = (decode["max"] - decode["min"]) / (2 * usual)
-    return Took(ttft_s, cell.batch / usual, result["peak_memory_bytes"], apart)
-
-
-def in_group(file: Path, foretold: Foretold) -> Took:
-    """The same by daemons on loopback; what they take is not looked at."""
-    cell, source = foretold.cell, random.Random(0)
-    pins, exact = [""] * cell.ranks, ("--speculate", "off")  # one token a step, as is predicted
-    known = rank_profile(cell.threads, cell.threads * cell.ranks, file.parent)
-    with group(file.resolve(), cell.ranks, cell.threads, PORT, pins, exact, known) as client:
-        found = [
-            ask(client, [source.randrange(1000) for _ in range(cell.prompt_tokens)], cell.new_tokens)
-            for _ in range(foretold.rounds + 1)
-        ][1:]
-    firsts, tokens = zip(*found, strict=True)
-    apart = (max(tokens) - min(tokens)) / (2 * median(tokens))
-    return Took(median(firsts), median(tokens), 0, apart)
 
 
 def measure(foretold: list[Foretold], options: argparse.Namespace) -> list[Measured]:

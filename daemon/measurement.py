@@ -57,6 +57,7 @@ class BenchResult(msgspec.Struct, frozen=True):
     prefill_tokens_per_s: Spread
     decode_tokens_per_s: Spread
     peak_memory_bytes: int
+    resident_weight_bytes: int  # that stayed in memory, of whichever experts
     threads: int
     ranks: int = 1
 
@@ -125,6 +126,7 @@ def bench(
         prefill_tokens_per_s=Spread.of(prefill),
         decode_tokens_per_s=Spread.of(decode or [0.0]),
         peak_memory_bytes=peak_memory_bytes(),
+        resident_weight_bytes=loaded.plan.pinned_bytes + loaded.plan.expert_bytes,
         threads=config.thread_count,
         ranks=loaded.ranks,
     )

@@ -75,7 +75,8 @@ class Floors:
 class Foretold:
     """What was predicted of a cell, before anything was measured. `floors`: when the profile was. `peak_bytes`: 0 = not
     to be looked at. `rounds`: to measure. `parts`, `prompt_parts`: seconds of a token and of the prompts by what takes
-    them (see `Prediction`); without them all of it is what binds. `round_bytes`: with which floors are probed."""
+    them (see `Prediction`); without them all of it is what binds. `round_bytes`: with which floors are probed.
+    `resident_bytes`: of weights, that stay in memory where others are streamed (0: all do)."""
 
     cell: Cell
     plan: str
@@ -89,6 +90,7 @@ class Foretold:
     parts: dict[str, float] = field(default_factory=dict)
     prompt_parts: dict[str, float] = field(default_factory=dict)
     round_bytes: int = 1 << 30
+    resident_bytes: int = 0
 
     def void(self, measured: Measured) -> bool:
         """Whether the machine changed meanwhile by more than `VOID` in what this cell goes with, so that it says

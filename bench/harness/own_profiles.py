@@ -34,14 +34,19 @@ KIND = next(kind for kind in WEIGHT_TYPES if kind.name == "Q8_0")  # which no ke
 COLUMNS, MATRIX_BYTES = 4096, 8 << 20
 LEAST_READ_BYTES, PROBES = 384 << 20, 5
 COMPUTED_ROWS, COMPUTED = 64, 180  # rows, and products: a second
-SAMPLE_BYTES = 512 << 20  # of a file
+SAMPLE_BYTES, SWEEPS = 512 << 20, 3  # of a file
 ROUND_BYTES = tuple(it << 20 for it in (64, 96, 128, 192, 256, 384, 512, 1024))  # with which memory is probed
 
 
 def floors(threads: int, file: Path, round_bytes: int) -> Floors:
     """Of memory, of the disk and of computing, now."""
     memory = weights_gb_per_s(threads, round_bytes)
-    return Floors(memory, disk.read_gb_per_s(file, sample_bytes=SAMPLE_BYTES), compute_gflops(threads))
+    return Floors(memory, disk_gb_per_s(file), compute_gflops(threads))
+
+
+def disk_gb_per_s(file: Path) -> float:
+    """The median of some sweeps: one in ten or so meets a disk that others use."""
+    return median(disk.read_gb_per_s(file, sample_bytes=SAMPLE_BYTES) for _ in range(SWEEPS))
 
 
 def weights_gb_per_s(threads: int, nbytes: int) -> float:
@@ -109,7 +114,7 @@ def profile_of(threads: int, file: Path) -> Known:
     """This machine on so many threads, measured by itself, and its floors meanwhile."""
 
     def probed() -> dict[int, Floors]:
-        read, computed = disk.read_gb_per_s(file, sample_bytes=SAMPLE_BYTES), compute_gflops(threads)
+        read, computed = disk_gb_per_s(file), compute_gflops(threads)
         return {it: Floors(weights_gb_per_s(threads, it), read, computed) for it in ROUND_BYTES}
 
     before = probed()

@@ -27,8 +27,8 @@ from .window import Passage, Read
 
 READERS = 4
 READ_BYTES = 4 << 20  # two such reads at a time are as fast as anything, and wake seldom (docs/LOG.md)
-# Another read begins while no more than this is on its way. Reads that go on at a time end at a time: with more of them,
-# what is wanted first comes late.
+# Another read begins while no more than this is on its way. Reads that go on at a time end at a time: with more of
+# them, what is wanted first comes late.
 MOST_COMING_BYTES = READ_BYTES
 STUCK_S = 120.0  # when nothing has come for so long, the disk is taken for dead
 IDLE_S = 5.0

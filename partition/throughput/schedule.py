@@ -17,7 +17,7 @@ from .ring import waits_for
 
 _LAPS = 3  # the first fill the ring
 _PIECE_BYTES = 4 << 20
-_BESIDE_BYTES = _PIECE_BYTES // 2  # of two reads at a time: when one ends, half of the other has come
+_BESIDE_BYTES = _PIECE_BYTES  # of two reads at a time, which begin together and end together
 GUESSED_RIGHT = 0.85  # of guesses which experts the next layer will choose (0.85 to 0.9: docs/LOG.md)
 _GUESSING = 8  # rounds: what is guessed depends on the time that it leaves
 _ROUNDS = 2  # how contention is found, which depends on what it changes

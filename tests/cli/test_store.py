@@ -186,7 +186,9 @@ def test_bench_passes_its_options_and_prints_its_fields(model: Path, monkeypatch
         asked.update(options, path=path)
         options["progress"]("measuring", 1, 2)
         speed = measure.Spread(median=20.0, min=10.0, max=30.0)
-        return measure.BenchResult(speed, speed, peak_memory_bytes=5_000_000, threads=1)
+        return measure.BenchResult(
+            speed, speed, peak_memory_bytes=5_000_000, resident_weight_bytes=4_000_000, threads=1
+        )
 
     monkeypatch.setattr(measure, "bench", bench)
     options = ["--prompt-tokens", "8", "--new-tokens", "4", "--batch", "2", "--repeat", "1", "--threads", "1"]
@@ -195,6 +197,7 @@ def test_bench_passes_its_options_and_prints_its_fields(model: Path, monkeypatch
         "prefill_tokens_per_s": {"median": 20.0, "min": 10.0, "max": 30.0},
         "decode_tokens_per_s": {"median": 20.0, "min": 10.0, "max": 30.0},
         "peak_memory_bytes": 5_000_000,
+        "resident_weight_bytes": 4_000_000,
         "threads": 1,
         "ranks": 1,
     }
