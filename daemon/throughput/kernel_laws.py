@@ -50,10 +50,8 @@ POOL_BYTES, MOST_POOL_BYTES = 192 << 20, 512 << 20
 POOL_TIMES = 4  # as large as the last cache, within these limits
 ROUNDS = 3  # of all tables, one after the other: a machine changes its speed within seconds
 HELD_UP = 1.3  # times as long as with more rows
-CALLS, ENOUGH_CALLS = (
-    1,
-    32,
-)  # at least, of each point in a round, and at most: rounds differ by more than these
+CALLS = 1  # at least, of each point in a round …
+ENOUGH_CALLS = 32  # … and at most: rounds differ by more than these
 CELL_S = 0.008  # for which it is called again
 _SMALL_CALLS, _SWEPT_BYTES = 48, 16 << 20  # small ones, behind so many bytes of weights at most
 
@@ -297,9 +295,8 @@ def _point(
         one = (2 * kind.matrix_bytes(wide, size.cols) + kind.matrix_bytes(size.cols, wide)) // 3
     coming = max(1, len(pool.memory) // 2 // (matrices * one))
     calls = cycle(call() for _ in range(coming))
-    if (
-        rows >= MANY_ROWS
-    ):  # so few calls have time that the first counts, whose results lie in memory that is new
+    # So few calls of many rows have time that the first counts, whose results lie in memory that is new.
+    if rows >= MANY_ROWS:
         next(calls)()
     seconds = usual_s(calls)
     return max(0.05 * seconds, seconds - call_s) / (matrices * one), float(one)
