@@ -1,11 +1,12 @@
 """The cache of experts: which are in memory, and which one goes when another is needed. Pure policy.
 
 Routing is not cyclic: some experts are chosen far more often than others. An expert's score is how often it was used;
-older uses count less. The expert with the lowest score goes. Of equal scores it is the one used last, because its layer
-comes again last. So a prompt that passes all experts once leaves those in place that are used often. What is known of
-earlier runs is where scores begin, and the most used experts are read before anybody asks. The experts of the next
-layer can be guessed; they are read when there is nothing else to read, as long as most guesses come true. This
-module knows slots, all of one size, and scores. It reads nothing and holds no lock.
+older uses count less. The expert with the lowest score goes, where each is as its layer was left when a step passed it:
+what this step has used would count more otherwise than what it is about to use. Of equal scores it is the one used last,
+because its layer comes again last. So prompts that pass all experts leave as many in place as can stay, and those that
+are used often. What is known of earlier runs is where scores begin, and the most used experts are read before anybody
+asks. The experts of the next layer can be guessed; they are read when there is nothing else to read, as long as most
+guesses come true. This module knows slots, all of one size, and scores. It reads nothing and holds no lock.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from .window import Extent, Passage, Read
 
 HALF_LIFE_STEPS = 64.0  # a use that many steps ago counts half
 LARGEST_WEIGHT = 1e100
-STEADY_USES = 1 / (
-    1 - 2 ** (-1 / HALF_LIFE_STEPS)
-)  # the score of an expert that every step has used for long
+STEADY_USES = 1 / (1 - 2 ** (-1 / HALF_LIFE_STEPS))  # the score of an expert that every step has used for long
+ALIKE = 2  # decimals of scores that are compared; one use adds 1
 TRUST = 0.5  # the share of guesses that must come true for guesses to be read ahead
 TRUST_MEMORY = 0.05  # the weight of the newest guesses in that share
 AHEAD = 32  # experts of a layer are leased or read ahead; for more, often used ones would have to go
+
+_Candidate = tuple[float, int, BlockId]  # a score, minus the time when it was used last
 
 
 class ExpertCache:
@@ -54,15 +56,16 @@ class ExpertCache:
         self._reading: Passage | None = None  # the one of which only a part has been asked for
         self._scores = {block: STEADY_USES * known[block] for block in self._extents if known.get(block)}
         often = sorted(self._scores, key=lambda block: -self._scores[block])
-        self._known = often[:slots][
-            ::-1
-        ]  # to be read while there is nothing else to read; the next one is last
+        # To be read while there is nothing else to read; the next one is last.
+        self._known = often[:slots][::-1]
         self._used: dict[BlockId, int] = {}  # when an expert was used last
-        # Candidates to go. Stale entries are passed over.
-        self._heap: list[tuple[float, int, BlockId]] = []
+        # Candidates to go, of each layer. Stale entries are passed over.
+        self._heaps: dict[int, list[_Candidate]] = {}
+        self._passed: dict[int, float] = {}  # the weight of a use when a layer's experts were expected last
         self._clock = 0
         self._weight = 1.0  # of a use now; it grows, so that older ones need not shrink
         layers = len({extent.block.layer for extent in experts})
+        self._most_candidates = 8 * len(experts) // max(1, layers) + 64  # of a layer; most are stale then
         self._growth = 2.0 ** (1 / (HALF_LIFE_STEPS * max(1, layers)))
 
     def expect(self, blocks: Sequence[BlockId]) -> None:
@@ -77,6 +80,7 @@ class ExpertCache:
         self._done, self._wanted = 0, -1
         for block in self._expected:
             self._scores[block] = self._scores.get(block, 0.0) + self._weight
+            self._passed[block.layer] = self._weight
         if self._likely:
             came_true = sum(map(self._expected.__contains__, self._likely)) / len(self._likely)
             self._trust += TRUST_MEMORY * (came_true - self._trust)
@@ -176,21 +180,31 @@ class ExpertCache:
 
     def _let_one_go(self) -> None:
         """Evicts the one with the lowest score of those that are neither expected nor likely, if there is one."""
-        kept: list[BlockId] = []
-        while self._heap:
-            score, _, block = heappop(self._heap)
+        lowest = [found for heap in self._heaps.values() if (found := self._lowest(heap)) is not None]
+        if lowest:
+            *_, block = min(lowest)
+            self._evict(block)  # its entry is stale now
+
+    def _lowest(self, heap: list[_Candidate]) -> _Candidate | None:
+        """Of a layer, the first that can go."""
+        needed: list[BlockId] = []
+        found = None
+        while heap and found is None:
+            score, used, block = heap[0]
             passage = self._held.get(block)
             if passage is None or not passage.idle:
-                continue
-            if score != self._scores.get(block, 0.0):
+                heappop(heap)
+            elif score != self._scores.get(block, 0.0):
+                heappop(heap)
                 self._offer(block)
             elif block in self._expected or block in self._likely:
-                kept.append(block)
+                heappop(heap)
+                needed.append(block)
             else:
-                self._evict(block)
-                break
-        for block in kept:
+                found = round(score / self._passed.get(block.layer, 1.0), ALIKE), used, block
+        for block in needed:
             self._offer(block)
+        return found
 
     def _let_later_go(self, order: int) -> None:
         """Evicts a guess, or else the expected expert that is needed last, if that is after the `order`-th."""
@@ -210,20 +224,23 @@ class ExpertCache:
 
     def _offer(self, block: BlockId) -> None:
         """Enters an expert among the candidates to go."""
-        if len(self._heap) > 8 * len(self._held) + 64:  # most entries are stale
+        heap = self._heaps.setdefault(block.layer, [])
+        if len(heap) > self._most_candidates:
             self._offer_again()
-        heappush(self._heap, (self._scores.get(block, 0.0), -self._used.get(block, 0), block))
+            heap = self._heaps[block.layer]
+        heappush(heap, (self._scores.get(block, 0.0), -self._used.get(block, 0), block))
 
     def _evict(self, block: BlockId) -> None:
         self._free.append(self._held.pop(block).position // self._slot_bytes)
 
     def _rescale(self) -> None:
         self._scores = {block: score / self._weight for block, score in self._scores.items()}
+        self._passed = {layer: weight / self._weight for layer, weight in self._passed.items()}
         self._weight = 1.0
         self._offer_again()
 
     def _offer_again(self) -> None:
-        self._heap = []
+        self._heaps = {layer: [] for layer in self._heaps}
         for block, passage in self._held.items():
             if passage.idle:
                 self._offer(block)

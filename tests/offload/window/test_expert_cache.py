@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -119,6 +120,25 @@ def test_passing_all_again_and_again_keeps_what_fits() -> None:
     for _ in range(10):
         simulation.use(blocks, 1)
     assert simulation.reads - before <= 10 * 4
+
+
+@pytest.mark.parametrize(("layers", "experts", "slots"), [(4, 8, 24), (8, 64, 360), (3, 10, 12), (2, 40, 60)])
+def test_steps_that_use_all_of_all_layers_read_what_does_not_fit(
+    layers: int, experts: int, slots: int
+) -> None:
+    """What this step has used does not count more than what it is about to use."""
+    simulation = Simulation(cache_of(slots, layers, experts))
+
+    def step() -> int:
+        before = simulation.reads
+        for layer in range(layers):
+            simulation.use(experts_of(layer, *range(experts)), 4)
+        return simulation.reads - before
+
+    for _ in range(3):
+        step()
+    steps = [step() for _ in range(8)]
+    assert max(steps) <= 1.2 * (layers * experts - slots) + 2 * layers, steps
 
 
 def test_older_use_counts_less() -> None:
