@@ -16,7 +16,6 @@ Nothing else should run.
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import random
 import subprocess
@@ -40,7 +39,7 @@ from harness.cells import (
     summary,
     verdict,
 )
-from harness.measuring import CellFailed, alone, in_group, processor_s, shoal
+from harness.measuring import CellFailed, alone, bench_arguments, in_group, processor_s, shoal
 from harness.own_profiles import floors, halves, loopback, nearest_round, profile_of
 
 from shoal.comm.home import Home
@@ -70,16 +69,20 @@ CELL_S = 18.0
 ROUNDS = (3, 2, 1)
 FIXED_S, GROUP_FIXED_S, LOAD_BYTES_PER_S = 4.5, 10.0, 0.7e9  # of a cell, besides what is predicted
 INDEPENDENT = 1.0  # share of experts: routers of random weights choose as if by dice
+# `shoal bench` until it would read weights: it says what it had left for the model.
 ROOM = """
-import sys
-from pathlib import Path
-from shoal.cli import main
-from shoal.daemon.measurement import budget_of
-from shoal.daemon.loading.runnable import read_tokenizer
-from shoal.models.checkpoint.checkpoint import open_checkpoint
-budget = budget_of(int(sys.argv[2]))
-with open_checkpoint(Path(sys.argv[1])) as checkpoint:
-    print(budget.free_bytes - read_tokenizer("model", checkpoint, budget).nbytes)
+import os
+from shoal.daemon.loading import budgeting, runnable
+plain = budgeting.make_plan
+def heard(model, config, memory_bytes, *rest, **more):
+    heard.memory_bytes = memory_bytes
+    return plain(model, config, memory_bytes, *rest, **more)
+def told(*_, **more):
+    print(heard.memory_bytes, flush=True)
+    os._exit(0)
+budgeting.make_plan, runnable.open_store = heard, told
+from shoal.cli.main import main
+main()
 """
 
 
@@ -136,12 +139,8 @@ def alone_foretold(cell: Cell, path: Path, profile: Profile) -> Way | None:
         max_sequences=max(cell.batch, NodeConfig().max_sequences),
         max_guesses=0,
     )
-    memory = cell.memory or int(profile.head.memory_bytes)
-    plan = make_plan(
-        model,
-        config,
-        room_bytes(path, memory) if cell.memory else memory - PROCESS_BYTES - model.tokenizer_bytes,
-    )
+    rest = int(profile.head.memory_bytes) - PROCESS_BYTES - model.tokenizer_bytes
+    plan = make_plan(model, config, room_bytes(path, cell) if cell.memory else rest, profile.head)
     if isinstance(plan, Misfit):
         return None
     plan = replace(plan, narrow_inputs=True)  # as of a machine that is in no cluster
@@ -152,18 +151,16 @@ def alone_foretold(cell: Cell, path: Path, profile: Profile) -> Way | None:
         return cost(model, plan, profile.head, job._replace(fresh=fresh))
 
     name = "stream" if plan.streams else "memory"
-    held = plan.pinned_bytes + plan.expert_bytes if plan.streams else 0
+    # Of a mixture, an expert more or less does not matter.
+    held = plan.pinned_bytes if plan.streams and not plan.expert_slots else 0
     return Way(name, whole, found, lambda rounds: peak_bytes(model, plan, job, 1 + rounds), held)
 
 
-@functools.cache
-def room_bytes(path: Path, memory: int) -> int:
-    """What a fresh process with this budget has left for the model. With some MB more or less other blocks stay in
-    memory, which changes when the processor waits for the disk."""
-    printed = subprocess.run(
-        [sys.executable, "-P", "-c", ROOM, str(path), str(memory)], check=True, capture_output=True, text=True
-    ).stdout
-    return int(printed)
+def room_bytes(path: Path, cell: Cell) -> int:
+    """What `shoal bench` has left for the model of a cell. With some MB more or less other blocks stay in memory, which
+    changes when the processor waits for the disk."""
+    command = [sys.executable, "-P", "-c", ROOM, "bench", *bench_arguments(path, cell, 1)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def group_foretold(cell: Cell, path: Path, profile: Profile) -> Way | None:

@@ -40,17 +40,7 @@ class Took(NamedTuple):
 def alone(file: Path, foretold: Foretold) -> Took:
     """By `shoal bench`."""
     cell = foretold.cell
-    named = f"{file}:{cell.quant}" if cell.quant != "keep" else str(file)
-    command = shoal("bench", named, "--json")
-    options = {
-        "--prompt-tokens": cell.prompt_tokens,
-        "--new-tokens": cell.new_tokens,
-        "--batch": cell.batch,
-        "--repeat": foretold.rounds,
-        "--threads": cell.threads,
-        **({"--memory": cell.memory} if cell.memory else {}),
-    }
-    command += [str(part) for pair in options.items() for part in pair]
+    command = shoal("bench", *bench_arguments(file, cell, foretold.rounds))
     for _ in range(TRIES):
         result = _measured_alone(cell, command)
         if foretold.resident_bytes in (0, result["resident_weight_bytes"]):
@@ -62,6 +52,20 @@ def alone(file: Path, foretold: Foretold) -> Took:
     usual = max(decode["median"], 1e-9)
     apart = (decode["max"] - decode["min"]) / (2 * usual)
     return Took(ttft_s, cell.batch / usual, result["peak_memory_bytes"], apart)
+
+
+def bench_arguments(file: Path, cell: Cell, rounds: int) -> list[str]:
+    """Of `shoal bench`."""
+    named = f"{file}:{cell.quant}" if cell.quant != "keep" else str(file)
+    options = {
+        "--prompt-tokens": cell.prompt_tokens,
+        "--new-tokens": cell.new_tokens,
+        "--batch": cell.batch,
+        "--repeat": rounds,
+        "--threads": cell.threads,
+        **({"--memory": cell.memory} if cell.memory else {}),
+    }
+    return [named, "--json", *(str(part) for pair in options.items() for part in pair)]
 
 
 def _measured_alone(cell: Cell, command: list[str]) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """The cache of experts: which are in memory, and which one goes when another is needed. Pure policy.
 
 Routing is not cyclic: some experts are chosen far more often than others. An expert's score is how often it was used;
-older uses count less. The expert with the lowest score goes, where each is as its layer was left when a step passed it:
-what this step has used would count more otherwise than what it is about to use. Of equal scores it is the one used last,
-because its layer comes again last. So prompts that pass all experts leave as many in place as can stay, and those that
+older uses count less. The expert with the lowest score goes, where each is as it was when a step passed its layer: what
+this step has used would count more otherwise than what it is about to use. Of equal scores it is the one used last, as
+its layer comes again last. So prompts that pass all experts leave as many in place as can stay, and those that
 are used often. What is known of earlier runs is where scores begin, and the most used experts are read before anybody
 asks. The experts of the next layer can be guessed; they are read when there is nothing else to read, as long as most
 guesses come true. This module knows slots, all of one size, and scores. It reads nothing and holds no lock.
@@ -21,7 +21,9 @@ from .window import Extent, Passage, Read
 
 HALF_LIFE_STEPS = 64.0  # a use that many steps ago counts half
 LARGEST_WEIGHT = 1e100
-STEADY_USES = 1 / (1 - 2 ** (-1 / HALF_LIFE_STEPS))  # the score of an expert that every step has used for long
+STEADY_USES = 1 / (
+    1 - 2 ** (-1 / HALF_LIFE_STEPS)
+)  # the score of an expert that every step has used for long
 ALIKE = 2  # decimals of scores that are compared; one use adds 1
 TRUST = 0.5  # the share of guesses that must come true for guesses to be read ahead
 TRUST_MEMORY = 0.05  # the weight of the newest guesses in that share

@@ -6,19 +6,45 @@ Pure numbers. `offload.window` carries it out, `schedule` predicts how long that
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 
 def ring_places(nbytes: int, blocks: Sequence[int]) -> list[int]:
     """Where in a ring of `nbytes` each block of a cycle begins: one behind the other, at the start of the ring again
-    where one does not fit, and for the first of the cycle."""
+    where one does not fit, and for the first of the cycle. Or, in a ring with room for few, the largest at the start
+    and the others so behind it, if then fewer get the place of one just before them, to be read while nothing is
+    computed."""
+    either = _in_turn(nbytes, blocks, 0), _in_turn(nbytes, blocks, max(blocks, default=0))
+    return min(either, key=partial(_crowding, blocks))
+
+
+def _in_turn(nbytes: int, blocks: Sequence[int], start: int) -> list[int]:
+    """One behind the other from `start` on; at 0 what does not fit behind it."""
     places: list[int] = []
-    end = 0
+    end = start
     for size in blocks:
-        start = end if end + size <= nbytes else 0
-        places.append(start)
-        end = start + size
+        if start + size > nbytes:
+            places.append(0)
+            continue
+        place = end if end + size <= nbytes else start
+        places.append(place)
+        end = place + size
     return places
+
+
+def _crowding(blocks: Sequence[int], places: Sequence[int]) -> float:
+    """The bytes of blocks, of each divided by how many blocks before it the one lies that it waits for."""
+    return sum(size / _back(places, blocks, at) for at, size in enumerate(blocks))
+
+
+def _back(places: Sequence[int], blocks: Sequence[int], at: int) -> int:
+    """How many blocks before one the nearest lies that has a part of its place, itself if no other has."""
+    start, end, count = places[at], places[at] + blocks[at], len(blocks)
+    return next(
+        back
+        for back in range(1, count + 1)
+        if places[at - back] < end and start < places[at - back] + blocks[at - back]
+    )
 
 
 @lru_cache(16)
