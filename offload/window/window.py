@@ -1,8 +1,8 @@
 """The window: which block is read next, where to, and when its place may be used again. Pure policy.
 
-Blocks pass through a ring of bytes in the order of a step, lap after lap. Every block has a fixed place (`ring_places`).
-It can be read as soon as nothing is in its place, piece by piece while the blocks before it leave. The window knows
-bytes and their order. It reads nothing, waits for nothing and holds no lock.
+Blocks pass through a ring of bytes in the order of a step, lap after lap. Every block has a fixed place
+(`ring_places`). It can be read as soon as nothing is in its place, piece by piece while the blocks before it leave. The
+window knows bytes and their order. It reads nothing, waits for nothing and holds no lock.
 """
 
 from __future__ import annotations
