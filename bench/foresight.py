@@ -69,6 +69,7 @@ CELL_S = 18.0
 ROUNDS = (3, 2, 1)
 FIXED_S, GROUP_FIXED_S, LOAD_BYTES_PER_S = 4.5, 10.0, 0.7e9  # of a cell, besides what is predicted
 INDEPENDENT = 1.0  # share of experts: routers of random weights choose as if by dice
+ROOM_LIMIT_S = 120.0
 # `shoal bench` until it would read weights: it says what it had left for the model.
 ROOM = """
 import os
@@ -140,7 +141,8 @@ def alone_foretold(cell: Cell, path: Path, profile: Profile) -> Way | None:
         max_guesses=0,
     )
     rest = int(profile.head.memory_bytes) - PROCESS_BYTES - model.tokenizer_bytes
-    plan = make_plan(model, config, room_bytes(path, cell) if cell.memory else rest, profile.head)
+    room = room_bytes(path, cell) if cell.memory else rest
+    plan = make_plan(model, config, room or 0)  # like `shoal bench`, without laws of the machine
     if isinstance(plan, Misfit):
         return None
     plan = replace(plan, narrow_inputs=True)  # as of a machine that is in no cluster
@@ -156,11 +158,15 @@ def alone_foretold(cell: Cell, path: Path, profile: Profile) -> Way | None:
     return Way(name, whole, found, lambda rounds: peak_bytes(model, plan, job, 1 + rounds), held)
 
 
-def room_bytes(path: Path, cell: Cell) -> int:
-    """What `shoal bench` has left for the model of a cell. With some MB more or less other blocks stay in memory, which
-    changes when the processor waits for the disk."""
+def room_bytes(path: Path, cell: Cell) -> int | None:
+    """What `shoal bench` has left for a cell's model; None if it refuses it. With some MB more or less other blocks
+    stay in memory, which changes when the processor waits for the disk."""
     command = [sys.executable, "-P", "-c", ROOM, "bench", *bench_arguments(path, cell, 1)]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=ROOM_LIMIT_S)
+    if ended.returncode:
+        print(ended.stderr.strip(), flush=True)
+        return None
+    return int(ended.stdout)
 
 
 def group_foretold(cell: Cell, path: Path, profile: Profile) -> Way | None:

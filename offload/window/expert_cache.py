@@ -11,6 +11,7 @@ guesses come true. This module knows slots, all of one size, and scores. It read
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from heapq import heappop, heappush
 from types import MappingProxyType
@@ -66,9 +67,8 @@ class ExpertCache:
         self._passed: dict[int, float] = {}  # the weight of a use when a layer's experts were expected last
         self._clock = 0
         self._weight = 1.0  # of a use now; it grows, so that older ones need not shrink
-        layers = len({extent.block.layer for extent in experts})
-        self._most_candidates = 8 * len(experts) // max(1, layers) + 64  # of a layer; most are stale then
-        self._growth = 2.0 ** (1 / (HALF_LIFE_STEPS * max(1, layers)))
+        self._sizes = Counter(extent.block.layer for extent in experts)
+        self._growth = 2.0 ** (1 / (HALF_LIFE_STEPS * max(1, len(self._sizes))))
 
     def expect(self, blocks: Sequence[BlockId]) -> None:
         """The caller will acquire these next, in this order, and no others that were expected before."""
@@ -82,6 +82,7 @@ class ExpertCache:
         self._done, self._wanted = 0, -1
         for block in self._expected:
             self._scores[block] = self._scores.get(block, 0.0) + self._weight
+        for block in blocks:  # also where all that are wanted lie elsewhere
             self._passed[block.layer] = self._weight
         if self._likely:
             came_true = sum(map(self._expected.__contains__, self._likely)) / len(self._likely)
@@ -176,7 +177,8 @@ class ExpertCache:
     def _next_known(self) -> tuple[BlockId, int] | None:
         """The next expert to read that was used often before, as long as a slot is free that nobody has needed."""
         while self._known and self._free:
-            if (block := self._known.pop()) not in self._held:
+            block = self._known.pop()
+            if block not in self._held and block not in self._expected:
                 return block, self._free.pop()
         return None
 
@@ -227,10 +229,13 @@ class ExpertCache:
     def _offer(self, block: BlockId) -> None:
         """Enters an expert among the candidates to go."""
         heap = self._heaps.setdefault(block.layer, [])
-        if len(heap) > self._most_candidates:
+        if len(heap) > 8 * self._sizes[block.layer] + 64:  # most are stale
             self._offer_again()
             heap = self._heaps[block.layer]
-        heappush(heap, (self._scores.get(block, 0.0), -self._used.get(block, 0), block))
+        heappush(heap, self._candidate(block))
+
+    def _candidate(self, block: BlockId) -> _Candidate:
+        return self._scores.get(block, 0.0), -self._used.get(block, 0), block
 
     def _evict(self, block: BlockId) -> None:
         self._free.append(self._held.pop(block).position // self._slot_bytes)
@@ -245,4 +250,4 @@ class ExpertCache:
         self._heaps = {layer: [] for layer in self._heaps}
         for block, passage in self._held.items():
             if passage.idle:
-                self._offer(block)
+                heappush(self._heaps.setdefault(block.layer, []), self._candidate(block))

@@ -79,6 +79,7 @@ class WindowStore:
         self._window = Window(plan.window_bytes, cycle)
         self._ring = Region(self._window, arena.take(plan.window_bytes))
         self._slotted = slotted
+        self._slotted_layers = {block.layer for block in slotted}
         self._streams = bool(cycle or experts)
         self._kept: Mapping[BlockId, Resident] = {}
         blocks = [item.block for item in plan.blocks if item.block.kind not in ("embed", "expert")]
@@ -153,7 +154,7 @@ class WindowStore:
             self._readers.give_back(self._slots, passages)
 
     def expect(self, blocks: Sequence[BlockId]) -> None:
-        if any(block not in self._kept for block in blocks):
+        if any(block.layer in self._slotted_layers for block in blocks):
             self._readers.change(partial(self._experts.expect, blocks))
 
     def guess(self, blocks: Sequence[BlockId]) -> None:

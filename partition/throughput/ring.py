@@ -32,9 +32,9 @@ def _in_turn(nbytes: int, blocks: Sequence[int], start: int) -> list[int]:
     return places
 
 
-def _crowding(blocks: Sequence[int], places: Sequence[int]) -> float:
-    """The bytes of blocks, of each divided by how many blocks before it the one lies that it waits for."""
-    return sum(size / _back(places, blocks, at) for at, size in enumerate(blocks))
+def _crowding(blocks: Sequence[int], places: Sequence[int]) -> int:
+    """The bytes of blocks that wait for the one just before them."""
+    return sum(size for at, size in enumerate(blocks) if _back(places, blocks, at) == 1)
 
 
 def _back(places: Sequence[int], blocks: Sequence[int], at: int) -> int:

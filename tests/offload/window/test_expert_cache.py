@@ -141,6 +141,40 @@ def test_steps_that_use_all_of_all_layers_read_what_does_not_fit(
     assert max(steps) <= 1.2 * (layers * experts - slots) + 2 * layers, steps
 
 
+def test_no_slot_is_lost_where_a_prompt_comes_before_what_was_known_is_read() -> None:
+    experts = experts_of(0, *range(40))
+    extents = [Extent(block, SIZE * i, SIZE) for i, block in enumerate(experts)]
+    cache = ExpertCache(30, SIZE, extents, ahead=8, known=dict.fromkeys(experts, 0.5))
+    simulation = Simulation(cache)
+    simulation.use(experts, 4)
+    simulation.read()
+    assert len(cache._held) + len(cache._free) == 30
+
+
+def test_layers_of_which_few_experts_are_on_disk_and_one_of_which_all_are() -> None:
+    """As where a device has the others."""
+    experts = [*experts_of(0, *range(128)), *(it for layer in range(1, 60) for it in experts_of(layer, 0))]
+    extents = [Extent(block, SIZE * i, SIZE) for i, block in enumerate(experts)]
+    simulation = Simulation(ExpertCache(120, SIZE, extents))
+    for _ in range(20):
+        simulation.use(experts_of(0, *range(128)), 4)
+        for layer in range(1, 60):
+            simulation.use(experts_of(layer, 0), 1)
+    assert len(simulation.cache._held) + len(simulation.cache._free) == 120
+
+
+def test_what_a_layer_does_not_want_any_more_goes() -> None:
+    """Its steps want what lies elsewhere."""
+    simulation = Simulation(cache_of(8, 2, 8))
+    for _ in range(100):
+        for layer in (0, 1):
+            simulation.use(experts_of(layer, 0, 1, 2, 3), 2)
+    for _ in range(500):
+        simulation.use(experts_of(0, 0, 1, 2, 3, 4, 5, 6), 2)
+        simulation.cache.expect(experts_of(1, 8, 9))
+    assert set(experts_of(0, *range(7))) <= simulation.cache._held.keys()
+
+
 def test_older_use_counts_less() -> None:
     simulation = Simulation(cache_of(1, 1, 2))
     old, new = BlockId("expert", 0, 0), BlockId("expert", 0, 1)
