@@ -25,7 +25,7 @@ LARGEST_WEIGHT = 1e100
 STEADY_USES = 1 / (
     1 - 2 ** (-1 / HALF_LIFE_STEPS)
 )  # the score of an expert that every step has used for long
-ALIKE = 2  # decimals of scores that are compared; one use adds 1
+SCORE_DECIMALS = 2  # decimals of scores that are compared; one use adds 1
 TRUST = 0.5  # the share of guesses that must come true for guesses to be read ahead
 TRUST_MEMORY = 0.05  # the weight of the newest guesses in that share
 AHEAD = 32  # experts of a layer are leased or read ahead; for more, often used ones would have to go
@@ -205,7 +205,7 @@ class ExpertCache:
                 heappop(heap)
                 needed.append(block)
             else:
-                found = round(score / self._passed.get(block.layer, 1.0), ALIKE), used, block
+                found = round(score / self._passed.get(block.layer, 1.0), SCORE_DECIMALS), used, block
         for block in needed:
             self._offer(block)
         return found
