@@ -32,7 +32,8 @@ PAIR = "one", "two"
 PORT = 27651
 KIND = next(kind for kind in WEIGHT_TYPES if kind.name == "Q8_0")  # which no kernel computes with for longer
 COLUMNS, MATRIX_BYTES = 4096, 8 << 20
-LEAST_READ_BYTES, PROBES = 384 << 20, 5
+LEAST_READ_BYTES, PROBES = 384 << 20, 8
+SAMPLES, SHORTER = 8, 4  # of floors, while a profile is measured, each with so many times fewer probes
 COMPUTED_ROWS, COMPUTED = 64, 180  # rows, and products: a second
 SAMPLE_BYTES, SWEEPS = 512 << 20, 3  # of a file
 ROUND_BYTES = tuple(it << 20 for it in (64, 96, 128, 192, 256, 384, 512, 1024))  # with which memory is probed
@@ -49,7 +50,7 @@ def disk_gb_per_s(file: Path) -> float:
     return median(disk.read_gb_per_s(file, sample_bytes=SAMPLE_BYTES) for _ in range(SWEEPS))
 
 
-def weights_gb_per_s(threads: int, nbytes: int) -> float:
+def weights_gb_per_s(threads: int, nbytes: int, probes: int = PROBES) -> float:
     """GB/s of weights of one type that one row is multiplied by, of which so many bytes come round in any order; the
     median of some rounds. Nothing that reads with one thread in NumPy is as quick as kernels are, and from one process
     to the next it differs by a sixth."""
@@ -59,7 +60,7 @@ def weights_gb_per_s(threads: int, nbytes: int) -> float:
     each = _weights()[: max(1, nbytes // MATRIX_BYTES)]
     order = random.Random(0)
     took = []
-    for _ in range(1 + PROBES):
+    for _ in range(1 + probes):
         numbers: list[int] = []
         while len(numbers) * MATRIX_BYTES < LEAST_READ_BYTES:
             numbers += order.sample(range(len(each)), len(each))
@@ -71,7 +72,7 @@ def weights_gb_per_s(threads: int, nbytes: int) -> float:
     return median(took[1:])
 
 
-def compute_gflops(threads: int) -> float:
+def compute_gflops(threads: int, calls: int = COMPUTED) -> float:
     """GFLOP/s of many rows multiplied by weights of one type, which caches hold; the median of some rounds. The
     processor's cores are two halves of one each, of which somebody else may have the other, and change their clock:
     the same product took 1.3 times as long within minutes."""
@@ -80,7 +81,7 @@ def compute_gflops(threads: int) -> float:
     x = home.place(np.ones((COMPUTED_ROWS, COLUMNS), np.float32))
     one = _weights()[0]
     took = []
-    for _ in range(1 + COMPUTED):
+    for _ in range(1 + calls):
         began_s = time.perf_counter()
         home.linears(x, one)
         took.append(time.perf_counter() - began_s)
@@ -111,19 +112,30 @@ class Known(NamedTuple):
 
 
 def profile_of(threads: int, file: Path) -> Known:
-    """This machine on so many threads, measured by itself, and its floors meanwhile."""
+    """This machine on so many threads, measured by itself, and its floors meanwhile. What tables say was true of the
+    moments in which they were made: floors of just before and afterwards were off by a twentieth."""
+    disk = [disk_gb_per_s(file)]
+    samples: list[dict[int, Floors]] = []
 
-    def probed() -> dict[int, Floors]:
-        read, computed = disk_gb_per_s(file), compute_gflops(threads)
-        return {it: Floors(weights_gb_per_s(threads, it), read, computed) for it in ROUND_BYTES}
+    def sampled(_: str, at: int, steps: int) -> None:
+        if at * SAMPLES >= len(samples) * steps:
+            computed = compute_gflops(threads, COMPUTED // SHORTER)
+            read = {it: weights_gb_per_s(threads, it, PROBES // SHORTER) for it in ROUND_BYTES}
+            samples.append({it: Floors(its, 0, computed) for it, its in read.items()})
 
-    before = probed()
+    _weights()  # takes the memory that it takes
     kept = profile_file(Home.from_env(), threads)
-    found = machine_profile(threads, file.parent, kept, anew=True)  # with the disk as this file lies on it
+    # With the disk as this file lies on it.
+    found = machine_profile(threads, file.parent, kept, anew=True, progress=sampled)
     assert found is not None
-    after = probed()
+    disk.append(disk_gb_per_s(file))
     profile = Profile((replace(found.head, corrections=Corrections()),))
-    return Known(profile, {it: before[it].mean(after[it]) for it in ROUND_BYTES})
+    found_floors = {}
+    for nbytes in ROUND_BYTES:
+        memory = median(each[nbytes].dram_gb_per_s for each in samples)
+        computed = median(each[nbytes].compute_gflops for each in samples)
+        found_floors[nbytes] = Floors(memory, sum(disk) / 2, computed)
+    return Known(profile, found_floors)
 
 
 def rank_profile(threads: int, usual: int, place: Path) -> Profile:
