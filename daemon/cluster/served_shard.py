@@ -18,7 +18,7 @@ from shoal.comm.group.sums.star import Spoke
 from shoal.daemon.error_codes import translated
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.kv_files import NotKept
-from shoal.daemon.memory import return_freed
+from shoal.daemon.memory import keep_freed, return_freed
 from shoal.daemon.progress import Progress
 from shoal.engine.executor import Executor
 from shoal.engine.passed_pages import frame_bytes
@@ -197,6 +197,7 @@ class ServedShard:
         pool, meeting = KvPool(spec, plan.kv), Meeting(spoke, self.pulse)
         rows = shard.ranges.vocab if spec.vocab else None
         executor = Executor(Transformer(spec), plan, store, pool, meeting, vocab=rows)
+        keep_freed()
         slots = wanted.slots if wanted is not None and kv is not None else 0
         rank = Rank(executor, lambda: 0.0, kv)
         self._follower = Follower(rank, spoke, self.pulse, self._ended, slots)

@@ -12,7 +12,7 @@ from pathlib import Path
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.packs import Packs
-from shoal.daemon.memory import bounded, forget_files, return_freed
+from shoal.daemon.memory import bounded, forget_files, keep_freed, return_freed
 from shoal.daemon.progress import Progress, no_progress
 from shoal.daemon.throughput.expectation import Expectation
 from shoal.daemon.throughput.model_sizes import weighed
@@ -172,6 +172,7 @@ class Runnable:
             rows = None if isinstance(part.shard, str) else cut_rows(checkpoint.spec, part.shard)
             executor = Executor(transformer, plan, store, kv, collective, home_of, rows)
             undo.pop_all()
+        keep_freed()
         executor.experts.go_on_from(counts)
         share, share_bytes = None, 0
         if group is not None and besides is not None and divided is not None:

@@ -23,7 +23,7 @@ import numpy as np
 from shoal import kernels
 from shoal.daemon.cluster.speed import files_below
 from shoal.daemon.errors import DaemonError
-from shoal.daemon.memory import available_bytes, budget_of
+from shoal.daemon.memory import available_bytes, budget_of, keep_freed
 from shoal.daemon.progress import Progress, no_progress
 from shoal.kernels import WEIGHT_TYPES, Linears
 from shoal.offload.errors import OffloadError
@@ -103,6 +103,7 @@ def measure(threads: int, place: Path, progress: Progress = no_progress) -> Prof
         progress("measuring", at, steps)
         at += 1
 
+    keep_freed()  # as steps do
     kernels.set_threads(threads)
     home = kernels.home_of("cpu")
     fixed = overheads(done)
