@@ -4,7 +4,7 @@ Routing is not cyclic: some experts are chosen far more often than others. An ex
 older uses count less. The expert with the lowest score goes, where each is as it was when a step passed its layer: what
 this step has used would count more otherwise than what it is about to use. Of equal scores it is the one used last, as
 its layer comes again last. So prompts that pass all experts leave as many in place as can stay, and those that
-are used often. What is known of earlier runs is where scores begin, and the most used experts are read before anybody
+are used often; what they need a place for takes that of what they have passed. What is known of earlier runs is where scores begin, and the most used experts are read before anybody
 asks. The experts of the next layer can be guessed; they are read when there is nothing else to read, as long as most
 guesses come true. This module knows slots, all of one size, and scores. It reads nothing and holds no lock.
 """
@@ -29,6 +29,8 @@ SCORE_DECIMALS = 2  # decimals of scores that are compared; one use adds 1
 TRUST = 0.5  # the share of guesses that must come true for guesses to be read ahead
 TRUST_MEMORY = 0.05  # the weight of the newest guesses in that share
 AHEAD = 32  # experts of a layer are leased or read ahead; for more, often used ones would have to go
+
+NO_LAYER = -1
 
 _Candidate = tuple[float, int, BlockId]  # a score, minus the time when it was used last
 
@@ -65,6 +67,7 @@ class ExpertCache:
         # Candidates to go, of each layer. Stale entries are passed over.
         self._heaps: dict[int, list[_Candidate]] = {}
         self._passed: dict[int, float] = {}  # the weight of a use when a layer's experts were expected last
+        self._behind = NO_LAYER  # the layer of a step that uses most experts of it
         self._clock = 0
         self._weight = 1.0  # of a use now; it grows, so that older ones need not shrink
         self._sizes = Counter(extent.block.layer for extent in experts)
@@ -84,6 +87,8 @@ class ExpertCache:
             self._scores[block] = self._scores.get(block, 0.0) + self._weight
         for block in blocks:  # also where all that are wanted lie elsewhere
             self._passed[block.layer] = self._weight
+        layer = blocks[0].layer if blocks else NO_LAYER
+        self._behind = layer if 2 * len(self._expected) > self._sizes[layer] else NO_LAYER
         if self._likely:
             came_true = sum(map(self._expected.__contains__, self._likely)) / len(self._likely)
             self._trust += TRUST_MEMORY * (came_true - self._trust)
@@ -183,11 +188,14 @@ class ExpertCache:
         return None
 
     def _let_one_go(self) -> None:
-        """Evicts the one with the lowest score of those that are neither expected nor likely, if there is one."""
-        lowest = [found for heap in self._heaps.values() if (found := self._lowest(heap)) is not None]
-        if lowest:
-            *_, block = min(lowest)
-            self._evict(block)  # its entry is stale now
+        """Evicts the one with the lowest score of those that are neither expected nor likely, if there is one: of those
+        behind this step where it uses most of each layer, since it is about to use the others."""
+        behind = [heap for layer, heap in self._heaps.items() if layer <= self._behind]
+        for heaps in (behind, self._heaps.values()):
+            if lowest := [found for heap in heaps if (found := self._lowest(heap)) is not None]:
+                *_, block = min(lowest)
+                self._evict(block)  # its entry is stale now
+                return
 
     def _lowest(self, heap: list[_Candidate]) -> _Candidate | None:
         """Of a layer, the first that can go."""

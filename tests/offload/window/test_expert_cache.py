@@ -141,6 +141,27 @@ def test_steps_that_use_all_of_all_layers_read_what_does_not_fit(
     assert max(steps) <= 1.2 * (layers * experts - slots) + 2 * layers, steps
 
 
+@pytest.mark.parametrize(("layers", "experts", "slots"), [(16, 64, 307), (16, 64, 717), (4, 32, 50)])
+@pytest.mark.parametrize("skew", [0.0, 0.7])
+def test_prompts_after_answers_read_what_does_not_fit(
+    layers: int, experts: int, slots: int, skew: float
+) -> None:
+    """An answer uses some experts more often than others. Those that it did not are about to be used."""
+    source = random.Random(0)
+    simulation = Simulation(cache_of(slots, layers, experts, ahead=experts // 2))
+    prompts = []
+    for _ in range(6):
+        before = simulation.reads
+        for layer in range(layers):
+            simulation.use(experts_of(layer, *range(experts)), 4)
+        prompts.append(simulation.reads - before)
+        for _ in range(16):
+            for layer in range(layers):
+                chosen = skewed(source, experts, 4) if skew else sorted(source.sample(range(experts), 4))
+                simulation.use(experts_of(layer, *chosen), 4)
+    assert max(prompts[1:]) <= layers * experts - slots + experts // 2, prompts
+
+
 def test_no_slot_is_lost_where_a_prompt_comes_before_what_was_known_is_read() -> None:
     experts = experts_of(0, *range(40))
     extents = [Extent(block, SIZE * i, SIZE) for i, block in enumerate(experts)]
