@@ -25,7 +25,10 @@ from . import cgroup
 from .errors import DaemonError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-KEPT_BYTES, MOST_FROM_HEAP_BYTES = 256 << 20, 32 << 20  # at the end of a heap; of one array: glibc allows no more
+KEPT_BYTES, MOST_FROM_HEAP_BYTES = (
+    256 << 20,
+    32 << 20,
+)  # at the end of a heap; of one array: glibc allows no more
 LEFT_ALONE_SHARE = 0.1  # of the free memory, if nobody asked for a budget
 LEFT_ALONE_BYTES = 512 << 20  # of the machine's memory at least so much …
 MOST_LEFT_ALONE_SHARE = 0.25  # … but no larger share than this
@@ -159,9 +162,9 @@ def trim() -> None:
 
 
 def keep_freed() -> None:
-    """Let what steps free stay with this process until `trim`: they need as much again at once. Else glibc gives it back
-    and gets it anew, page by page, if by chance nothing lies behind it (45,000 pages in a prompt of 512 tokens, which
-    took 1.1 times as long)."""
+    """Let what steps free stay with this process until `trim`: they need as much again at once. Else glibc gives it
+    back and gets it anew, page by page, if by chance nothing lies behind it (45,000 pages in a prompt of 512 tokens,
+    which took 1.1 times as long)."""
     with contextlib.suppress(AttributeError):  # another C library
         library = ctypes.CDLL(None)
         library.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)

@@ -32,9 +32,9 @@ PAIR = "one", "two"
 PORT = 27651
 KIND = next(kind for kind in WEIGHT_TYPES if kind.name == "Q8_0")  # which no kernel computes with for longer
 COLUMNS, MATRIX_BYTES = 4096, 8 << 20
-LEAST_READ_BYTES, PROBES = 384 << 20, 8
-SAMPLES, SHORTER = 8, 4  # of floors, while a profile is measured, each with so many times fewer probes
-COMPUTED_ROWS, COMPUTED = 64, 180  # rows, and products: a second
+LEAST_READ_BYTES, PROBES = 512 << 20, 12
+SAMPLES, SHORTER = 6, 4  # of floors, while a profile is measured, each with so many times fewer probes
+COMPUTED_ROWS, COMPUTED, STRETCHES = 64, 32, 8  # rows, products in a stretch: a second in all
 SAMPLE_BYTES, SWEEPS = 512 << 20, 3  # of a file
 ROUND_BYTES = tuple(it << 20 for it in (64, 96, 128, 192, 256, 384, 512, 1024))  # with which memory is probed
 
@@ -72,20 +72,24 @@ def weights_gb_per_s(threads: int, nbytes: int, probes: int = PROBES) -> float:
     return median(took[1:])
 
 
-def compute_gflops(threads: int, calls: int = COMPUTED) -> float:
-    """GFLOP/s of many rows multiplied by weights of one type, which caches hold; the median of some rounds. The
-    processor's cores are two halves of one each, of which somebody else may have the other, and change their clock:
-    the same product took 1.3 times as long within minutes."""
+def compute_gflops(threads: int, stretches: int = STRETCHES) -> float:
+    """GFLOP/s of many rows multiplied by weights of one type as they come from memory, in any order; the median of some
+    stretches, each about as long as a prompt and with all that holds it up. The processor's cores are two halves of one
+    each, of which somebody else may have the other, and change their clock: the same product took 1.3 times as long
+    within minutes."""
     kernels.set_threads(threads)
     home = kernels.home_of("cpu")
     x = home.place(np.ones((COMPUTED_ROWS, COLUMNS), np.float32))
-    one = _weights()[0]
+    each, source = _weights(), random.Random(0)
+    home.linears(x, each[0])
     took = []
-    for _ in range(1 + calls):
+    for _ in range(stretches):
+        numbers = source.sample(range(len(each)), COMPUTED)
         began_s = time.perf_counter()
-        home.linears(x, one)
+        for number in numbers:
+            home.linears(x, each[number])
         took.append(time.perf_counter() - began_s)
-    return 2 * COMPUTED_ROWS * one.matrices[0].rows * COLUMNS / median(took[1:]) / 1e9
+    return 2 * COMPUTED * COMPUTED_ROWS * each[0].matrices[0].rows * COLUMNS / median(took) / 1e9
 
 
 @functools.cache
@@ -119,7 +123,7 @@ def profile_of(threads: int, file: Path) -> Known:
 
     def sampled(_: str, at: int, steps: int) -> None:
         if at * SAMPLES >= len(samples) * steps:
-            computed = compute_gflops(threads, COMPUTED // SHORTER)
+            computed = compute_gflops(threads, STRETCHES // SHORTER)
             read = {it: weights_gb_per_s(threads, it, PROBES // SHORTER) for it in ROUND_BYTES}
             samples.append({it: Floors(its, 0, computed) for it, its in read.items()})
 

@@ -20,12 +20,12 @@ from shoal.offload.errors import OffloadError
 from shoal.partition.hardware_guesses import DISK_BYTES_PER_S
 from shoal.partition.throughput.profile import CacheLaw, Device, ReadLaw
 
+from .attention_laws import attention_laws
 from .cache_laws import cache_law
 from .disk_laws import brief_read_law
 from .fixed_costs import overheads
 from .kernel_laws import (
     Pool,
-    attention_laws,
     flops_of,
     kernel_repeats,
     laid_out_bytes_per_s,

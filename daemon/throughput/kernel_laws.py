@@ -1,4 +1,4 @@
-"""Measures what this machine's kernels take: products with weights by their rows, attention by context, and memory.
+"""Measures what this machine's kernels take for products with weights, by their rows, and for memory.
 
 Weights lie in memory as those of models do and are cold: calls go round through more of them than caches hold. Computes
 on the threads that kernels are set to, so nothing else should compute meanwhile.
@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import cycle, product
+from itertools import cycle
 from pathlib import Path
-from statistics import median, median_low
+from statistics import fmean, median, median_low
 from typing import NamedTuple
 
 import numpy as np
@@ -34,10 +34,9 @@ from shoal.kernels import (
     interleave,
 )
 from shoal.kernels.arrays import Bytes
-from shoal.kernels.attention_operands import KvPages, Rotation, Scoring, Segments, kv_layout
 from shoal.kernels.huge_pages import Arena, mapped
-from shoal.partition.memory_layout import BAND_ROWS, KV_FORMATS, PAGE_TOKENS
-from shoal.partition.throughput.profile import AttentionLaw, Repeats, RowsLaw
+from shoal.partition.memory_layout import BAND_ROWS
+from shoal.partition.throughput.profile import Repeats, RowsLaw
 
 log = logging.getLogger(__name__)
 
@@ -50,17 +49,11 @@ POOL_BYTES, MOST_POOL_BYTES = 192 << 20, 512 << 20
 POOL_TIMES = 4  # as large as the last cache, within these limits
 ROUNDS = 3  # of all tables, one after the other: a machine changes its speed within seconds
 HELD_UP = 1.3  # times as long as with more rows
+HELD_UP_CALL = 2.0  # times the median of the same calls
 CALLS = 1  # at least, of each point in a round …
 ENOUGH_CALLS = 32  # … and at most: rounds differ by more than these
 CELL_S = 0.008  # for which it is called again
 _SMALL_CALLS, _SWEPT_BYTES = 48, 16 << 20  # small ones, behind so many bytes of weights at most
-
-KV_HEADS, HEAD_DIMS = 4, (64, 128)
-QUERIES = (1, 4)  # of each head of K and V
-CONTEXTS = (64, 512, 2048)
-CHUNK_ROWS = 64
-KV_COPIES = 6  # of the longest context: calls go round through their pages, so that K and V are cold
-SMALL_HEAD_DIM = 32  # of a call that counts as a layer's
 
 
 class SizeClass(NamedTuple):
@@ -84,8 +77,9 @@ EXPERTS_OF_LONG = 2  # … so many
 
 
 def usual_s(calls: Iterator[Callable[[], object]]) -> float:
-    """The median of what calls took. The least of many is a fifth less than what a step finds: memory is rarely as
-    quick as it can be."""
+    """The mean of what calls took, as steps put them together: on machines that others share, one in ten is held up
+    for a while (means of 1.02 to 1.17 times the median). What holds one up for longer comes too rarely to be seen in so
+    few, and counts as twice the median."""
     took: list[float] = []
     until_s = time.perf_counter() + CELL_S
     while len(took) < CALLS or (len(took) < ENOUGH_CALLS and time.perf_counter() < until_s):
@@ -93,7 +87,8 @@ def usual_s(calls: Iterator[Callable[[], object]]) -> float:
         began_s = time.perf_counter()
         call()
         took.append(time.perf_counter() - began_s)
-    return max(1e-9, sorted(took)[(len(took) - 1) // 2])
+    most_s = HELD_UP_CALL * median_low(took)
+    return max(1e-9, sum(min(it, most_s) for it in took) / len(took))
 
 
 def pool_bytes() -> int:
@@ -222,11 +217,25 @@ def narrow_sizes(kind: WeightType) -> Sequence[SizeClass]:
 
 
 def middle(rounds: Sequence[Sequence[RowsLaw]]) -> tuple[RowsLaw, ...]:
-    """The medians of all rounds; of two the less."""
-    return tuple(
-        replace(laws[0], byte_s=tuple(map(median_low, zip(*(law.byte_s for law in laws), strict=True))))
-        for laws in _alike(rounds)
-    )
+    """What steps find: the medians of all rounds, of two the less, times what points are held up by on average. A step
+    has hundreds of calls, of which some are; of the few of a point, the median has none."""
+    few, many = (_held_up(rounds, *its) for its in ((1, MANY_ROWS - 1), (MANY_ROWS, max(ROWS))))
+
+    def usual(laws: Sequence[RowsLaw]) -> Iterator[float]:
+        for rows, times in zip(laws[0].rows, zip(*(law.byte_s for law in laws), strict=True), strict=True):
+            yield median_low(times) * (few if rows < MANY_ROWS else many)
+
+    return tuple(replace(laws[0], byte_s=tuple(usual(laws))) for laws in _alike(rounds))
+
+
+def _held_up(rounds: Sequence[Sequence[RowsLaw]], least_rows: int, most_rows: int) -> float:
+    """How many times the median of a point's rounds their mean is, on average."""
+    found = []
+    for times in _points(rounds, least_rows, most_rows):
+        if len(times) >= ROUNDS:
+            most = HELD_UP_CALL * median(times)
+            found.append(fmean(min(it, most) for it in times) / median(times))
+    return max(1.0, fmean(found)) if found else 1.0
 
 
 def kernel_repeats(rounds: Sequence[Sequence[RowsLaw]]) -> Repeats:
@@ -235,14 +244,22 @@ def kernel_repeats(rounds: Sequence[Sequence[RowsLaw]]) -> Repeats:
 
 
 def _apart(rounds: Sequence[Sequence[RowsLaw]], least_rows: int, most_rows: int) -> float:
-    found = []
+    found = [
+        (max(times) - min(times)) / (2 * median(times))
+        for times in _points(rounds, least_rows, most_rows)
+        if len(times) > 1  # one says nothing
+    ]
+    return min(1.0, median(found)) if found else 0.0
+
+
+def _points(
+    rounds: Sequence[Sequence[RowsLaw]], least_rows: int, most_rows: int
+) -> Iterator[tuple[float, ...]]:
+    """What each round says of a point, of all points with so many rows."""
     for laws in _alike(rounds):
-        if len(laws) < 2:
-            continue  # that says nothing
         for rows, times in zip(laws[0].rows, zip(*(law.byte_s for law in laws), strict=True), strict=True):
             if least_rows <= rows <= most_rows:
-                found.append((max(times) - min(times)) / (2 * median(times)))
-    return min(1.0, median(found)) if found else 0.0
+                yield times
 
 
 def _alike(rounds: Sequence[Sequence[RowsLaw]]) -> Iterator[list[RowsLaw]]:
@@ -320,57 +337,6 @@ def flops_of(law: RowsLaw) -> float:
     """Operations per second with the most rows, a multiplication and an addition counted as two."""
     kind = next(it for it in WEIGHT_TYPES if it.name == law.kind)
     return 2 / law.byte_s[-1] * law.rows[-1] * kind.block_weights / kind.block_bytes
-
-
-def attention_laws(
-    home: ComputeHome, done: Callable[[str], None], kv_types: Iterable[str] = KV_FORMATS
-) -> Iterator[AttentionLaw]:
-    """For each type of K and V, decodes and chunks of prompts by what they see. What a call with small heads takes for
-    a text that has just begun is no number's: a layer costs it anyhow (`fixed_costs`). Storing K and V is."""
-    for kv_type, dim in product(kv_types, HEAD_DIMS):
-        small = _kv_pages(kv_type, SMALL_HEAD_DIM, 1)
-        call_s = median(_attention_s(home, small, 1, 1) for _ in range(ROUNDS))
-        for queries in QUERIES:
-            heads = queries * KV_HEADS
-            kv = _kv_pages(kv_type, dim, queries)
-            points: list[list[float]] = []
-            for rows in (1, CHUNK_ROWS):
-                points.append([])
-                for context in CONTEXTS:
-                    done(f"attention, {kv_type}")
-                    seconds = median(_attention_s(home, kv, rows, context) for _ in range(ROUNDS))
-                    seen = rows * max(context, (rows + 1) / 2)
-                    points[-1].append(max(0.05 * seconds, seconds - call_s) / (seen * heads * dim))
-            decode_s, prompt_s = map(tuple, points)
-            yield AttentionLaw(kv_type, CONTEXTS, decode_s, prompt_s, queries, dim)
-
-
-def _kv_pages(kv_type: str, dim: int, queries: int) -> KvPages:
-    layout = kv_layout(kv_type, dim)
-    pages = KV_COPIES * ((CONTEXTS[-1] + CHUNK_ROWS) // PAGE_TOKENS + 1)
-    memory = Arena().take(pages * KV_HEADS * layout.head_bytes)
-    memory[:] = 0  # every page has to be there
-    return KvPages(layout, queries * KV_HEADS, memory.reshape(pages, KV_HEADS, layout.head_bytes))
-
-
-def _attention_s(home: ComputeHome, kv: KvPages, rows: int, context: int) -> float:
-    """Of a call; rows see `context` tokens on average."""
-    start = max(0, context - (rows + 1) // 2)
-    dim = kv.layout.head_dim
-    q, k, v = (
-        home.place(np.full((rows, heads * dim), 0.1, np.float32)) for heads in (kv.heads, KV_HEADS, KV_HEADS)
-    )
-    angles = np.zeros((rows, dim // 2), np.float32)
-    scoring = Scoring(Rotation(dim, False, angles + 1, angles), dim**-0.5)
-    its = -(-(start + rows) // PAGE_TOKENS)  # pages of a text
-
-    def calls() -> Iterator[Callable[[], object]]:
-        while True:
-            for first in range(0, kv.pages - its + 1, its):
-                segments = Segments.build([(rows, start, list(range(first, first + its)))])
-                yield partial(home.attention, kv, segments, q, k, v, scoring)
-
-    return usual_s(calls())
 
 
 def laid_out_bytes_per_s(kind: WeightType) -> float:

@@ -30,17 +30,14 @@ from shoal.offload.errors import OffloadError
 from shoal.partition.memory_layout import KV_FORMATS
 from shoal.partition.throughput.profile import Contention, Device, Profile, ReadLaw
 
+from .attention_laws import CONTEXTS, HEAD_DIMS, QUERIES, attention_laws
 from .cache_laws import COMPUTED_ROWS, PARTS, cache_law
 from .disk_laws import READS, RINGS, DiskFile, contention, read_law, written
 from .fixed_costs import overheads, turns
 from .kept_profile import Kept, profile_key, read_kept, write_kept
 from .kernel_laws import (
-    CONTEXTS,
-    HEAD_DIMS,
-    QUERIES,
     ROUNDS,
     Pool,
-    attention_laws,
     flops_of,
     kernel_repeats,
     laid_out_bytes_per_s,

@@ -4,9 +4,10 @@ Routing is not cyclic: some experts are chosen far more often than others. An ex
 older uses count less. The expert with the lowest score goes, where each is as it was when a step passed its layer: what
 this step has used would count more otherwise than what it is about to use. Of equal scores it is the one used last, as
 its layer comes again last. So prompts that pass all experts leave as many in place as can stay, and those that
-are used often; what they need a place for takes that of what they have passed. What is known of earlier runs is where scores begin, and the most used experts are read before anybody
-asks. The experts of the next layer can be guessed; they are read when there is nothing else to read, as long as most
-guesses come true. This module knows slots, all of one size, and scores. It reads nothing and holds no lock.
+are used often; what they need a place for takes that of what they have passed. What is known of earlier runs is where
+scores begin, and the most used experts are read before anybody asks. The experts of the next layer can be guessed; they
+are read when there is nothing else to read, as long as most guesses come true. This module knows slots, all of one
+size, and scores. It reads nothing and holds no lock.
 """
 
 from __future__ import annotations

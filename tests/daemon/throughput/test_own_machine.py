@@ -11,6 +11,7 @@ import pytest
 from shoal import kernels
 from shoal.comm.home import Home
 from shoal.daemon.throughput import (
+    attention_laws,
     brief_profile,
     cache_laws,
     drift,
@@ -39,7 +40,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         (kernel_laws, "MOST_POOL_BYTES", 8 << 20),
         (cache_laws, "KEPT_BYTES", 1 << 20),
         (cache_laws, "SIZES", sizes),
-        (kernel_laws, "CONTEXTS", (64, 256)),
+        (attention_laws, "CONTEXTS", (64, 256)),
         (fixed_costs, "ANSWER_TOKENS", 8),
         (fixed_costs, "SWEPT_BYTES", (16 << 10, 32 << 10)),
         (fixed_costs, "MANY", 4),

@@ -16,7 +16,7 @@ import pytest
 from fakes.throughput.throughput_cases import spec
 
 from shoal.daemon.progress import Progress
-from shoal.daemon.throughput import cache_laws, disk_laws, fixed_costs, kernel_laws, profiling
+from shoal.daemon.throughput import attention_laws, cache_laws, disk_laws, fixed_costs, kernel_laws, profiling
 from shoal.daemon.throughput.profile_files import parse_profile, profile_text
 from shoal.kernels import (
     WEIGHT_TYPES,
@@ -56,7 +56,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         (kernel_laws, "MOST_POOL_BYTES", 24 << 20),
         (cache_laws, "KEPT_BYTES", 1 << 20),
         (cache_laws, "SIZES", sizes),
-        (kernel_laws, "CONTEXTS", (64, 256)),
+        (attention_laws, "CONTEXTS", (64, 256)),
         (profiling, "WEIGHT_TYPES", kinds),
         (disk_laws, "READ_S", 0.02),
         (disk_laws, "TOGETHER_S", 0.05),
@@ -152,10 +152,29 @@ def test_rounds_that_end_early_count_as_far_as_they_came() -> None:
         [law("Q4_K", 0.8, 11.0)],
     ]
     assert kernel_laws.middle(rounds) == (law("Q4_K", 1.0, 10.0), law("F32", 5.0, 5.0))
+    assert kernel_laws.middle(rounds[:2]) == (law("Q4_K", 1.0, 9.0), law("F32", 5.0, 5.0))
     found = kernel_laws.kernel_repeats(rounds)
     assert found.memory_apart == pytest.approx(0.2)
     assert found.compute_apart == pytest.approx(0.1)
     assert kernel_laws.kernel_repeats(rounds[:1]) == Repeats()
+
+
+def test_steps_have_what_few_calls_of_a_point_are_spared() -> None:
+    """One round in three is held up, elsewhere each time: no median has it, the sum of a step does."""
+    rounds = [
+        [RowsLaw(f"T{kind}", 1e6, (1, 64), (1.6 if kind % 3 == number else 1.0, 10.0)) for kind in range(6)]
+        for number in range(3)
+    ]
+    for law in kernel_laws.middle(rounds):
+        assert law.byte_s == (pytest.approx(1.2), 10.0)
+
+
+def test_a_point_counts_what_holds_calls_up_but_not_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    took = [0.001] * 8 + [0.0015, 0.5]
+    clock = iter([0.0, *(it for one in took for it in (0.0, one)), 1e9])
+    monkeypatch.setattr(kernel_laws, "CALLS", len(took))
+    monkeypatch.setattr(kernel_laws.time, "perf_counter", lambda: next(clock))
+    assert kernel_laws.usual_s(iter(lambda: list, None)) == pytest.approx((8 + 1.5 + 2) * 1e-4)
 
 
 def test_small_matrices_with_narrow_inputs_have_tables() -> None:
@@ -344,8 +363,8 @@ def test_what_was_held_up_is_no_kernel_s() -> None:
 def test_texts_that_are_attended_to_come_from_all_pages_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else K and V of short ones would lie in the nearest cache, where no step finds them."""
     seen: list[list[int]] = []
-    kv = kernel_laws._kv_pages("f16", 64, 2)
-    assert (kv.heads, kv.kv_heads) == (2 * kernel_laws.KV_HEADS, kernel_laws.KV_HEADS)
+    kv = attention_laws._kv_pages("f16", 64, 2)
+    assert (kv.heads, kv.kv_heads) == (2 * attention_laws.KV_HEADS, attention_laws.KV_HEADS)
     calls = 2 * (kv.pages // 3)
 
     def first(its: Iterator[partial[object]]) -> float:
@@ -353,8 +372,8 @@ def test_texts_that_are_attended_to_come_from_all_pages_in_turn(monkeypatch: pyt
             seen.append(list(call.args[1].pages))
         return 1.0
 
-    monkeypatch.setattr(kernel_laws, "usual_s", first)
-    assert kernel_laws._attention_s(home_of("cpu"), kv, 64, 128) == 1.0
+    monkeypatch.setattr(attention_laws, "usual_s", first)
+    assert attention_laws._attention_s(home_of("cpu"), kv, 64, 128) == 1.0
     assert seen[:2] == [[0, 1, 2], [3, 4, 5]]
     assert seen[: calls // 2] == seen[calls // 2 :]
     assert kv.pages - len({page for its in seen for page in its}) < 3
