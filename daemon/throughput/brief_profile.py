@@ -91,7 +91,7 @@ def _measured(
     if before is not None:
         return replace(before, products=(*before.products, *laws), caches=_with(before.caches, caches))
     fixed = overheads(going)
-    attention = tuple(attention_laws(home, going, ("f16",)))
+    attention = tuple(attention_laws(home, pool, going, ("f16",)))
     reads = _reads(place)
     going("")
     return Device(

@@ -125,6 +125,8 @@ void pack_job(const void* context, int64_t token, int) {
     const Packing& p = *static_cast<const Packing*>(context);
     const int64_t cols = p.packed->cols;
     const float* x = p.x.x + (p.token0 + token) * cols;
+    // What another core has written comes line by line otherwise, 0.1 us each.
+    for (int64_t k = 0; k < cols; k += 16) __builtin_prefetch(x + k);
     if (p.x.norm) {
         float* normal = p.packed->as_floats(token);
         normalise(x, p.x.norm, p.x.eps, cols, normal);

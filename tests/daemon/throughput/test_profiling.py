@@ -373,7 +373,7 @@ def test_texts_that_are_attended_to_come_from_all_pages_in_turn(monkeypatch: pyt
         return 1.0
 
     monkeypatch.setattr(attention_laws, "usual_s", first)
-    assert attention_laws._attention_s(home_of("cpu"), kv, 64, 128) == 1.0
+    assert attention_laws._attention_s(home_of("cpu"), kernel_laws.Pool(16 << 20), kv, 64, 128) == 1.0
     assert seen[:2] == [[0, 1, 2], [3, 4, 5]]
     assert seen[: calls // 2] == seen[calls // 2 :]
     assert kv.pages - len({page for its in seen for page in its}) < 3
