@@ -24,7 +24,7 @@ from shoal.partition.amounts import format_bytes
 from . import cgroup
 from .errors import DaemonError
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
 KEPT_BYTES, MOST_FROM_HEAP_BYTES = (
     256 << 20,
     32 << 20,
@@ -159,6 +159,13 @@ def trim() -> None:
     """Give back freed memory only."""
     with contextlib.suppress(AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def one_heap() -> None:
+    """Let threads that begin later allocate from one heap: `trim` does not give back the end of a thread's own, and no
+    such heap holds more than 64 MB."""
+    with contextlib.suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
 def keep_freed() -> None:

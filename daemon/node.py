@@ -53,7 +53,7 @@ from .error_codes import translated
 from .errors import DaemonError
 from .installed import package_version
 from .long_requests import LongRequests, tokenized
-from .memory import budget_of, peak_memory_bytes, resident_bytes, return_freed
+from .memory import budget_of, one_heap, peak_memory_bytes, resident_bytes, return_freed
 from .model_name import Reference
 from .progress import Progress, no_progress
 from .regular_looks import RegularLooks
@@ -80,6 +80,7 @@ class Node:
         grouping: Grouping | None = None,
         machine: OwnMachine | None = None,
     ) -> None:
+        one_heap()  # before there are threads
         self.config = config
         self.budget = budget_of(config.memory_bytes)
         self._long = LongRequests(self.budget)

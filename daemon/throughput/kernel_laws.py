@@ -33,7 +33,7 @@ from shoal.kernels import (
     WeightType,
     interleave,
 )
-from shoal.kernels.arrays import Bytes
+from shoal.kernels.arrays import Bytes, Floats
 from shoal.kernels.huge_pages import Arena, mapped
 from shoal.partition.memory_layout import BAND_ROWS
 from shoal.partition.throughput.profile import Repeats, RowsLaw
@@ -75,6 +75,7 @@ SIZES = (
 NARROW_ROWS = (1, 4, 16, 64, 256)
 EXPERTS = 6  # in one call; with many rows …
 EXPERTS_OF_LONG = 2  # … so many
+SPREAD = 8  # tokens of a step for each row of an expert: published mixtures choose one expert in 4 to 32
 
 
 def usual_s(calls: Iterator[Callable[[], object]]) -> float:
@@ -163,16 +164,16 @@ def table_rounds(
     home: ComputeHome,
     pool: Pool,
     kinds: Sequence[WeightType],
-    until_s: float,
+    late: Callable[[], bool],
     done: Callable[[str], None],
 ) -> list[list[RowsLaw]]:
-    """Rounds of a table for each type and size, in their order. No type is begun when the monotonic clock shows
-    `until_s`, except the first; so later rounds may have fewer. `done` is called before each point."""
+    """Rounds of a table for each type and size, in their order. No type is begun when it is `late`,
+    except the first; so later rounds may have fewer. `done` is called before each point."""
     rounds: list[list[RowsLaw]] = []
     for _ in range(ROUNDS):
         calls, laws = calls_s(home, pool), list[RowsLaw]()
         for kind in kinds:
-            if (laws or rounds) and time.monotonic() > until_s:
+            if (laws or rounds) and late():
                 if not rounds:
                     said = "measuring takes too long, as something else computes: no tables for %s and others"
                     log.warning(said, kind.name)
@@ -237,13 +238,20 @@ def middle(rounds: Sequence[Sequence[RowsLaw]]) -> tuple[RowsLaw, ...]:
 
 
 def _held_up(rounds: Sequence[Sequence[RowsLaw]], least_rows: int, most_rows: int) -> float:
-    """How many times the median of a point's rounds their mean is, on average."""
+    """How many times the median of a point's rounds their mean is, on average. A whole round that was slower than the
+    others, as the machine was, holds no call up."""
+    points = [it for it in _points(rounds, least_rows, most_rows) if len(it) == ROUNDS]
+    if not points:
+        return 1.0
+    paces = [
+        median(its) for its in zip(*([it / median(times) for it in times] for times in points), strict=True)
+    ]
     found = []
-    for times in _points(rounds, least_rows, most_rows):
-        if len(times) >= ROUNDS:
-            most = HELD_UP_CALL * median(times)
-            found.append(fmean(min(it, most) for it in times) / median(times))
-    return max(1.0, fmean(found)) if found else 1.0
+    for times in points:
+        even = [it / pace for it, pace in zip(times, paces, strict=True)]
+        most = HELD_UP_CALL * median(even)
+        found.append(fmean(min(it, most) for it in even) / median(even))
+    return max(1.0, fmean(found))
 
 
 def kernel_repeats(rounds: Sequence[Sequence[RowsLaw]]) -> Repeats:
@@ -299,31 +307,32 @@ def _point(
     coming = max(1, len(pool.memory) // 2 // (matrices * one))
     # Experts of a layer have the same inputs.
     cold = rows >= MANY_ROWS and size.form != "experts"
-    apart = min(coming, left_behind(4 * rows * size.cols)) if cold else 1
-    inputs = cycle([home.place(np.ones((rows, size.cols), np.float32)) for _ in range(apart)])
-    into = home.place(np.zeros((rows, size.cols), np.float32))
+    apart = left_behind(4 * rows * size.cols) if cold else 1
+    tokens = rows * SPREAD if size.form == "experts" and rows > 1 else rows
+    inputs = [home.place(np.ones((tokens, size.cols), np.float32)) for _ in range(apart)]
+    into = home.place(np.zeros((tokens, size.cols), np.float32))
     routes, no_routes = _routes(rows, count), _routes(0, count)
 
     def gated() -> FeedForward:
         enter = Linears((pool.matrix(kind, wide, size.cols), pool.matrix(kind, wide, size.cols)))
         return FeedForward(enter, Linears((pool.matrix(kind, size.cols, wide),)), "silu")
 
-    def call() -> Callable[[], object]:
+    def call() -> Callable[[Floats], object]:
         """Of weights that were used before, as a model's are: what is worked out about them then is known."""
-        x = next(inputs)
         if size.form == "linears":
             linears = Linears((pool.matrix(kind, high, size.cols),), input_bits=input_bits)
-            home.linears(x[:0], linears)
-            return partial(home.linears, x, linears)
+            home.linears(inputs[0][:0], linears)
+            return lambda x: home.linears(x, linears)
         if size.form == "gated":
             layer = gated()
-            home.feed_forward(x[:0], layer)
-            return partial(home.feed_forward, x, layer)
+            home.feed_forward(inputs[0][:0], layer)
+            return lambda x: home.feed_forward(x, layer)
         layers = [gated() for _ in range(count)]
-        home.experts(x[:0], layers, no_routes, into[:0])
-        return partial(home.experts, x, layers, routes, into)
+        home.experts(inputs[0][:0], layers, no_routes, into[:0])
+        return lambda x: home.experts(x, layers, routes, into)
 
-    calls = cycle(call() for _ in range(coming))
+    turns = zip(cycle([call() for _ in range(coming)]), cycle(inputs), strict=False)
+    calls = (partial(its, x) for its, x in turns)
     # So few calls of many rows have time that the first counts, whose results lie in memory that is new.
     if rows >= MANY_ROWS:
         next(calls)()
@@ -332,8 +341,10 @@ def _point(
 
 
 def _routes(rows: int, experts: int) -> Routes:
-    """Each row to each expert."""
-    tokens = np.tile(np.arange(rows, dtype=np.int64), experts)
+    """So many rows to each expert: of one token all, of more every `SPREAD`-th, as experts share out the tokens of a
+    step."""
+    spread = SPREAD if rows > 1 else 1
+    tokens = np.concatenate([np.arange(rows, dtype=np.int64) * spread + i % spread for i in range(experts)])
     return Routes(tuple(rows * i for i in range(experts + 1)), tokens, np.ones(len(tokens), np.float32))
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from shoal import kernels
 from shoal.comm.home import Home
+from shoal.daemon.memory import return_freed
 from shoal.partition.throughput.prediction import Binding
 from shoal.partition.throughput.profile import Device, Profile, unmeasured
 
@@ -134,6 +135,7 @@ class OwnMachine:
                 log.warning("this machine could not be measured: %s: %s", type(error).__name__, error)
                 self._next_s = time.monotonic() + FAILED_S
             finally:
+                return_freed()  # inputs and weights that were tried
                 self._measuring = None
 
         self._measuring = threading.Thread(target=run, name="shoal-measure", daemon=True)

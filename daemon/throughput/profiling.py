@@ -92,13 +92,18 @@ def measure(threads: int, place: Path, progress: Progress = no_progress) -> Prof
     attended = len(HEAD_DIMS) * len(QUERIES) * len(KV_FORMATS) * len(CONTEXTS)
     steps = ROUNDS * table_points(WEIGHT_TYPES) + table_points(WEIGHT_TYPES, COMPUTED_ROWS) + 2 * attended
     steps += turns() + ROUNDS * (len(READS) + len(RINGS) + len(PARTS) + 1) + 1
-    at = 0
+    at, told_s = 0, 0.0
 
     def done(what: str) -> None:
-        nonlocal at
+        nonlocal at, told_s
         log.debug("measuring %s", what)
+        telling_s = time.monotonic()
         progress("measuring", at, steps)
+        told_s += time.monotonic() - telling_s
         at += 1
+
+    def late() -> bool:
+        return time.monotonic() - told_s > began_s + LIMIT_S
 
     keep_freed()  # as steps do
     kernels.set_threads(threads)
@@ -110,7 +115,7 @@ def measure(threads: int, place: Path, progress: Progress = no_progress) -> Prof
     kinds = sorted(
         WEIGHT_TYPES, key=lambda kind: FIRST.index(kind.name) if kind.name in FIRST else len(FIRST)
     )
-    rounds = table_rounds(home, pool, kinds, began_s + LIMIT_S, done)
+    rounds = table_rounds(home, pool, kinds, late, done)
     laws = middle(rounds)
     tabled = {law.kind for law in laws}
     caches = cache_law(home, pool, [kind for kind in kinds if kind.name in tabled], laws, done)

@@ -31,6 +31,10 @@ TRUST = 0.5  # the share of guesses that must come true for guesses to be read a
 TRUST_MEMORY = 0.05  # the weight of the newest guesses in that share
 AHEAD = 32  # experts of a layer are leased or read ahead; for more, often used ones would have to go
 
+NEARLY_ALL, A_FEW = (
+    7 / 8,
+    8,
+)  # experts of a layer that a prompt uses; answers of some streams use half of them
 NO_LAYER = -1
 
 _Candidate = tuple[float, int, BlockId]  # a score, minus the time when it was used last
@@ -89,7 +93,8 @@ class ExpertCache:
         for block in blocks:  # also where all that are wanted lie elsewhere
             self._passed[block.layer] = self._weight
         layer = blocks[0].layer if blocks else NO_LAYER
-        self._behind = layer if 2 * len(self._expected) > self._sizes[layer] else NO_LAYER
+        used, whole = len(self._expected), self._sizes[layer]
+        self._behind = layer if used >= A_FEW and used > NEARLY_ALL * whole else NO_LAYER
         if self._likely:
             came_true = sum(map(self._expected.__contains__, self._likely)) / len(self._likely)
             self._trust += TRUST_MEMORY * (came_true - self._trust)
@@ -190,7 +195,7 @@ class ExpertCache:
 
     def _let_one_go(self) -> None:
         """Evicts the one with the lowest score of those that are neither expected nor likely, if there is one: of those
-        behind this step where it uses most of each layer, since it is about to use the others."""
+        behind this step where it uses nearly all of each layer, since it is about to use the others."""
         behind = [heap for layer, heap in self._heaps.items() if layer <= self._behind]
         for heaps in (behind, self._heaps.values()):
             if lowest := [found for heap in heaps if (found := self._lowest(heap)) is not None]:
