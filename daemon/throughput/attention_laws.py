@@ -12,20 +12,19 @@ from statistics import median
 
 import numpy as np
 
-from shoal.kernels import WEIGHT_TYPES, ComputeHome, Linears
+from shoal.kernels import ComputeHome
 from shoal.kernels.attention_operands import KvPages, Rotation, Scoring, Segments, kv_layout
 from shoal.kernels.huge_pages import Arena
-from shoal.partition.memory_layout import BAND_ROWS, KV_FORMATS, PAGE_TOKENS
+from shoal.partition.memory_layout import KV_FORMATS, PAGE_TOKENS
 from shoal.partition.throughput.profile import AttentionLaw
 
-from .kernel_laws import ROUNDS, Pool, left_behind, usual_s
+from .kernel_laws import ROUNDS, Pool, left_behind, passing, usual_s
 
 KV_HEADS, HEAD_DIMS = 4, (64, 128)
 QUERIES = (1, 4)  # of each head of K and V
 CONTEXTS = (64, 512, 2048)
 CHUNK_ROWS = 64
 KV_COPIES = 6  # of the longest context: calls go round through their pages, so that K and V are cold
-PASSING_BYTES, PASSING_COLUMNS = 8 << 20, 4096  # of weights, between two calls of a chunk
 SMALL_HEAD_DIM = 32  # of a call that counts as a layer's
 
 
@@ -73,16 +72,14 @@ def _attention_s(home: ComputeHome, pool: Pool, kv: KvPages, rows: int, context:
     angles = np.zeros((rows, dim // 2), np.float32)
     scoring = Scoring(Rotation(dim, False, angles + 1, angles), dim**-0.5)
     its = -(-(start + rows) // PAGE_TOKENS)  # pages of a text
-    one = home.place(np.ones((1, PASSING_COLUMNS), np.float32))
-    kind = WEIGHT_TYPES[0]
-    passing_rows = PASSING_BYTES // kind.matrix_bytes(BAND_ROWS, PASSING_COLUMNS) * BAND_ROWS
+    passed = passing(home, pool)
 
     def calls() -> Iterator[Callable[[], object]]:
         inputs = cycle(each)
         while True:
             for first in range(0, kv.pages - its + 1, its):
                 if chunk:
-                    home.linears(one, Linears((pool.matrix(kind, passing_rows, PASSING_COLUMNS),)))
+                    passed()
                 segments = Segments.build([(rows, start, list(range(first, first + its)))])
                 q, k, v = next(inputs)
                 yield partial(home.attention, kv, segments, q, k, v, scoring)

@@ -45,6 +45,7 @@ MANY_ROWS = 32  # from here on, computing counts, and less memory has to be pass
 # Of matrices that share what kernels make of the rows before they multiply. With fewer that would count for more than
 # in models.
 MANY_ROWS_BYTES = 8 << 20
+PASSING_BYTES, PASSING_COLUMNS = 8 << 20, 4096
 LEFT_BEHIND_BYTES = 8 << 20  # of inputs: more than a core's own caches hold
 POOL_BYTES, MOST_POOL_BYTES = 192 << 20, 512 << 20
 POOL_TIMES = 4  # as large as the last cache, within these limits
@@ -98,6 +99,15 @@ def left_behind(nbytes: int) -> int:
     partly on other cores, and weights have passed since: qkv takes 1.1 to 1.3 times as long as with inputs that lie
     where its last call left them, attention that begins three times."""
     return max(2, -(-LEFT_BEHIND_BYTES // nbytes))
+
+
+def passing(home: ComputeHome, pool: Pool) -> Callable[[], object]:
+    """Has weights pass through the caches, as between two calls of a step."""
+    kind = WEIGHT_TYPES[0]
+    nbytes = min(PASSING_BYTES, len(pool.memory) // 2)
+    rows = max(1, nbytes // kind.matrix_bytes(BAND_ROWS, PASSING_COLUMNS)) * BAND_ROWS
+    x = home.place(np.ones((1, PASSING_COLUMNS), np.float32))
+    return lambda: home.linears(x, Linears((pool.matrix(kind, rows, PASSING_COLUMNS),)))
 
 
 def pool_bytes() -> int:
@@ -331,8 +341,14 @@ def _point(
         home.experts(inputs[0][:0], layers, no_routes, into[:0])
         return lambda x: home.experts(x, layers, routes, into)
 
-    turns = zip(cycle([call() for _ in range(coming)]), cycle(inputs), strict=False)
-    calls = (partial(its, x) for its, x in turns)
+    def turns() -> Iterator[Callable[[], object]]:
+        passed = passing(home, pool)
+        for its, x in zip(cycle([call() for _ in range(coming)]), cycle(inputs), strict=False):
+            if cold or tokens > rows:
+                passed()
+            yield partial(its, x)
+
+    calls = turns()
     # So few calls of many rows have time that the first counts, whose results lie in memory that is new.
     if rows >= MANY_ROWS:
         next(calls)()
