@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import cycle, product
+from itertools import product
 from statistics import median
 
 import numpy as np
@@ -18,7 +18,7 @@ from shoal.kernels.huge_pages import Arena
 from shoal.partition.memory_layout import KV_FORMATS, PAGE_TOKENS
 from shoal.partition.throughput.profile import AttentionLaw
 
-from .kernel_laws import ROUNDS, Pool, left_behind, passing, usual_s
+from .kernel_laws import ROUNDS, Pool, passing, usual_s
 
 KV_HEADS, HEAD_DIMS = 4, (64, 128)
 QUERIES = (1, 4)  # of each head of K and V
@@ -63,25 +63,20 @@ def _attention_s(home: ComputeHome, pool: Pool, kv: KvPages, rows: int, context:
     """Of a call; rows see `context` tokens on average."""
     start = max(0, context - (rows + 1) // 2)
     dim = kv.layout.head_dim
-    sizes = [heads * dim for heads in (kv.heads, KV_HEADS, KV_HEADS)]
-    chunk = rows >= CHUNK_ROWS
-    each = [
-        [home.place(np.full((rows, size), 0.1, np.float32)) for size in sizes]
-        for _ in range(left_behind(4 * rows * sum(sizes)) if chunk else 1)
-    ]
+    q, k, v = (
+        home.place(np.full((rows, heads * dim), 0.1, np.float32)) for heads in (kv.heads, KV_HEADS, KV_HEADS)
+    )
     angles = np.zeros((rows, dim // 2), np.float32)
     scoring = Scoring(Rotation(dim, False, angles + 1, angles), dim**-0.5)
     its = -(-(start + rows) // PAGE_TOKENS)  # pages of a text
     passed = passing(home, pool)
 
     def calls() -> Iterator[Callable[[], object]]:
-        inputs = cycle(each)
         while True:
             for first in range(0, kv.pages - its + 1, its):
-                if chunk:
+                if rows >= CHUNK_ROWS:
                     passed()
                 segments = Segments.build([(rows, start, list(range(first, first + its)))])
-                q, k, v = next(inputs)
                 yield partial(home.attention, kv, segments, q, k, v, scoring)
 
     return usual_s(calls())

@@ -33,7 +33,7 @@ from shoal.kernels import (
     WeightType,
     interleave,
 )
-from shoal.kernels.arrays import Bytes, Floats
+from shoal.kernels.arrays import Bytes
 from shoal.kernels.huge_pages import Arena, mapped
 from shoal.partition.memory_layout import BAND_ROWS
 from shoal.partition.throughput.profile import Repeats, RowsLaw
@@ -45,8 +45,7 @@ MANY_ROWS = 32  # from here on, computing counts, and less memory has to be pass
 # Of matrices that share what kernels make of the rows before they multiply. With fewer that would count for more than
 # in models.
 MANY_ROWS_BYTES = 8 << 20
-PASSING_BYTES, PASSING_COLUMNS = 8 << 20, 4096
-LEFT_BEHIND_BYTES = 8 << 20  # of inputs: more than a core's own caches hold
+PASSING_BYTES, PASSING_COLUMNS = 8 << 20, 4096  # more than a core's own caches hold
 POOL_BYTES, MOST_POOL_BYTES = 192 << 20, 512 << 20
 POOL_TIMES = 4  # as large as the last cache, within these limits
 ROUNDS = 3  # of all tables, one after the other: a machine changes its speed within seconds
@@ -94,15 +93,10 @@ def usual_s(calls: Iterator[Callable[[], object]]) -> float:
     return max(1e-9, sum(min(it, most_s) for it in took) / len(took))
 
 
-def left_behind(nbytes: int) -> int:
-    """How many inputs of so many bytes calls with many rows go round through. In steps another kernel has made them,
-    partly on other cores, and weights have passed since: qkv takes 1.1 to 1.3 times as long as with inputs that lie
-    where its last call left them, attention that begins three times."""
-    return max(2, -(-LEFT_BEHIND_BYTES // nbytes))
-
-
 def passing(home: ComputeHome, pool: Pool) -> Callable[[], object]:
-    """Has weights pass through the caches, as between two calls of a step."""
+    """Has weights pass through the caches, as between two calls of a step. There, other cores have made what a call
+    reads, and its page tables have gone: with inputs that lie where its last call left them, qkv of a prompt takes 1.1
+    to 1.3 times less, attention of a text that begins three times."""
     kind = WEIGHT_TYPES[0]
     nbytes = min(PASSING_BYTES, len(pool.memory) // 2)
     rows = max(1, nbytes // kind.matrix_bytes(BAND_ROWS, PASSING_COLUMNS)) * BAND_ROWS
@@ -315,11 +309,8 @@ def _point(
     else:
         one = (2 * kind.matrix_bytes(wide, size.cols) + kind.matrix_bytes(size.cols, wide)) // 3
     coming = max(1, len(pool.memory) // 2 // (matrices * one))
-    # Experts of a layer have the same inputs.
-    cold = rows >= MANY_ROWS and size.form != "experts"
-    apart = left_behind(4 * rows * size.cols) if cold else 1
     tokens = rows * SPREAD if size.form == "experts" and rows > 1 else rows
-    inputs = [home.place(np.ones((tokens, size.cols), np.float32)) for _ in range(apart)]
+    x = home.place(np.ones((tokens, size.cols), np.float32))
     into = home.place(np.zeros((tokens, size.cols), np.float32))
     routes, no_routes = _routes(rows, count), _routes(0, count)
 
@@ -327,26 +318,26 @@ def _point(
         enter = Linears((pool.matrix(kind, wide, size.cols), pool.matrix(kind, wide, size.cols)))
         return FeedForward(enter, Linears((pool.matrix(kind, size.cols, wide),)), "silu")
 
-    def call() -> Callable[[Floats], object]:
+    def call() -> Callable[[], object]:
         """Of weights that were used before, as a model's are: what is worked out about them then is known."""
         if size.form == "linears":
             linears = Linears((pool.matrix(kind, high, size.cols),), input_bits=input_bits)
-            home.linears(inputs[0][:0], linears)
-            return lambda x: home.linears(x, linears)
+            home.linears(x[:0], linears)
+            return partial(home.linears, x, linears)
         if size.form == "gated":
             layer = gated()
-            home.feed_forward(inputs[0][:0], layer)
-            return lambda x: home.feed_forward(x, layer)
+            home.feed_forward(x[:0], layer)
+            return partial(home.feed_forward, x, layer)
         layers = [gated() for _ in range(count)]
-        home.experts(inputs[0][:0], layers, no_routes, into[:0])
-        return lambda x: home.experts(x, layers, routes, into)
+        home.experts(x[:0], layers, no_routes, into[:0])
+        return partial(home.experts, x, layers, routes, into)
 
     def turns() -> Iterator[Callable[[], object]]:
         passed = passing(home, pool)
-        for its, x in zip(cycle([call() for _ in range(coming)]), cycle(inputs), strict=False):
-            if cold or tokens > rows:
+        for its in cycle(call() for _ in range(coming)):
+            if rows >= MANY_ROWS or tokens > rows:
                 passed()
-            yield partial(its, x)
+            yield its
 
     calls = turns()
     # So few calls of many rows have time that the first counts, whose results lie in memory that is new.
