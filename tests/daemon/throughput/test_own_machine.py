@@ -41,6 +41,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         (cache_laws, "KEPT_BYTES", 1 << 20),
         (cache_laws, "SIZES", sizes),
         (attention_laws, "CONTEXTS", (64, 256)),
+        (kernel_laws, "PASSING_BYTES", 1 << 16),
         (fixed_costs, "ANSWER_TOKENS", 8),
         (fixed_costs, "SWEPT_BYTES", (16 << 10, 32 << 10)),
         (fixed_costs, "MANY", 4),

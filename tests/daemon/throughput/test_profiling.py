@@ -56,6 +56,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         (cache_laws, "KEPT_BYTES", 1 << 20),
         (cache_laws, "SIZES", sizes),
         (attention_laws, "CONTEXTS", (64, 256)),
+        (kernel_laws, "PASSING_BYTES", 1 << 16),
         (profiling, "WEIGHT_TYPES", kinds),
         (disk_laws, "READ_S", 0.02),
         (disk_laws, "TOGETHER_S", 0.05),
@@ -385,6 +386,27 @@ def test_texts_that_are_attended_to_come_from_all_pages_in_turn(monkeypatch: pyt
     assert seen[:2] == [[0, 1, 2], [3, 4, 5]]
     assert seen[: calls // 2] == seen[calls // 2 :]
     assert kv.pages - len({page for its in seen for page in its}) < 3
+
+
+@pytest.mark.parametrize(("rows", "passing"), [(1, 0), (attention_laws.CHUNK_ROWS, 5)])
+def test_weights_pass_before_a_chunk_is_attended_to(
+    monkeypatch: pytest.MonkeyPatch, rows: int, passing: int
+) -> None:
+    """Else its inputs would lie where the last call left them, and a prompt's attention be three times as quick."""
+    home, pool, passed = home_of("cpu"), kernel_laws.Pool(16 << 20), list[int]()
+
+    class Counting:
+        place = staticmethod(home.place)
+        attention = staticmethod(home.attention)
+
+        def linears(self, x: Floats, all: Linears) -> None:
+            passed.append(all.matrices[0].nbytes)
+
+    monkeypatch.setattr(attention_laws, "usual_s", lambda its: float(len(list(islice(its, 5)))))
+    kv = attention_laws._kv_pages("f16", 64, 1)
+    assert attention_laws._attention_s(cast(ComputeHome, Counting()), pool, kv, rows, 128) == 5
+    assert len(passed) == passing
+    assert all(it > kernel_laws.PASSING_BYTES // 2 for it in passed)
 
 
 def test_more_streams_use_more_of_a_mixture_s_experts() -> None:
