@@ -25,10 +25,8 @@ from . import cgroup
 from .errors import DaemonError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
-KEPT_BYTES, MOST_FROM_HEAP_BYTES = (
-    256 << 20,
-    32 << 20,
-)  # at the end of a heap; of one array: glibc allows no more
+KEPT_BYTES = 256 << 20  # at the end of a heap
+MOST_FROM_HEAP_BYTES = 32 << 20  # of one array: glibc allows no more
 LEFT_ALONE_SHARE = 0.1  # of the free memory, if nobody asked for a budget
 LEFT_ALONE_BYTES = 512 << 20  # of the machine's memory at least so much …
 MOST_LEFT_ALONE_SHARE = 0.25  # … but no larger share than this

@@ -126,7 +126,7 @@ def profile_of(threads: int, file: Path) -> Known:
             read = {it: weights_gb_per_s(threads, it, PROBES // SHORTER) for it in ROUND_BYTES}
             samples.append({it: Floors(its, 0, computed) for it, its in read.items()})
 
-    _weights()  # takes the memory that it takes
+    _weights()  # now: using new memory takes time
     kept = profile_file(Home.from_env(), threads)
     # With the disk as this file lies on it.
     found = machine_profile(threads, file.parent, kept, anew=True, progress=sampled)

@@ -83,7 +83,7 @@ def _measured(
     types = [kind for kind in WEIGHT_TYPES if kind.name in kinds]
     pool = Pool()
     going("")
-    rounds = table_rounds(home, pool, types, lambda: False, going)
+    rounds = table_rounds(home, pool, types, going)
     laws = middle(rounds)
     going("")
     caches = cache_law(home, pool, types, laws, going)

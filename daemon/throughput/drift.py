@@ -97,7 +97,7 @@ def _looked(device: Device, place: Path, kinds: Sequence[str], idle: Callable[[]
     products: tuple[RowsLaw, ...] = ()
     if kind is not None:
         kernels.set_threads(device.threads)
-        rounds = table_rounds(kernels.home_of("cpu"), Pool(), [kind], _never, going)
+        rounds = table_rounds(kernels.home_of("cpu"), Pool(), [kind], going)
         parts: tuple[tuple[Binding, int], ...] = (("memory", 0), ("compute", -1))
         for part, point in parts:
             changed |= _changed(part, [median(_times(device, it, point) for it in laws) for laws in rounds])
@@ -110,10 +110,6 @@ def _looked(device: Device, place: Path, kinds: Sequence[str], idle: Callable[[]
         reads, _ = read_law(path, going)
         return Looked(changed | slower, products, reads)
     return Looked(changed, products)
-
-
-def _never() -> bool:
-    return False
 
 
 def _changed(part: Binding, times: Sequence[float]) -> dict[Binding, float]:

@@ -168,8 +168,8 @@ def table_rounds(
     home: ComputeHome,
     pool: Pool,
     kinds: Sequence[WeightType],
-    late: Callable[[], bool],
     done: Callable[[str], None],
+    late: Callable[[], bool] = lambda: False,
 ) -> list[list[RowsLaw]]:
     """Rounds of a table for each type and size, in their order. No type is begun when it is `late`,
     except the first; so later rounds may have fewer. `done` is called before each point."""

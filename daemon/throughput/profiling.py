@@ -115,7 +115,7 @@ def measure(threads: int, place: Path, progress: Progress = no_progress) -> Prof
     kinds = sorted(
         WEIGHT_TYPES, key=lambda kind: FIRST.index(kind.name) if kind.name in FIRST else len(FIRST)
     )
-    rounds = table_rounds(home, pool, kinds, late, done)
+    rounds = table_rounds(home, pool, kinds, done, late)
     laws = middle(rounds)
     tabled = {law.kind for law in laws}
     caches = cache_law(home, pool, [kind for kind in kinds if kind.name in tabled], laws, done)

@@ -23,18 +23,14 @@ from .window import Extent, Passage, Read
 
 HALF_LIFE_STEPS = 64.0  # a use that many steps ago counts half
 LARGEST_WEIGHT = 1e100
-STEADY_USES = 1 / (
-    1 - 2 ** (-1 / HALF_LIFE_STEPS)
-)  # the score of an expert that every step has used for long
+# The score of an expert that every step has used for long.
+STEADY_USES = 1 / (1 - 2 ** (-1 / HALF_LIFE_STEPS))
 SCORE_DECIMALS = 2  # decimals of scores that are compared; one use adds 1
 TRUST = 0.5  # the share of guesses that must come true for guesses to be read ahead
 TRUST_MEMORY = 0.05  # the weight of the newest guesses in that share
 AHEAD = 32  # experts of a layer are leased or read ahead; for more, often used ones would have to go
 
-NEARLY_ALL, A_FEW = (
-    7 / 8,
-    8,
-)  # experts of a layer that a prompt uses; answers of some streams use half of them
+NEARLY_ALL, A_FEW = 7 / 8, 8  # of a layer's experts a prompt uses; answers of some streams use half
 NO_LAYER = -1
 
 _Candidate = tuple[float, int, BlockId]  # a score, minus the time when it was used last
@@ -72,7 +68,7 @@ class ExpertCache:
         # Candidates to go, of each layer. Stale entries are passed over.
         self._heaps: dict[int, list[_Candidate]] = {}
         self._passed: dict[int, float] = {}  # the weight of a use when a layer's experts were expected last
-        self._behind = NO_LAYER  # the layer of a step that uses most experts of it
+        self._behind = NO_LAYER  # the layer of a step that uses nearly all experts of it
         self._clock = 0
         self._weight = 1.0  # of a use now; it grows, so that older ones need not shrink
         self._sizes = Counter(extent.block.layer for extent in experts)

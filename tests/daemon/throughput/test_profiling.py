@@ -350,7 +350,7 @@ def _cache_law(
     monkeypatch.setattr(cache_laws, "PARTS", (1 / 4, 1 / 2, 1))
     monkeypatch.setattr(cache_laws, "_round_s", lambda home, x, each: next(kept))
     home, pool, kinds = home_of("cpu"), kernel_laws.Pool(), _kinds("Q4_K")
-    measured, *_ = kernel_laws.table_rounds(home, pool, kinds, lambda: False, lambda what: None)
+    measured, *_ = kernel_laws.table_rounds(home, pool, kinds, lambda what: None)
     laws = [replace(law, byte_s=(7.0,) * len(law.rows)) for law in measured]
     return cache_laws.cache_law(home, pool, kinds, laws, done)
 
