@@ -25,7 +25,7 @@ from . import cgroup
 from .errors import DaemonError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
-KEPT_BYTES = 256 << 20  # at the end of a heap
+HEAP_END_BYTES = 256 << 20  # that stay
 MOST_FROM_HEAP_BYTES = 32 << 20  # of one array: glibc allows no more
 LEFT_ALONE_SHARE = 0.1  # of the free memory, if nobody asked for a budget
 LEFT_ALONE_BYTES = 512 << 20  # of the machine's memory at least so much …
@@ -172,7 +172,7 @@ def keep_freed() -> None:
     which took 1.1 times as long)."""
     with contextlib.suppress(AttributeError):  # another C library
         library = ctypes.CDLL(None)
-        library.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+        library.mallopt(M_TRIM_THRESHOLD, HEAP_END_BYTES)
         library.mallopt(M_MMAP_THRESHOLD, MOST_FROM_HEAP_BYTES)
 
 
