@@ -16,7 +16,6 @@ Nothing else should run.
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from harness.cells import (
     Cell,
     Foretold,
     Measured,
+    WithDisk,
     alternatives,
     memory_summary,
     ranked,
@@ -40,7 +40,15 @@ from harness.cells import (
     verdict,
 )
 from harness.measuring import CellFailed, alone, bench_arguments, in_group, processor_s, shoal
-from harness.own_profiles import floors, halves, loopback, nearest_round, profile_of
+from harness.own_profiles import (
+    floors,
+    group_profile,
+    half_of,
+    loopback,
+    nearest_round,
+    processors,
+    profile_of,
+)
 
 from shoal.comm.home import Home
 from shoal.daemon.config import NodeConfig
@@ -51,6 +59,7 @@ from shoal.daemon.throughput.model_sizes import described, weighed
 from shoal.partition.memory_layout import PAGE_TOKENS
 from shoal.partition.plan import Misfit
 from shoal.partition.throughput.cost import cost, round_bytes
+from shoal.partition.throughput.explain import with_faster_disk
 from shoal.partition.throughput.peak import PROCESS_BYTES, peak_bytes
 from shoal.partition.throughput.prediction import Job, Prediction
 from shoal.partition.throughput.profile import Profile
@@ -60,11 +69,12 @@ from shoal.partition.throughput.solve import Choices, asks, solve
 # measured is the mean of many batches.
 JOBS = ((1, 64, 32), (1, 512, 16), (4, 64, 24), (16, 16, 16))
 STREAMED_JOBS = ((1, 64, 16), (4, 64, 12))
-GROUP_JOBS = ((1, 64, 32), (1, 512, 16))
+GROUP_JOBS = {2: ((1, 64, 32), (1, 512, 16)), 4: ((1, 64, 32),)}  # by ranks
 SHARES = (0.4, 0.65, 0.85)  # of a model's bytes, as budgets, besides what the process takes
 MORE_BYTES = 150_000_000  # of a budget, besides a share of the model
 LEAST_STREAMED = 300_000_000  # bytes of a model that it makes sense to stream
 FEWER_BITS = 500_000_000  # models of fewer bytes are also kept in 4 bits
+DISKS = 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.4, 1.6, 2.0, 2.5  # times as fast as the profile's
 CELL_S = 18.0
 ROUNDS = (3, 2, 1)
 FIXED_S, GROUP_FIXED_S, LOAD_BYTES_PER_S = 4.5, 10.0, 0.7e9  # of a cell, besides what is predicted
@@ -102,8 +112,9 @@ def cells(models: Path, threads: int) -> Iterator[Cell]:
         if size < FEWER_BITS:
             for job in JOBS[::2]:
                 yield Cell(path.name, "q4", threads, *job)
-        for job in GROUP_JOBS if threads > 1 else ():
-            yield Cell(path.name, "keep", threads // 2, *job, ranks=2)
+        for ranks, jobs in GROUP_JOBS.items() if threads > 1 else ():
+            for job in jobs:
+                yield Cell(path.name, "keep", max(1, threads // ranks), *job, ranks=ranks)
 
 
 def _job(cell: Cell) -> Job:
@@ -119,12 +130,12 @@ def fresh_share(pages: int, job: Job, rounds: int) -> float:
 
 class Way(NamedTuple):
     """A plan: its name, bytes that come round in its steps, and, if the job is done so many times besides warming up,
-    what is predicted of it and the bytes that the process has at most (0: not looked at); and what stays of the weights
-    if not all do."""
+    what is predicted of it, also with a disk that is so many times as fast, and the bytes that the process has at most
+    (0: not looked at); and what stays of the weights if not all do."""
 
     name: str
     round_bytes: float
-    prediction: Callable[[int], Prediction]
+    prediction: Callable[[int, float], Prediction]
     peak_bytes: Callable[[int], int] = lambda rounds: 0
     resident_bytes: int = 0
 
@@ -148,9 +159,9 @@ def alone_foretold(cell: Cell, path: Path, profile: Profile) -> Way | None:
     plan = replace(plan, narrow_inputs=True)  # as of a machine that is in no cluster
     whole = round_bytes(model, plan, job.batch * job.context_tokens)
 
-    def found(rounds: int) -> Prediction:
+    def found(rounds: int, disk: float) -> Prediction:
         fresh = fresh_share(plan.kv.pages, job, rounds)
-        return cost(model, plan, profile.head, job._replace(fresh=fresh))
+        return cost(model, plan, with_faster_disk(profile.head, disk), job._replace(fresh=fresh))
 
     name = "stream" if plan.streams else "memory"
     # Of a mixture, an expert more or less does not matter.
@@ -180,20 +191,21 @@ def group_foretold(cell: Cell, path: Path, profile: Profile) -> Way | None:
     if found.chosen is None:
         return None
     chosen = found.chosen
-    return Way(chosen.name, model.weights_bytes, lambda rounds: chosen.prediction)
+    return Way(chosen.name, model.weights_bytes, lambda rounds, disk: chosen.prediction)
 
 
-def foretell(models: Path, threads: int) -> list[Foretold]:
+def foretell(models: Path) -> list[Foretold]:
     """Every cell's prediction. Cells that have no plan or would take too long are left out."""
     largest = max((it for it in models.rglob("*") if it.is_file()), key=lambda it: it.stat().st_size)
-    half = max(1, threads // 2)
+    threads, half = processors(), half_of(processors())
     known = {count: profile_of(count, largest) for count in sorted({1, half, threads})}
-    ranks = halves(known[half].profile, known[threads].profile, loopback(half))
+    link = loopback(half)
     found: list[Foretold] = []
     for cell in cells(models, threads):
         path = models / cell.model
         try:
             if cell.ranks > 1:
+                ranks = group_profile(cell, known[half].profile, known[threads].profile, link)
                 made = group_foretold(cell, path, ranks)
             else:
                 made = alone_foretold(cell, path, known[cell.threads].profile)
@@ -203,7 +215,7 @@ def foretell(models: Path, threads: int) -> list[Foretold]:
         if made is None:
             continue
         name, whole, predicted, peak_bytes, resident_bytes = made
-        row = predicted(1)
+        row = predicted(1, 1.0)
         once_s = row.ttft_s + cell.new_tokens * row.token_s
         before_s = (GROUP_FIXED_S if cell.ranks > 1 else FIXED_S) + path.stat().st_size / LOAD_BYTES_PER_S
         rounds = next((it for it in ROUNDS if before_s + (1 + it) * once_s < CELL_S), 0)
@@ -212,7 +224,8 @@ def foretell(models: Path, threads: int) -> list[Foretold]:
         if name == "stream" or cell.quant != "keep":
             packing = shoal("pack", "--quant", cell.quant, str(path))
             subprocess.run(packing, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        row, size = predicted(rounds), nearest_round(whole)
+        row, size = predicted(rounds, 1.0), nearest_round(whole)
+        others = [(times, predicted(rounds, times)) for times in DISKS if name == "stream"]
         floor = known[threads if cell.ranks > 1 else cell.threads].floors[size]
         found.append(
             Foretold(
@@ -229,6 +242,7 @@ def foretell(models: Path, threads: int) -> list[Foretold]:
                 dict(row.prompt_parts),  # type: ignore[arg-type]
                 size,
                 resident_bytes,
+                [WithDisk(times, its.ttft_s, its.token_s) for times, its in others],
             )
         )
     random.Random(0).shuffle(found)
@@ -240,7 +254,7 @@ def measured(models: Path, foretold: Foretold) -> Measured:
     cell = foretold.cell
     file = models / cell.model
     probed = read_from(file, cell.quant if foretold.plan == "stream" else "")
-    threads = cell.threads * cell.ranks
+    threads = min(processors(), cell.threads * cell.ranks)
     before = floors(threads, probed, foretold.round_bytes)
     began_s, known = time.monotonic(), processor_s()
     took = (in_group if cell.ranks > 1 else alone)(file, foretold)
@@ -320,7 +334,6 @@ def main() -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     predict = verbs.add_parser("predict")
     predict.add_argument("--models", type=Path, required=True)
-    predict.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     predict.add_argument("--out", type=Path, required=True)
     measuring = verbs.add_parser("measure")
     measuring.add_argument("predictions", type=Path)
@@ -333,7 +346,7 @@ def main() -> None:
     both.add_argument("measured", type=Path)
     options = parser.parse_args()
     if options.verb == "predict":
-        made = foretell(options.models, options.threads)
+        made = foretell(options.models)
         options.out.write_bytes(msgspec.json.format(msgspec.json.encode(made)))
         print(f"{len(made)} cells")
         return

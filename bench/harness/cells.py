@@ -11,6 +11,8 @@ from itertools import combinations
 from statistics import median
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 VOID = 0.10  # what floors before and after say may differ by so much
 OTHERS = 0.10  # of a processor, that other programs may take while a group is measured
 WANTED = {
@@ -71,12 +73,21 @@ class Floors:
         return Floors(*((one + another) / 2 for one, another in pairs))
 
 
+class WithDisk(NamedTuple):
+    """What is predicted with a disk that is so many times as fast as the profile's."""
+
+    times: float
+    ttft_s: float
+    token_s: float
+
+
 @dataclass
 class Foretold:
     """What was predicted of a cell, before anything was measured. `floors`: when the profile was. `peak_bytes`: 0 = not
     to be looked at. `rounds`: to measure. `parts`, `prompt_parts`: seconds of a token and of the prompts by what takes
     them (see `Prediction`); without them all of it is what binds. `round_bytes`: with which floors are probed.
-    `resident_bytes`: of weights, that stay in memory where others are streamed (0: all do)."""
+    `resident_bytes`: of weights, that stay in memory where others are streamed (0: all do). `disks`: what would be
+    predicted with faster and slower ones, of a cell that streams."""
 
     cell: Cell
     plan: str
@@ -91,6 +102,7 @@ class Foretold:
     prompt_parts: dict[str, float] = field(default_factory=dict)
     round_bytes: int = 1 << 30
     resident_bytes: int = 0
+    disks: list[WithDisk] = field(default_factory=list)
 
     def void(self, measured: Measured) -> bool:
         """Whether the machine changed meanwhile by more than `VOID` in what this cell goes with, so that it says
@@ -98,21 +110,41 @@ class Foretold:
         processor when a message comes makes all of them wait, which no floor tells."""
         if measured.cell.ranks > 1 and measured.others > OTHERS:
             return True
-        one, other = (self.slower(it, self.parts) for it in (measured.before, measured.after))
+        one, other = map(self.token_times, (measured.before, measured.after))
         return abs(one - other) > VOID * max(one, other)
 
-    def slower(self, now: Floors, parts: dict[str, float]) -> float:
-        """How many times longer than predicted it takes with these floors. Reading memory and disk and computing go
-        with theirs; fixed costs do not."""
-        whole = parts or {self.binding: 1.0}
-        disk_s = whole.get("disk", 0.0)
-        rest = {part: seconds for part, seconds in whole.items() if part != "disk"}
-        if disk_s > sum(rest.values()):  # all else hides behind it
-            return self.floors.disk_gb_per_s / now.disk_gb_per_s
-        times = {"memory" if parts else self.binding: self.floors.dram_gb_per_s / now.dram_gb_per_s}
-        if parts and now.compute_gflops:
-            times["compute"] = self.floors.compute_gflops / now.compute_gflops
-        return sum(s * times.get(part, 1.0) for part, s in rest.items()) / sum(rest.values())
+    def token_times(self, now: Floors) -> float:
+        """How many times longer than predicted a token takes with these floors. Reading memory and disk and computing
+        go with theirs; fixed costs do not."""
+        disks = {its.times: its.token_s for its in self.disks}
+        return self._times(now, self.parts or {self.binding: 1.0}, disks)
+
+    def ttft_times(self, now: Floors) -> float:
+        """The same of the first token."""
+        if not self.prompt_parts:
+            return self.token_times(now)
+        return self._times(now, self.prompt_parts, {its.times: its.ttft_s for its in self.disks})
+
+    def _times(self, now: Floors, parts: Mapping[str, float], disks: Mapping[float, float]) -> float:
+        dram, compute = (
+            then / its if its else 1.0
+            for then, its in (
+                (self.floors.dram_gb_per_s, now.dram_gb_per_s),
+                (self.floors.compute_gflops, now.compute_gflops),
+            )
+        )
+        beside = {"memory": dram, "compute": compute}
+        computing = {part: seconds for part, seconds in parts.items() if part != "disk"}
+        whole_s = sum(computing.values())
+        now_s = sum(s * beside.get(part, 1.0) for part, s in computing.items())
+        times = now_s / whole_s if whole_s else 1.0
+        if not disks:
+            return times
+        # If the processor and the disk are as many times as slow, so is all. What the disk is besides, predictions say.
+        disk = now.disk_gb_per_s / self.floors.disk_gb_per_s * times
+        slowness = sorted((1 / its, seconds) for its, seconds in disks.items())
+        found = float(np.interp(1 / disk, *zip(*slowness, strict=True)))
+        return times * found / disks[1.0]
 
 
 @dataclass
@@ -153,8 +185,7 @@ class Verdict(NamedTuple):
 def verdict(foretold: Foretold, measured: Measured) -> Verdict:
     """How far a cell's prediction was off."""
     now = measured.floors
-    token_times = foretold.slower(now, foretold.parts)
-    ttft_times = foretold.slower(now, foretold.prompt_parts) if foretold.prompt_parts else token_times
+    token_times, ttft_times = foretold.token_times(now), foretold.ttft_times(now)
     token = measured.token_s / foretold.token_s / token_times - 1
     speed = measured.cell.batch / measured.token_s * token_times
     return Verdict(
@@ -227,8 +258,7 @@ def alternatives(
         cell, said = it.cell, foretold[it.cell]
         if said.void(it):
             continue
-        token_times = said.slower(it.floors, said.parts)
-        ttft_times = said.slower(it.floors, said.prompt_parts) if said.prompt_parts else token_times
+        token_times, ttft_times = said.token_times(it.floors), said.ttft_times(it.floors)
         later = cell.new_tokens - 1
         job = f"{cell.model} {cell.prompt_tokens}+{cell.new_tokens}×{cell.batch}"
         way = Alternative(

@@ -84,7 +84,7 @@ def in_group(file: Path, foretold: Foretold) -> Took:
     """The same by daemons on loopback; what they take is not looked at."""
     cell, source = foretold.cell, random.Random(0)
     pins, exact = [""] * cell.ranks, ("--speculate", "off")  # one token a step, as is predicted
-    known = rank_profile(cell.threads, cell.threads * cell.ranks, file.parent)
+    known = rank_profile(cell, file.parent)
     with group(file.resolve(), cell.ranks, cell.threads, PORT, pins, exact, known) as client:
         found = [
             ask(client, [source.randrange(1000) for _ in range(cell.prompt_tokens)], cell.new_tokens)

@@ -5,9 +5,11 @@ ranks that share it.
 from __future__ import annotations
 
 import functools
+import os
 import random
 import time
 from dataclasses import replace
+from itertools import combinations
 from math import log
 from pathlib import Path
 from statistics import median
@@ -24,11 +26,18 @@ from shoal.daemon.throughput.profiling import machine_profile
 from shoal.kernels import WEIGHT_TYPES, Linears, Matrix
 from shoal.kernels.huge_pages import mapped
 from shoal.partition.memory_layout import BAND_ROWS
-from shoal.partition.throughput.profile import Corrections, Device, Profile, ProfileLink, RowsLaw
+from shoal.partition.throughput.profile import (
+    Corrections,
+    Device,
+    Overheads,
+    Profile,
+    ProfileLink,
+    RowsLaw,
+)
 
-from .cells import Floors
+from .cells import Cell, Floors
 
-PAIR = "one", "two"
+RANKS = "one", "two", "three", "four"
 PORT = 27651
 KIND = next(kind for kind in WEIGHT_TYPES if kind.name == "Q8_0")  # which no kernel computes with for longer
 COLUMNS, MATRIX_BYTES = 4096, 8 << 20
@@ -141,19 +150,27 @@ def profile_of(threads: int, file: Path) -> Known:
     return Known(profile, found_floors)
 
 
-def rank_profile(threads: int, usual: int, place: Path) -> Profile:
-    """What `profile_of` has measured, as each of two ranks on so many of the `usual` threads would know it of itself:
-    what a group was predicted with is what it is chosen and planned with."""
-    home = Home.from_env()
-    kept = [profile_file(home, count) for count in (threads, usual)]
+def rank_profile(cell: Cell, place: Path) -> Profile:
+    """What `profile_of` has measured, as each rank of the cell would know it of itself: what a group was predicted with
+    is what it is chosen and planned with."""
+    counts = half_of(processors()), processors()
+    kept = [profile_file(Home.from_env(), count) for count in counts]
     half, whole = (
-        machine_profile(count, place, file, only_kept=True)
-        for count, file in zip((threads, usual), kept, strict=True)
+        machine_profile(count, place, file, only_kept=True) for count, file in zip(counts, kept, strict=True)
     )
     if half is None or whole is None:
         lacking = kept[0] if half is None else kept[1]
         raise SystemExit(f"{lacking} is no profile of this machine as it is now: predict first, there")
-    return Profile((replace(one_of_two(half, whole), corrections=Corrections()),))
+    return Profile((replace(one_of(cell, half, whole), corrections=Corrections()),))
+
+
+def processors() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def half_of(threads: int) -> int:
+    return max(1, threads // 2)
 
 
 def loopback(threads: int) -> ProfileLink:
@@ -161,41 +178,55 @@ def loopback(threads: int) -> ProfileLink:
     with attached(2, threads, PORT, ["", ""]) as client:
         client.measure_links()
         worker = client.nodes().nodes[1]
-    return ProfileLink(PAIR, worker.rtt_s / 2, worker.bytes_per_s)
+    return ProfileLink((RANKS[0], RANKS[1]), worker.rtt_s / 2, worker.bytes_per_s)
 
 
-def halves(half: Profile, whole: Profile, link: ProfileLink) -> Profile:
-    """Two ranks on one machine (`one_of_two`), and what is between them."""
-    one = one_of_two(half, whole)
-    return Profile(tuple(replace(one, name=name) for name in link.between), (link,))
+def group_profile(cell: Cell, half: Profile, whole: Profile, link: ProfileLink) -> Profile:
+    """The ranks of a cell, all on one machine (`one_of`), and what is between them."""
+    one, turns = one_of(cell, half, whole), _turns(cell, whole)
+    slower = replace(link, latency_s=turns * link.latency_s, bytes_per_s=link.bytes_per_s / turns)
+    names = RANKS[: cell.ranks]
+    links = (replace(slower, between=pair) for pair in combinations(names, 2))
+    return Profile(tuple(replace(one, name=name) for name in names), tuple(links))
 
 
-def one_of_two(half: Profile, whole: Profile) -> Device:
-    """A rank with half of a machine's threads and memory. When both work, each takes twice as long for a byte or a
-    number as the machine with all threads, which has the same to do. `half`: as measured on half of the threads, whose
-    fixed costs are a rank's."""
+def one_of(cell: Cell, half: Profile, whole: Profile) -> Device:
+    """A rank with its part of a machine's processors and memory. When all work, each takes as many times as long for a
+    byte or a number as the machine with all threads, which has the same to do. `half`: as measured on half of the
+    threads, whose fixed costs are a rank's, as many times as ranks take turns on a processor."""
 
-    def twice(values: tuple[float, ...]) -> tuple[float, ...]:
-        return tuple(2 * it for it in values)
+    def times(values: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(cell.ranks * it for it in values)
 
-    def twice_as_long(laws: tuple[RowsLaw, ...]) -> tuple[RowsLaw, ...]:
-        return tuple(replace(law, byte_s=twice(law.byte_s)) for law in laws)
+    def longer(laws: tuple[RowsLaw, ...]) -> tuple[RowsLaw, ...]:
+        return tuple(replace(law, byte_s=times(law.byte_s)) for law in laws)
 
-    caches = whole.head.caches
+    turns, caches, overheads = _turns(cell, whole), whole.head.caches, half.head.overheads
+    fixed = {name: turns * its for name, its in vars(overheads).items() if name != "swept"}
+    swept = overheads.swept
     return replace(
         half.head,
-        memory_bytes=whole.head.memory_bytes / 2,
-        memory_bytes_per_s=whole.head.memory_bytes_per_s / 2,
-        flops=whole.head.flops / 2,
-        products=twice_as_long(whole.head.products),
+        threads=cell.threads,
+        memory_bytes=whole.head.memory_bytes / cell.ranks,
+        memory_bytes_per_s=whole.head.memory_bytes_per_s / cell.ranks,
+        flops=whole.head.flops / cell.ranks,
+        products=longer(whole.head.products),
         attention=tuple(
-            replace(law, decode_s=twice(law.decode_s), prompt_s=twice(law.prompt_s))
+            replace(law, decode_s=times(law.decode_s), prompt_s=times(law.prompt_s))
             for law in whole.head.attention
         ),
         caches=caches
         and replace(
             caches,
-            nbytes=tuple(it // 2 for it in caches.nbytes),
-            products=twice_as_long(caches.products),
+            nbytes=tuple(it // cell.ranks for it in caches.nbytes),
+            products=longer(caches.products),
+        ),
+        overheads=Overheads(
+            **fixed, swept=swept and replace(swept, layer_s=tuple(turns * it for it in swept.layer_s))
         ),
     )
+
+
+def _turns(cell: Cell, whole: Profile) -> float:
+    """How many ranks share a processor."""
+    return max(1.0, cell.ranks * cell.threads / whole.head.threads)

@@ -12,9 +12,9 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import NamedTuple
 
 from shoal.offload.read_speed import read_speed
@@ -26,7 +26,7 @@ from .kernel_laws import ROUNDS
 READS = (256 << 10, 1 << 20, 4 << 20)  # blocks, through the largest of …
 RINGS = (16 << 20, 32 << 20, 64 << 20)  # … which no cache holds; blocks of half their size pass through these
 READ_S = 0.2
-TOGETHER_S = 0.3
+TURNS, TURN_S = 5, 0.15  # of reading and computing together, between those alone
 BEGINNING_S = 2.0  # until reading has begun
 REREAD_BYTES = 256 << 20  # of a file, that are read
 WRITTEN_BYTES = 128 << 20
@@ -80,22 +80,38 @@ def brief_read_law(path: Path, seconds: float) -> ReadLaw:
 def contention(path: Path, compute: Callable[[], object]) -> Contention:
     """What disk and processor keep of their speed while the other works. `compute`: a piece of work, short. Raises
     OffloadError."""
-    rounds = [_contention(path, compute) for _ in range(ROUNDS)]
-    return Contention(*(_share(median(shares)) for shares in zip(*rounds, strict=True)))
+    alone, both = [_alone(path, compute)], list[_Paces]()
+    for _ in range(TURNS):
+        both.append(_together(path, compute))
+        alone.append(_alone(path, compute))
+    # A disk that others share changes its speed within seconds: each is compared with what was just before and after.
+    beside = [_Paces(*map(fmean, zip(*its, strict=True))) for its in pairwise(alone)]
+    computed = median(one.compute_s / two.compute_s for one, two in zip(beside, both, strict=True))
+    read = median(two.bytes_per_s / one.bytes_per_s for one, two in zip(beside, both, strict=True))
+    return Contention(_share(computed), _share(read))
 
 
-def _contention(path: Path, compute: Callable[[], object]) -> tuple[float, float]:
-    """(what the processor keeps, what the disk keeps), each alone and together in turn."""
-    ring_bytes = RINGS[len(RINGS) // 2]
-    passing = partial(passing_speed, path, TOGETHER_S, ring_bytes // 2, ring_bytes, REREAD_BYTES)
-    alone_s, disk_alone = _pace_s(compute, TOGETHER_S), max(1.0, passing())
+class _Paces(NamedTuple):
+    compute_s: float  # of one piece of work
+    bytes_per_s: float
+
+
+def _alone(path: Path, compute: Callable[[], object]) -> _Paces:
+    return _Paces(_pace_s(compute, TURN_S), _passing(path))
+
+
+def _together(path: Path, compute: Callable[[], object]) -> _Paces:
     began = threading.Event()
     with ThreadPoolExecutor(1) as pool:
-        read = pool.submit(passing, began=began.set)
+        read = pool.submit(_passing, path, began.set)
         began.wait(BEGINNING_S)  # an error is heard below
-        together_s = _pace_s(compute, 0.9 * TOGETHER_S)
-        disk_together = read.result()
-    return alone_s / together_s, disk_together / disk_alone
+        return _Paces(_pace_s(compute, 0.9 * TURN_S), read.result())
+
+
+def _passing(path: Path, began: Callable[[], object] = lambda: None) -> float:
+    """Bytes per second, through a ring of middle size."""
+    ring_bytes = RINGS[len(RINGS) // 2]
+    return max(1.0, passing_speed(path, TURN_S, ring_bytes // 2, ring_bytes, REREAD_BYTES, began))
 
 
 def _pace_s(compute: Callable[[], object], seconds: float) -> float:

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import cycle
+from itertools import accumulate, cycle
 from pathlib import Path
-from statistics import fmean, median, median_low
+from statistics import NormalDist, fmean, median, median_low
 from typing import NamedTuple
 
 import numpy as np
@@ -312,7 +312,8 @@ def _point(
     tokens = rows * SPREAD if size.form == "experts" and rows > 1 else rows
     x = home.place(np.ones((tokens, size.cols), np.float32))
     into = home.place(np.zeros((tokens, size.cols), np.float32))
-    routes, no_routes = _routes(rows, count), _routes(0, count)
+    routes = _routes(tokens, rows, count)
+    no_routes = Routes((0,) * (count + 1), routes.tokens[:0], routes.factors[:0])
 
     def gated() -> FeedForward:
         enter = Linears((pool.matrix(kind, wide, size.cols), pool.matrix(kind, wide, size.cols)))
@@ -347,12 +348,17 @@ def _point(
     return max(0.05 * seconds, seconds - call_s) / (matrices * one), float(one)
 
 
-def _routes(rows: int, experts: int) -> Routes:
-    """So many rows to each expert: of one token all, of more every `SPREAD`-th, as experts share out the tokens of a
-    step."""
-    spread = SPREAD if rows > 1 else 1
-    tokens = np.concatenate([np.arange(rows, dtype=np.int64) * spread + i % spread for i in range(experts)])
-    return Routes(tuple(rows * i for i in range(experts + 1)), tokens, np.ones(len(tokens), np.float32))
+def _routes(tokens: int, rows: int, experts: int) -> Routes:
+    """Of so many tokens, `rows` to each expert on average: more to some than to others, as where each token goes to one
+    in `SPREAD`. (Kernels take so many rows together, so few above and few below do not make up for each other.)"""
+    apart = NormalDist(rows, math.sqrt(rows * (1 - rows / tokens)) or 1e-9)
+    counts = [max(1, round(apart.inv_cdf(1 - (i + 0.5) / experts))) for i in range(experts)]
+    counts[0] += rows * experts - sum(counts)
+    chosen = [
+        (np.arange(count, dtype=np.int64) * tokens + i % tokens) // count for i, count in enumerate(counts)
+    ]
+    starts = (0, *accumulate(counts))
+    return Routes(starts, np.concatenate(chosen), np.ones(starts[-1], np.float32))
 
 
 def memory_bytes_per_s(laws: Sequence[RowsLaw]) -> float:

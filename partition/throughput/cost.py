@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from ..plan import Plan
 from ..spec import BlockId
-from .laws import DISTINCT_SHARE, NOTHING, Rows, fresh_pages, kv_token_bytes, products
+from .laws import DISTINCT_SHARE, NOTHING, Rows, fresh_pages, gathered_s, kv_token_bytes, products
 from .peak import host_kv_share, peak_bytes
 from .prediction import Binding, Job, Prediction, uncertainty
 from .profile import Device
@@ -195,6 +195,8 @@ def _step(
         if kind.expert:  # its rows are normalised apart, and its sum begins with zeros
             further_s = overheads.expert_s * pieces.further_experts(fed)
             own_s += overheads.mixture_s + further_s + 2 * added_s * fed
+        if experts is not None:  # some go together, each time like a mixture
+            own_s += overheads.mixture_s * experts.used / experts.together
         if experts is not None and experts.right and layer < last:  # guessing takes what routing does
             mixed += pieces.router(kind, fed)
             own_s += overheads.mixture_s + added_s * fed
@@ -210,6 +212,8 @@ def _step(
     more = sum(segment.alike for segment in segments) - 1
     streams_s = more * (overheads.stream_s + (last + 1) * overheads.stream_layer_s)
     between_s = overheads.step_s + streams_s + overheads.logit_s * wanted * model.spec.vocab
+    if tier.get(BlockId("embed")):
+        between_s += gathered_s(device, rows)
     found = contended(device, plan.window_bytes, uses, mixtures, between_s)
     seconds = max(found.step_s, found.disk_s)
     parts: dict[Binding, float] = {

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ..amounts import format_bytes
 from .prediction import Binding
-from .profile import ANY, Profile, ProfileLink, ReadLaw
+from .profile import ANY, Device, Profile, ProfileLink
 from .solve import Asks, Candidate, Choices, Solved, solve
 from .weights_of import Weighed
 
@@ -191,9 +191,7 @@ def _bought(
         return replace(profile, devices=(replace(profile.head, memory_bytes=nbytes), *profile.devices[1:]))
 
     def with_disk(times: float) -> Profile:
-        head = profile.head
-        reads = head.reads and faster(head.reads, times)
-        changed = replace(head, disk_bytes_per_s=head.disk_bytes_per_s * times, reads=reads)
+        changed = with_faster_disk(profile.head, times)
         return replace(profile, devices=(changed, *profile.devices[1:]))
 
     now = profile.head.memory_bytes
@@ -225,14 +223,17 @@ def _bought(
     return bought
 
 
-def faster(reads: ReadLaw, times: float) -> ReadLaw:
-    """Of a disk that is so many times as fast."""
+def with_faster_disk(device: Device, times: float) -> Device:
+    """The device if its disk were so many times as fast."""
 
     def of(speeds: tuple[float, ...]) -> tuple[float, ...]:
         return tuple(times * it for it in speeds)
 
-    rings = reads.rings and replace(reads.rings, bytes_per_s=of(reads.rings.bytes_per_s))
-    return replace(reads, bytes_per_s=of(reads.bytes_per_s), rings=rings)
+    reads = device.reads
+    if reads is not None:
+        rings = reads.rings and replace(reads.rings, bytes_per_s=of(reads.rings.bytes_per_s))
+        reads = replace(reads, bytes_per_s=of(reads.bytes_per_s), rings=rings)
+    return replace(device, disk_bytes_per_s=times * device.disk_bytes_per_s, reads=reads)
 
 
 def _times(factor: float) -> str:

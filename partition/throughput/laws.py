@@ -20,6 +20,8 @@ _LAW_ROWS = 64  # of a chunk, with which attention of prompts is measured
 ATTENTION_SHARE = 0.5  # of a device's operations per second that attention reaches, where no law was measured
 
 _NO_DISK = 1.0  # byte per second
+PIECE_BYTES = 4 << 20  # that are read of a block at once, and …
+_ROW_BYTES = 256 << 10  # … those that take as long as a row
 
 # Published traces of mixtures touch 61% of the experts that independent choices would; the truth lies between.
 DISTINCT_SHARE = 0.61
@@ -191,6 +193,13 @@ def ring_bytes_per_s(device: Device, nbytes: float) -> float:
     if device.reads is None or device.reads.rings is None:
         return block_bytes_per_s(device, math.inf)
     return interpolated(nbytes, device.reads.rings.nbytes, device.reads.rings.bytes_per_s)
+
+
+def gathered_s(device: Device, rows: int) -> float:
+    """Until so many rows of an embedding on disk are here. A read of some KB takes, with all that goes with it (80 and
+    60 µs), about as long as one of `_ROW_BYTES`; the first waits for half of a piece that is coming."""
+    waiting_s = 0.5 * PIECE_BYTES / block_bytes_per_s(device, PIECE_BYTES)
+    return waiting_s + rows * _ROW_BYTES / block_bytes_per_s(device, _ROW_BYTES)
 
 
 def passing_bytes_per_s(its: Accelerator) -> float:

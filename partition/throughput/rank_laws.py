@@ -89,7 +89,8 @@ class RankLaws:
                 its = self._experts(portion, held, rows, crowd, own)
                 speed = block_bytes_per_s(self._device, its.nbytes) / waiting
                 waits = expert_waits(its.slower(slower), speed)
-                stall_s, disk_s = mixtures * waits.stall_s, mixtures * waits.disk_s
+                calls_s = self._device.overheads.mixture_s * its.used / its.together  # some go together
+                stall_s, disk_s = mixtures * (waits.stall_s + calls_s), mixtures * waits.disk_s
             speed = ring_bytes_per_s(self._device, held.window_bytes) / waiting
             passing_s = ring_s(
                 held.streamed_bytes, held.block_bytes, held.window_bytes, slower * block_s, speed

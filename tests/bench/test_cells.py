@@ -11,6 +11,7 @@ from harness.cells import (
     Floors,
     Foretold,
     Measured,
+    WithDisk,
     alternatives,
     memory_summary,
     percentile,
@@ -49,8 +50,22 @@ def test_only_what_reads_goes_with_the_floors() -> None:
     found = replace(found, floors=Floors(40, 2, 100))
     assert verdict(found, slower).token == pytest.approx(-0.25)
     assert verdict(found, slower).ttft == pytest.approx(-0.5)
-    streamed = replace(found, binding="disk", parts={"disk": 0.1, "memory": 0.05})
-    assert verdict(streamed, measured(0.1, 20, 20)).token == pytest.approx(0)
+
+
+def test_a_cell_that_streams_goes_with_the_disk_as_predicted() -> None:
+    """Reading and computing go on beside each other: a token takes the longer."""
+    disks = [WithDisk(times, max(2.0, 1.6 / times), max(0.1, 0.08 / times)) for times in (0.5, 0.8, 1.0, 2.0)]
+    streamed = replace(FORETOLD, parts={"disk": 0.08, "memory": 0.1}, disks=disks)
+
+    def token(seconds: float, dram: float, disk: float) -> float:
+        now = Floors(dram, disk)
+        return verdict(streamed, replace(measured(seconds, dram, dram), before=now, after=now)).token
+
+    assert token(0.1, 40, 4) == pytest.approx(0)  # it hid behind computing already
+    assert token(0.16, 40, 1) == pytest.approx(0)
+    assert token(0.2, 20, 1) == pytest.approx(0)  # all is half as fast
+    assert token(0.2, 20, 2) == pytest.approx(0)
+    assert token(0.1, 40, 1) == pytest.approx(-0.375)
 
 
 def test_a_machine_that_changes_makes_a_cell_void() -> None:

@@ -59,7 +59,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         (kernel_laws, "PASSING_BYTES", 1 << 16),
         (profiling, "WEIGHT_TYPES", kinds),
         (disk_laws, "READ_S", 0.02),
-        (disk_laws, "TOGETHER_S", 0.05),
+        (disk_laws, "TURN_S", 0.03),
         (disk_laws, "WRITTEN_BYTES", 8 << 20),
         (fixed_costs, "ANSWER_TOKENS", 8),
         (fixed_costs, "MANY", 4),
