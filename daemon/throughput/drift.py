@@ -128,7 +128,7 @@ def _slower_disk(times: Sequence[float]) -> dict[Binding, float]:
 
 def _times(device: Device, law: RowsLaw, point: int) -> float:
     """How many times as long a product takes as by the device's own tables of inputs with as many bits."""
-    matrix = Product(law.kind, 1, 1, round(law.nbytes), narrow=True)
+    matrix = Product(law.kind, 1, 1, round(law.nbytes), narrow=True, expert=law.experts)
     known = product(device, matrix, law.rows[point], narrow=law.input_bits == NARROW_INPUTS)
     return matrix.nbytes * law.byte_s[point] / known.seconds
 

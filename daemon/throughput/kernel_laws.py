@@ -64,10 +64,11 @@ class SizeClass(NamedTuple):
     nbytes: int  # of one matrix
     cols: int
     form: str  # "linears", "gated" or "experts"
+    together: int = 1  # matrices of a "linears" that share its inputs
 
 
 SIZES = (
-    SizeClass("small", 256 << 10, 1024, "linears"),
+    SizeClass("small", 256 << 10, 1024, "linears", 3),  # k and v, which q's inputs are for as well
     SizeClass("expert", 1 << 20, 2048, "experts"),
     SizeClass("attention", 8 << 20, 4096, "linears"),
     SizeClass("ffn", 20 << 20, 4096, "gated"),
@@ -139,13 +140,15 @@ def calls_s(home: ComputeHome, pool: Pool) -> dict[int, float]:
     """What a call of a kernel takes that has next to nothing to do (Python, the threads' waking), by the bytes of its
     weights. So many pass through the caches before each, as before every call of a table: that some of it has to come
     from memory again is no weight's cost, but a layer's (`Overheads.swept`)."""
-    sizes = {_passing_bytes(it) for size in SIZES for it in (size, size._replace(form="linears"))}
+    sizes = {_passing_bytes(it) for size in SIZES for it in (size, _one(size))}
     return {nbytes: _call_s(home, pool, nbytes) for nbytes in sorted(sizes)}
 
 
 def _passing_bytes(size: SizeClass) -> int:
     """By a call with few rows, as far as it matters."""
-    return min(_SWEPT_BYTES, size.nbytes * {"linears": 1, "gated": 3, "experts": 3 * EXPERTS}[size.form])
+    return min(
+        _SWEPT_BYTES, size.nbytes * {"linears": size.together, "gated": 3, "experts": 3 * EXPERTS}[size.form]
+    )
 
 
 def _call_s(home: ComputeHome, pool: Pool, nbytes: int) -> float:
@@ -204,7 +207,8 @@ def table(
     for rows in counts:
         done(f"{kind.name}, {size.name}")
         points.append(_point(home, pool, kind, size, rows, calls[_passing_bytes(size)], input_bits))
-    return RowsLaw(kind.name, points[0][1], counts, not_held_up([it for it, _ in points]), input_bits)
+    byte_s, experts = not_held_up([it for it, _ in points]), size.form == "experts"
+    return RowsLaw(kind.name, points[0][1], counts, byte_s, input_bits, experts)
 
 
 def _row_counts(input_bits: InputBits, below: float) -> tuple[int, ...]:
@@ -226,7 +230,12 @@ def not_held_up(times: Sequence[float]) -> tuple[float, ...]:
 
 def narrow_sizes(kind: WeightType) -> Sequence[SizeClass]:
     """Of which tables with narrow inputs are made, one matrix in each call: no block has such inputs only."""
-    return [it._replace(form="linears") for it in SIZES] if kind.quantised else []
+    return [_one(it) for it in SIZES] if kind.quantised else []
+
+
+def _one(size: SizeClass) -> SizeClass:
+    """Matrix in each call."""
+    return size._replace(form="linears", together=1)
 
 
 def middle(rounds: Sequence[Sequence[RowsLaw]]) -> tuple[RowsLaw, ...]:
@@ -302,7 +311,7 @@ def _point(
     nbytes = min(size.nbytes, MANY_ROWS_BYTES // sharing) if rows >= MANY_ROWS else size.nbytes
     high = max(1, round(nbytes / kind.matrix_bytes(BAND_ROWS, size.cols))) * BAND_ROWS
     count = (EXPERTS_OF_LONG if rows >= MANY_ROWS else EXPERTS) if size.form == "experts" else 1
-    matrices = 1 if size.form == "linears" else 3 * count
+    matrices = size.together if size.form == "linears" else 3 * count
     wide = -(-high // 256) * 256  # columns of down are whole blocks of any type
     if size.form == "linears":
         one = kind.matrix_bytes(high, size.cols)
@@ -322,7 +331,8 @@ def _point(
     def call() -> Callable[[], object]:
         """Of weights that were used before, as a model's are: what is worked out about them then is known."""
         if size.form == "linears":
-            linears = Linears((pool.matrix(kind, high, size.cols),), input_bits=input_bits)
+            each = (pool.matrix(kind, high, size.cols) for _ in range(size.together))
+            linears = Linears(tuple(each), input_bits=input_bits)
             home.linears(x[:0], linears)
             return partial(home.linears, x, linears)
         if size.form == "gated":

@@ -52,11 +52,12 @@ def weighed(model: Described, quant: Quant) -> Weighed:
     seen: dict[tuple[object, ...], tuple[Product, ...]] = {}
     for item in manifest.blocks:
         roles = narrow_roles(spec, item.block.layer)
-        key = tuple((*tensor[:3], role in roles) for role, tensor in item.tensors.items())
+        expert = item.block.kind == "expert"
+        key = tuple((*tensor[:3], role in roles, expert) for role, tensor in item.tensors.items())
         if key not in seen:
             seen[key] = tuple(
-                Product(kind, rows, cols, _TYPES[kind].matrix_bytes(rows, cols), narrow)
-                for kind, rows, cols, narrow in key
+                Product(kind, rows, cols, _TYPES[kind].matrix_bytes(rows, cols), *flags)
+                for kind, rows, cols, *flags in key
             )
         products[item.block] = seen[key]
         extents[item.block] = item.nbytes

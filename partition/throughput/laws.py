@@ -20,7 +20,7 @@ _LAW_ROWS = 64  # of a chunk, with which attention of prompts is measured
 ATTENTION_SHARE = 0.5  # of a device's operations per second that attention reaches, where no law was measured
 
 _NO_DISK = 1.0  # byte per second
-PIECE_BYTES = 4 << 20  # that are read of a block at once, and …
+READ_PIECE_BYTES = 4 << 20  # that are read of a block at once, and …
 _ROW_BYTES = 256 << 10  # … those that take as long as a row
 
 # Published traces of mixtures touch 61% of the experts that independent choices would; the truth lies between.
@@ -65,7 +65,7 @@ def product(device: Device, matrix: Product, rows: float, *, narrow: bool = Fals
     larger matrices that were measured; beyond the last number of rows each costs as much as the last ones did.
     `narrow`: the plan has narrow inputs."""
     memory_s = matrix.nbytes / device.memory_bytes_per_s
-    found = [law for law in device.products if law.kind == matrix.kind]
+    found = [law for law in device.products if law.kind == matrix.kind and (matrix.expert or not law.experts)]
     few = [law for law in found if law.input_bits < _WIDE] if narrow and matrix.narrow else []
     own = few or [law for law in found if law.input_bits == _WIDE]
     laws = own or [law for law in device.products if law.kind == ANY]
@@ -198,7 +198,7 @@ def ring_bytes_per_s(device: Device, nbytes: float) -> float:
 def gathered_s(device: Device, rows: int) -> float:
     """Until so many rows of an embedding on disk are here. A read of some KB takes, with all that goes with it (80 and
     60 µs), about as long as one of `_ROW_BYTES`; the first waits for half of a piece that is coming."""
-    waiting_s = 0.5 * PIECE_BYTES / block_bytes_per_s(device, PIECE_BYTES)
+    waiting_s = 0.5 * READ_PIECE_BYTES / block_bytes_per_s(device, READ_PIECE_BYTES)
     return waiting_s + rows * _ROW_BYTES / block_bytes_per_s(device, _ROW_BYTES)
 
 

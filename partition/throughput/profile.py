@@ -36,13 +36,15 @@ _FOLLOW = 0.2  # how much of what was measured goes into it each time
 class RowsLaw:
     """What multiplying with weights of one stored type takes, by the rows that are multiplied at once. A table and no
     line, because kernels change their method at certain rows. `nbytes`: of the matrices that were measured. `byte_s`:
-    seconds for each byte of weights, with so many `rows`. `input_bits`: to how many the rows are rounded."""
+    seconds for each byte of weights, with so many `rows`. `input_bits`: to how many the rows are rounded. `experts`: of
+    some that are called together, for which rows are gathered from a step's."""
 
     kind: str  # 'Q4_K', or ANY
     nbytes: float
     rows: tuple[int, ...]
     byte_s: tuple[float, ...]
     input_bits: int = 16
+    experts: bool = False
 
 
 @dataclass(frozen=True)

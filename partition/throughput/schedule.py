@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from .laws import PIECE_BYTES, block_bytes_per_s, ring_bytes_per_s, together
+from .laws import READ_PIECE_BYTES, block_bytes_per_s, ring_bytes_per_s, together
 from .profile import Device
 from .ring import waits_for
 
 _LAPS = 3  # the first fill the ring
-_BESIDE_BYTES = PIECE_BYTES  # of two reads at a time, which begin together and end together
+_BESIDE_BYTES = READ_PIECE_BYTES  # of two reads at a time, which begin together and end together
 GUESSED_RIGHT = 0.85  # of guesses which experts the next layer will choose (0.85 to 0.9: docs/LOG.md)
 _GUESSING = 8  # rounds: what is guessed depends on the time that it leaves
 _ROUNDS = 2  # how contention is found, which depends on what it changes
@@ -53,7 +53,7 @@ def lap(
     if not cycle:
         return Lap(compute_s, 0.0, 0.0)
     whole = sum(cycle)
-    pieces = waits_for(window_bytes, cycle, max(PIECE_BYTES, whole // _PIECES))
+    pieces = waits_for(window_bytes, cycle, max(READ_PIECE_BYTES, whole // _PIECES))
     now = disk = 0.0
     left: list[float] = []  # when each passage left the ring, from the first on
     ends: list[float] = []

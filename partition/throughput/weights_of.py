@@ -18,13 +18,14 @@ from ..spec import BlockId, ModelSpec
 
 class Product(NamedTuple):
     """A matrix that rows are multiplied by: its stored type, its rows and columns, its bytes in memory. `narrow`:
-    whether inputs of 8 bits do for it where a plan has narrow inputs."""
+    whether inputs of 8 bits do for it where a plan has narrow inputs. `expert`: of one."""
 
     kind: str
     rows: int
     cols: int
     nbytes: int
     narrow: bool = False
+    expert: bool = False
 
 
 class LayerKind(NamedTuple):

@@ -66,6 +66,8 @@ def test_a_cell_that_streams_goes_with_the_disk_as_predicted() -> None:
     assert token(0.2, 20, 1) == pytest.approx(0)  # all is half as fast
     assert token(0.2, 20, 2) == pytest.approx(0)
     assert token(0.1, 40, 1) == pytest.approx(-0.375)
+    assert streamed.void(Measured(CELL, 2.0, 0.1, 1, Floors(40, 2), Floors(40, 1)))
+    assert not streamed.void(Measured(CELL, 2.0, 0.1, 1, Floors(40, 2), Floors(40, 4)))
 
 
 def test_a_machine_that_changes_makes_a_cell_void() -> None:
@@ -74,6 +76,7 @@ def test_a_machine_that_changes_makes_a_cell_void() -> None:
     other = Measured(CELL, 2.0, 0.1, 1, Floors(40, 2.0), Floors(10, 2.1))
     assert not replace(FORETOLD, binding="disk").void(other)
     assert not replace(FORETOLD, parts={"compute": 0.1, "memory": 0.01}).void(measured(0.1, 40, 30))
+    assert FORETOLD.void(replace(measured(0.1, 40, 40), apart=0.2)), "its rounds differ"
 
 
 def test_a_group_beside_which_others_compute_is_void() -> None:
@@ -132,7 +135,7 @@ def test_a_choice_is_as_good_as_what_it_takes_against_the_best() -> None:
 
 
 def test_what_differs_by_less_than_noise_is_no_choice() -> None:
-    found = _ways((1.0, 1.2, 0.11), (1.1, 1.0, 0.0))
+    found = _ways((1.0, 1.2, 0.1), (1.1, 1.0, 0.0))
     assert found["pairs"] == 0
     assert found["regret worst"] == 1.0
     assert ranked({}) == {"pairs": 0}
