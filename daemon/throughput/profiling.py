@@ -159,7 +159,7 @@ def _disk(place: Path, pool: Pool, home: kernels.ComputeHome, done: Callable[[st
     x = home.place(np.ones((1, 4096), np.float32))
 
     def compute() -> object:
-        return home.linears(x, Linears((pool.matrix(kind, 512, 4096),)))
+        return home.linears(x, Linears((pool.matrix(kind, 128, 4096),)))
 
     try:
         with _file_on(place) as file:

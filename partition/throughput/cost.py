@@ -14,7 +14,16 @@ from typing import NamedTuple
 
 from ..plan import Plan
 from ..spec import BlockId
-from .laws import DISTINCT_SHARE, NOTHING, Rows, fresh_pages, gathered_s, kv_token_bytes, products
+from .laws import (
+    DISTINCT_SHARE,
+    LEASE_CALLS,
+    NOTHING,
+    Rows,
+    fresh_pages,
+    gathered_s,
+    kv_token_bytes,
+    products,
+)
 from .peak import host_kv_share, peak_bytes
 from .prediction import Binding, Job, Prediction, uncertainty
 from .profile import Device
@@ -173,6 +182,7 @@ def _step(
     pieces = Pieces(model, plan, device, segments, share)
     tier = {it.block: it.nbytes if it.tier == "disk" else 0 for it in plan.blocks}
     overheads = device.overheads
+    leased_s = LEASE_CALLS * overheads.layer_s
     uses: list[Use] = []
     mixtures: dict[int, Experts] = {}  # by the place of the use that waits for them
     computing, calls_s = NOTHING, 0.0
@@ -183,24 +193,25 @@ def _step(
         kind = model.kind_of(layer)
         attending = pieces.attention(kind)
         fixed_s = overheads.layer_with_s(pieces.passing_bytes(kind, rows)) / 2
-        own_s = fixed_s + (added_s + normed_s) * rows
-        uses.append(Use(attending.seconds + own_s, tier[BlockId("attn", layer)]))
+        block = BlockId("attn", layer)
+        own_s = fixed_s + (added_s + normed_s) * rows + (leased_s if tier[block] else 0.0)
+        uses.append(Use(attending.seconds + own_s, tier[block]))
         calls_s += own_s
         fed = rows if layer < last else wanted  # of the last layer, only what logits are wanted of is needed
         feeding = pieces.feeding(kind, fed)
         mixed = pieces.experts(kind, fed)
         if (experts := pieces.on_disk(kind, fed, mixed, attending)) is not None:
             mixtures[len(uses)] = experts
-        own_s = fixed_s + added_s * fed
+        block = model.spec.ffn_blocks(layer)[0]
+        own_s = fixed_s + added_s * fed + (leased_s if tier[block] else 0.0)
         if kind.expert:  # its rows are normalised apart, and its sum begins with zeros
             further_s = overheads.expert_s * pieces.further_experts(fed)
             own_s += overheads.mixture_s + further_s + 2 * added_s * fed
-        if experts is not None:  # some go together, each time like a mixture
-            own_s += overheads.mixture_s * experts.used / experts.together
+        if experts is not None:  # some go together
+            own_s += LEASE_CALLS * overheads.mixture_s * experts.used / experts.together
         if experts is not None and experts.right and layer < last:  # guessing takes what routing does
             mixed += pieces.router(kind, fed)
             own_s += overheads.mixture_s + added_s * fed
-        block = model.spec.ffn_blocks(layer)[0]
         uses.append(Use(feeding.seconds + mixed.seconds + own_s, tier[block]))
         computing += attending + feeding + mixed
         calls_s += own_s

@@ -12,7 +12,15 @@ from functools import cached_property
 from ..machines import BlockTimes, DiskTimes, FixedCosts, RankHolds, RankShares
 from ..spec import BlockId
 from ..streamed_plan import experts_together
-from .laws import attention, block_bytes_per_s, distinct_experts, products, ring_bytes_per_s, together
+from .laws import (
+    LEASE_CALLS,
+    attention,
+    block_bytes_per_s,
+    distinct_experts,
+    products,
+    ring_bytes_per_s,
+    together,
+)
 from .profile import Device
 from .schedule import Experts, expert_waits, guessed_right, ring_s
 from .weights_of import LayerKind, Product, Weighed, queried
@@ -89,7 +97,7 @@ class RankLaws:
                 its = self._experts(portion, held, rows, crowd, own)
                 speed = block_bytes_per_s(self._device, its.nbytes) / waiting
                 waits = expert_waits(its.slower(slower), speed)
-                calls_s = self._device.overheads.mixture_s * its.used / its.together  # some go together
+                calls_s = LEASE_CALLS * self._device.overheads.mixture_s * its.used / its.together
                 stall_s, disk_s = mixtures * (waits.stall_s + calls_s), mixtures * waits.disk_s
             speed = ring_bytes_per_s(self._device, held.window_bytes) / waiting
             passing_s = ring_s(

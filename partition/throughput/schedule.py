@@ -19,7 +19,7 @@ _LAPS = 3  # the first fill the ring
 _BESIDE_BYTES = READ_PIECE_BYTES  # of two reads at a time, which begin together and end together
 GUESSED_RIGHT = 0.85  # of guesses which experts the next layer will choose (0.85 to 0.9: docs/LOG.md)
 _GUESSING = 8  # rounds: what is guessed depends on the time that it leaves
-_ROUNDS = 2  # how contention is found, which depends on what it changes
+_ROUNDS = 3  # how contention is found, which depends on what it changes
 _PIECES = 1000  # of a lap, about, at most: larger pieces tell as much
 
 

@@ -339,8 +339,9 @@ def test_faster_hardware_is_never_slower(
     job = Job(prompt, 32, batch)
     slow = cost(model, plan, one, job)
     fast = cost(model, plan, replace(one, **{figure: times * getattr(one, figure)}), job)
-    assert fast.token_s <= slow.token_s * 1.005
-    assert fast.ttft_s <= slow.ttft_s * 1.005
+    # A block's last read may now share the disk with the next one's: of 1,500 such pairs one takes 1% longer.
+    assert fast.token_s <= slow.token_s * 1.02
+    assert fast.ttft_s <= slow.ttft_s * 1.02
 
 
 @settings(max_examples=40, deadline=None)

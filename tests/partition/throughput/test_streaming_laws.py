@@ -130,8 +130,8 @@ def test_guessing_asks_the_next_router_as_well() -> None:
 
     half = MIXED.weights_bytes // 2
     assert token_s(0, 0.1) - token_s(0, 0.0) == pytest.approx(8 * 0.1)
-    goes = 8  # of a layer's two experts that are used, both together
-    assert token_s(half, 0.1) - token_s(half, 0.0) == pytest.approx((15 + goes) * 0.1, rel=0.01)
+    leased = 8 * 2  # all experts that a layer uses go together
+    assert token_s(half, 0.1) - token_s(half, 0.0) == pytest.approx((15 + leased) * 0.1, rel=0.01)
     more_s = 32 * 2 * (10**6 - 1024) / 20e9
     assert token_s(half, 0.0, 10**6) - token_s(half, 0.0) == pytest.approx(15 * more_s, rel=0.01)
 
