@@ -21,8 +21,8 @@ ATTENTION_SHARE = 0.5  # of a device's operations per second that attention reac
 
 _NO_DISK = 1.0  # byte per second
 # What is leased from a window or a cache of experts, and given back, costs twice what it does where it stays: readers
-# are woken, who want the interpreter as well. (0.1 to 0.3 ms a block where a layer takes 0.08, 0.4 for some experts that
-# go together where a mixture takes 0.19.)
+# are woken, who want the interpreter as well. (0.1 to 0.3 ms a block where a layer takes 0.08; 0.4 for experts that go
+# together, where a mixture takes 0.19.)
 LEASE_CALLS = 2
 READ_PIECE_BYTES = 4 << 20  # that are read of a block at once, and …
 _ROW_BYTES = 256 << 10  # … those that take as long as a row
