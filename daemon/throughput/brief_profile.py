@@ -89,7 +89,7 @@ def _measured(
     caches = cache_law(home, pool, types, laws, going)
     if before is not None:
         return replace(before, products=(*before.products, *laws), caches=_with(before.caches, caches))
-    fixed = overheads(going)
+    fixed = overheads(pool, going)
     attention = tuple(attention_laws(home, pool, going, ("f16",)))
     reads = _reads(place)
     going("")

@@ -1,9 +1,9 @@
 """Measures what steps cost whatever the size of a model: the engine's round, the calls of a layer, routing, streams,
 logits.
 
-Runs the real engine with models that have next to nothing to multiply. Between their blocks a kernel reads as much
-memory as weights have that pass the caches in a real step, on all threads, so that each sweeps the caches of one
-processor: an interpreter whose caches are never swept is two or three times as fast.
+Runs the real engine with models that have next to nothing to multiply. Between their blocks a kernel computes as in a
+real step, on all threads, so that each sweeps the caches of one processor: an interpreter whose caches are never swept
+is three times as fast as one that waits for a token's weights, and ten times as one that waits for a prompt's.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from shoal.engine.executor import Executor
 from shoal.engine.rank import Rank
 from shoal.engine.scheduler import Scheduler
 from shoal.engine.sequence import Sequence
-from shoal.kernels import ComputeHome, Linears, Matrix
+from shoal.kernels import WEIGHT_TYPES, ComputeHome, Linears, Matrix
 from shoal.kernels.arrays import Floats
 from shoal.models.families import shapes
 from shoal.models.sampling import Sampler, SamplingParams
@@ -36,11 +36,12 @@ from shoal.models.weights import Weights
 from shoal.offload.block_store import Resident, ResidentStore
 from shoal.offload.kv.pool import KvPool
 from shoal.offload.kv.prefix_cache import PrefixCache
+from shoal.partition.memory_layout import BAND_ROWS
 from shoal.partition.plan import Plan, Wanted, plan_in_ram
 from shoal.partition.spec import BlockId, LayerSpec, ModelSpec, MoeSpec, RopeSpec
 from shoal.partition.throughput.profile import Overheads, SweptLaw
 
-from .kernel_laws import usual_s
+from .kernel_laws import Pool, usual_s
 
 if TYPE_CHECKING:
     from shoal.devices.device_home import DeviceHome
@@ -54,13 +55,31 @@ VOCAB = 1 << 17
 LOGIT_ROWS = 16
 ADDED_ROWS, ADDED = 64, 32  # rows of hidden states, and how many of these
 WARMING = 4  # rounds before they count: a virtual machine's memory is up to ten times as slow when it is new
-# Of a layer. The last also with experts and with streams.
-SWEPT_BYTES = (2 << 20, 4 << 20, 8 << 20, 32 << 20, 16 << 20)
-SWEPT_MEMORY_BYTES = 64 << 20
+LONG_ROWS, LONG_TOKENS, LONG_TURNS = 64, 2, 3  # with so many rows, so few tokens in a turn, and fewer turns
+_SWEPT_TYPE = "Q4_K"
 _SWEPT_COLS = 4096
 _SIZE = 32
 _DEVICE = "a device"
 _CHUNK = 64
+
+
+class _Sweep(NamedTuple):
+    """What computes in a layer besides: `rows` multiplied by so many bytes of weights."""
+
+    nbytes: int
+    rows: int = 1
+
+
+NO_SWEEP = _Sweep(0)
+# The last also with experts and with streams.
+SWEEPS = (
+    _Sweep(2 << 20),
+    _Sweep(8 << 20),
+    _Sweep(32 << 20),
+    _Sweep(8 << 20, LONG_ROWS),
+    _Sweep(24 << 20, LONG_ROWS),
+    _Sweep(16 << 20),
+)
 
 
 class _Where(NamedTuple):
@@ -70,31 +89,32 @@ class _Where(NamedTuple):
     clock: Callable[[], float]
 
 
-def overheads(done: Callable[[str], None]) -> Overheads:
+def overheads(pool: Pool, done: Callable[[str], None]) -> Overheads:
     """Measured with models of few and of many layers, dense and with experts, with one stream and with several, with
-    caches that are swept more or less or not at all, some tokens of each in turn, as a machine changes its speed
-    meanwhile. `done` is called before each turn of a model, `turns()` times."""
-    memory = np.ones((SWEPT_MEMORY_BYTES // (4 * _SWEPT_COLS), _SWEPT_COLS), np.float32)
-    by_bytes = {nbytes: _sweeps(memory, nbytes // 2) for nbytes in SWEPT_BYTES}
-    dense = {nbytes: (_Steps(FEW, its), _Steps(MANY, its)) for nbytes, its in {0: (), **by_bytes}.items()}
-    usual = by_bytes[SWEPT_BYTES[-1]]
-    moe = MoeSpec(32, 8, _SIZE, True)
-    mixture, mixed = _Steps(MANY, usual, moe=moe), _Steps(MANY, usual, STREAMS, moe)
-    streams = _Steps(FEW, usual, STREAMS), _Steps(MANY, usual, STREAMS)
+    caches that are swept for longer or shorter or not at all, some tokens of each in turn, as a machine changes its
+    speed meanwhile. `done` is called before each turn of a model, `turns()` times."""
+    warm = _Steps(FEW), _Steps(MANY)
+    dense = [(_Steps(FEW, its, pool), _Steps(MANY, its, pool)) for its in SWEEPS]
+    moe, usual = MoeSpec(32, 8, _SIZE, True), SWEEPS[-1]
+    mixture, mixed = _Steps(MANY, usual, pool, moe=moe), _Steps(MANY, usual, pool, STREAMS, moe)
+    streams = _Steps(FEW, usual, pool, STREAMS), _Steps(MANY, usual, pool, STREAMS)
+    everything = [*warm, *(its for pair in dense for its in pair), mixture, mixed, *streams]
     for turn in range(TURNS):
         tokens = len(range(turn, ANSWER_TOKENS, TURNS))
-        for steps in (*(its for pair in dense.values() for its in pair), mixture, mixed, *streams):
-            done("fixed costs")
-            steps.turn(tokens)
-    layers = {nbytes: _layer_s(*pair) for nbytes, pair in dense.items()}
-    warm_s, layer_s = layers.pop(0), layers[SWEPT_BYTES[-1]]
-    few, many = (it.usual_s for it in dense[SWEPT_BYTES[-1]])
+        for steps in everything:
+            if turn < (LONG_TURNS if steps.long else TURNS):
+                done("fixed costs")
+                steps.turn(LONG_TOKENS if steps.long else tokens)
+    warm_s = _layer_s(*warm)
+    swept = sorted((many.passing_s / MANY, max(0.0, _layer_s(few, many) - warm_s)) for few, many in dense)
+    few, many = (it.usual_s for it in dense[-1])
+    layer_s = _layer_s(*dense[-1])
     stream_few, stream_many = streams[0].usual_s - few, streams[1].usual_s - many
     stream_layer_s = max(0.0, (stream_many - stream_few) / (MANY - FEW) / (STREAMS - 1))
     mixture_s = max(0.0, (mixture.usual_s - many) / MANY)
     mixed_s = (mixed.usual_s - streams[1].usual_s) / MANY
     further = max(1.0, (mixed.experts - mixture.experts) / MANY)
-    sizes = tuple(sorted(layers))
+    passing, besides = zip(*swept, strict=True)
     return Overheads(
         step_s=max(1e-6, few - FEW * layer_s),
         layer_s=warm_s,
@@ -104,13 +124,14 @@ def overheads(done: Callable[[str], None]) -> Overheads:
         stream_s=max(0.0, stream_few / (STREAMS - 1) - FEW * stream_layer_s),
         stream_layer_s=stream_layer_s,
         hidden_s=2 * _added_s() / (ADDED_ROWS * _SWEPT_COLS),
-        swept=SweptLaw(sizes, tuple(max(0.0, layers[nbytes] - warm_s) for nbytes in sizes)),
+        swept=SweptLaw(passing, besides),
     )
 
 
 def turns() -> int:
     """Of all models together: two without sweeps, two with each, two with experts and two with streams."""
-    return TURNS * (2 * len(SWEPT_BYTES) + 6)
+    longs = sum(it.rows > 1 for it in SWEEPS)
+    return TURNS * (2 * (len(SWEEPS) - longs) + 6) + LONG_TURNS * 2 * longs
 
 
 def device_overheads(device: DeviceHome) -> Overheads:
@@ -131,24 +152,28 @@ def device_overheads(device: DeviceHome) -> Overheads:
 
 
 class _Steps:
-    """Decodes so many streams. `sweeps`: what sweeps the caches before each block. `took`: seconds of each step that
-    counts, without the sweeping."""
+    """Decodes so many streams. `sweep`: what computes in each layer besides, half of it before each block, with weights
+    from `pool`. `took`: seconds of each step that counts, without the sweeping."""
 
     def __init__(
         self,
         layers: int,
-        sweeps: Iterable[Linears] = (),
+        sweep: _Sweep = NO_SWEEP,
+        pool: Pool | None = None,
         streams: int = 1,
         moe: MoeSpec | None = None,
         where: _Where | None = None,
     ) -> None:
         spec = _spec(layers, moe)
         where = where or _Where(kernels.home_of(CPU), time.perf_counter)
+        self.long = sweep.rows > 1
         self.took: list[float] = []
+        self._passing: list[float] = []
         self._experts: list[int] = []
         self._clock = where.clock
         blocks = {block: _weights(spec, block, where.home) for block in spec.blocks()}
-        self._store = _Swept({block: Resident(its) for block, its in blocks.items()}, sweeps)
+        sweeps = [] if pool is None else _sweeps(pool, sweep.nbytes // 2)
+        self._store = _Swept({block: Resident(its) for block, its in blocks.items()}, sweeps, sweep.rows)
         self._engine = _engine(spec, self._store, streams, where.home)
         for number in range(streams):
             prompt = [1 + number] * 4
@@ -159,6 +184,11 @@ class _Steps:
     @property
     def usual_s(self) -> float:
         return median(self.took)
+
+    @property
+    def passing_s(self) -> float:
+        """How long a step is usually swept for."""
+        return max(1e-9, median(self._passing))
 
     @property
     def experts(self) -> float:
@@ -176,7 +206,8 @@ class _Steps:
         began_s, swept_s, experts = self._clock(), self._store.swept_s, self._store.experts
         self._engine.step()
         self._engine.events()
-        self.took.append(self._clock() - began_s - (self._store.swept_s - swept_s))
+        self._passing.append(self._store.swept_s - swept_s)
+        self.took.append(self._clock() - began_s - self._passing[-1])
         self._experts.append(self._store.experts - experts)
 
 
@@ -184,12 +215,12 @@ class _Swept(ResidentStore):
     """Sweeps the caches before it lends a block, as a product does. `swept_s`: how long that took, all in all.
     `experts`: how many of them it has lent; they come together, with nothing between them."""
 
-    def __init__(self, blocks: Mapping[BlockId, Resident], sweeps: Iterable[Linears]) -> None:
+    def __init__(self, blocks: Mapping[BlockId, Resident], sweeps: Iterable[Linears], rows: int = 1) -> None:
         super().__init__(blocks)
         self.swept_s = 0.0
         self.experts = 0
         self._sweeps = cycle(sweeps)
-        self._input = np.ones((1, _SWEPT_COLS), np.float32)
+        self._input = np.ones((rows, _SWEPT_COLS), np.float32)
         self._home = kernels.home_of(CPU)
 
     def acquire(self, block: BlockId) -> AbstractContextManager[Weights]:
@@ -204,9 +235,12 @@ class _Swept(ResidentStore):
         return super().acquire_all(list(blocks))
 
 
-def _sweeps(memory: Floats, nbytes: int) -> list[Linears]:
+def _sweeps(pool: Pool, nbytes: int) -> list[Linears]:
     """Products that read so many bytes of it each."""
-    return [Linears((Matrix.of(piece),)) for piece in np.array_split(memory, max(1, memory.nbytes // nbytes))]
+    kind = next(it for it in WEIGHT_TYPES if it.name == _SWEPT_TYPE)
+    rows = max(1, nbytes // kind.matrix_bytes(BAND_ROWS, _SWEPT_COLS)) * BAND_ROWS
+    count = max(1, len(pool.memory) // kind.matrix_bytes(rows, _SWEPT_COLS) - 1)
+    return [Linears((pool.matrix(kind, rows, _SWEPT_COLS),)) for _ in range(count)]
 
 
 def _layer_s(few: _Steps, many: _Steps) -> float:

@@ -108,8 +108,8 @@ def measure(threads: int, place: Path, progress: Progress = no_progress) -> Prof
     keep_freed()  # as steps do
     kernels.set_threads(threads)
     home = kernels.home_of("cpu")
-    fixed = overheads(done)
     pool = Pool()
+    fixed = overheads(pool, done)
     attention = tuple(attention_laws(home, pool, done))
     disk = _disk(place, pool, home, done)
     kinds = sorted(

@@ -191,15 +191,14 @@ def _step(
     normed_s = overheads.hidden_s * queried(model.spec) / 2 if model.spec.qk_norm == "full" else 0.0
     for layer in range(last + 1):
         kind = model.kind_of(layer)
-        attending = pieces.attention(kind)
-        fixed_s = overheads.layer_with_s(pieces.passing_bytes(kind, rows)) / 2
+        fed = rows if layer < last else wanted  # of the last layer, only what logits are wanted of is needed
+        attending, feeding = pieces.attention(kind), pieces.feeding(kind, fed)
+        mixed = pieces.experts(kind, fed)
         block = BlockId("attn", layer)
+        fixed_s = overheads.layer_with_s(attending.seconds + feeding.seconds + mixed.seconds) / 2
         own_s = fixed_s + (added_s + normed_s) * rows + (leased_s if tier[block] else 0.0)
         uses.append(Use(attending.seconds + own_s, tier[block]))
         calls_s += own_s
-        fed = rows if layer < last else wanted  # of the last layer, only what logits are wanted of is needed
-        feeding = pieces.feeding(kind, fed)
-        mixed = pieces.experts(kind, fed)
         if (experts := pieces.on_disk(kind, fed, mixed, attending)) is not None:
             mixtures[len(uses)] = experts
         block = model.spec.ffn_blocks(layer)[0]

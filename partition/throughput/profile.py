@@ -29,6 +29,7 @@ from .prediction import Binding
 
 ANY = "*"  # in a link: every device that no other link names; in a table: every type that has none
 CORRECTED = (0.5, 2.0)  # the least and the most of a correction
+_MOST_SWEPT = 4.0  # times what the longest that was measured leaves to be found again
 _FOLLOW = 0.2  # how much of what was measured goes into it each time
 
 
@@ -111,20 +112,19 @@ class ReadLaw:
 
 @dataclass(frozen=True)
 class SweptLaw:
-    """What a layer costs besides, by the bytes of weights that pass the caches in it: the interpreter finds less of its
-    own there afterwards. A table, since no formula says how much one's caches leave: those of each processor see its
-    thread's share of the weights."""
+    """What a layer costs besides, by how long kernels compute in it (`passing_s`): the longer, the less the interpreter
+    finds of its own in caches afterwards. A table, since no formula says how much one's caches leave."""
 
-    nbytes: tuple[int, ...]
+    passing_s: tuple[float, ...]
     layer_s: tuple[float, ...]
 
-    def at(self, nbytes: float) -> float:
-        """Of so many bytes: on lines from none, which cost nothing, through the points; beyond the last its value."""
-        place = bisect_left(self.nbytes, nbytes)
-        if place == len(self.nbytes):
-            return self.layer_s[-1]
-        low, least_s = (self.nbytes[place - 1], self.layer_s[place - 1]) if place else (0, 0.0)
-        return least_s + (nbytes - low) / (self.nbytes[place] - low) * (self.layer_s[place] - least_s)
+    def at(self, seconds: float) -> float:
+        """On lines from none, which cost nothing, through the points; beyond the last as on the last line, but no more
+        than `_MOST_SWEPT` times its value: by then nothing is left."""
+        place = min(bisect_left(self.passing_s, seconds), len(self.passing_s) - 1)
+        low, least_s = (self.passing_s[place - 1], self.layer_s[place - 1]) if place else (0.0, 0.0)
+        slope = (self.layer_s[place] - least_s) / (self.passing_s[place] - low)
+        return max(0.0, min(least_s + slope * (seconds - low), _MOST_SWEPT * self.layer_s[-1]))
 
 
 @dataclass(frozen=True)
@@ -139,11 +139,11 @@ class Overheads:
     stream_s: float = 0.0  # of each further stream in a step, and …
     stream_layer_s: float = 0.0  # … in each layer of it
     hidden_s: float = 0.0  # of a number of a hidden state, in each layer: what blocks give is added to it
-    swept: SweptLaw | None = None  # None: a layer costs the same, whatever passes in it
+    swept: SweptLaw | None = None  # None: a layer costs the same, however long kernels compute in it
 
-    def layer_with_s(self, nbytes: float) -> float:
-        """Of a layer in which so many bytes of weights pass."""
-        return self.layer_s + (self.swept.at(nbytes) if self.swept else 0.0)
+    def layer_with_s(self, seconds: float) -> float:
+        """Of a layer in which kernels compute for so long."""
+        return self.layer_s + (self.swept.at(seconds) if self.swept else 0.0)
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ _POINTS: Mapping[str, tuple[float, float]] = {
     "decode_s": (1e-18, 1.0),
     "prompt_s": (1e-18, 1.0),
     "nbytes": (1, 1 << 40),
+    "passing_s": (1e-9, 1e3),
     "layer_s": (0, 1),
     "from_memory": (0, 1),
     "bytes_per_s": (1, 1e14),

@@ -42,7 +42,7 @@ class RankLaws:
         normed = queried(spec) / 2 if spec.qk_norm == "full" else 0.0
         # The rows of a mixture are normalised apart, and its sum begins with zeros.
         numbers = sum(spec.hidden * (2 if layer.moe else 1) + normed for layer in spec.layers)
-        layer_s = own.layer_with_s(share * self._layer_bytes)
+        layer_s = own.layer_with_s(share * self._layer_bytes / self._device.memory_bytes_per_s)
         return FixedCosts(own.step_s, layer_s, own.mixture_s, own.hidden_s * numbers)
 
     @cached_property

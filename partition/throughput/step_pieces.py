@@ -26,7 +26,6 @@ class Pieces:
         self._segments = segments
         self._rows = sum(segment.alike * segment.rows for segment in segments)
         self._known: dict[object, Share] = {}
-        self._sizes: dict[object, float] = {}
         moe = model.spec.moe
         held = [it for it in plan.blocks if it.slotted] if moe else []
         self._missing = max(0.0, 1 - plan.expert_slots / len(held)) if held else 0.0
@@ -73,15 +72,6 @@ class Pieces:
         assert moe is not None
         rows_each, narrow = max(1.0, rows * moe.active / used), self._plan.narrow_inputs
         return products(self._device, kind.expert, rows_each, narrow=narrow).times(used)
-
-    def passing_bytes(self, kind: LayerKind, rows: int) -> float:
-        """Of the weights that a layer uses."""
-        key = "bytes", kind, rows
-        if key not in self._sizes:
-            used = self._used(rows) if kind.expert else 0.0
-            experts = used * sum(it.nbytes for it in kind.expert)
-            self._sizes[key] = experts + sum(it.nbytes for it in (*kind.attention, *kind.dense))
-        return self._sizes[key]
 
     def on_disk(self, kind: LayerKind, rows: int, mixed: Share, attending: Share) -> Experts | None:
         """The experts that a layer uses, if every one is as likely to be chosen; None if all are in memory."""

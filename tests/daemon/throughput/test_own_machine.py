@@ -43,7 +43,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         (attention_laws, "CONTEXTS", (64, 256)),
         (kernel_laws, "PASSING_BYTES", 1 << 16),
         (fixed_costs, "ANSWER_TOKENS", 8),
-        (fixed_costs, "SWEPT_BYTES", (16 << 10, 32 << 10)),
+        (fixed_costs, "SWEEPS", (fixed_costs._Sweep(16 << 10, 8), fixed_costs._Sweep(32 << 10))),
         (fixed_costs, "MANY", 4),
         (own_machine, "RESTED_S", 0.0),
         (own_machine, "ATTEMPTS_S", 0.0),

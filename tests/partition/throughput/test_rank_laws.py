@@ -113,7 +113,8 @@ def test_fixed_costs_are_the_device_s() -> None:
     mixed = MIXED.spec.hidden * len(MIXED.spec.layers)  # whose sums begin with zeros
     assert RankLaws(device(overheads=own), MIXED, "f16").fixed(1.0).token_s == 4.0 * 2 * mixed
     layer = sum(it.nbytes for it in (*DENSE.kind_of(0).attention, *DENSE.kind_of(0).dense))
-    law = SweptLaw((layer // 4, layer), (0.5, 1.0))
+    passing_s = layer / device().memory_bytes_per_s
+    law = SweptLaw((passing_s / 4, passing_s), (0.5, 1.0))
     swept = RankLaws(device(overheads=replace(own, swept=law)), DENSE, "f16")
     assert swept.fixed(0.625).layer_s == pytest.approx(2.75)
     assert swept.fixed(0.0).layer_s == 2.0
