@@ -1,4 +1,4 @@
-"""Measures what a daemon needs most to predict, in some six seconds between requests: fixed costs, kernels with the
+"""Measures what a daemon needs most to predict, in some ten seconds between requests: fixed costs, kernels with the
 types of what is loaded, the disk if there is something large to read on it. `profiling` measures everything.
 """
 

@@ -2,7 +2,7 @@
 how long steps took.
 
 Never holds anybody up: whoever loads a model gets what is known. While nothing is to be done for a while, it measures
-for some six seconds, or looks whether what was measured long ago still holds, and stops when something comes.
+for some ten seconds, or looks whether what was measured long ago still holds, and stops when something comes.
 """
 
 from __future__ import annotations
