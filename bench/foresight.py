@@ -9,7 +9,7 @@ probed before and after, since a machine changes its speed within minutes. What 
 left out. It lists cells that take less than `CELL_S` each, in an order in which any first part has some of every kind,
 and makes the packs that they need.
 `measure` goes on where it was ended: cells that `--out` has are not measured again, unless they were void. A cell is
-`shoal bench` in a fresh process, or a group of two daemons on loopback, with the floors probed before and after.
+`shoal bench` in a fresh process, or a group of two or four daemons on loopback, floors probed before and after.
 Nothing else should run.
 """
 
@@ -74,7 +74,22 @@ SHARES = (0.4, 0.65, 0.85)  # of a model's bytes, as budgets, besides what the p
 MORE_BYTES = 150_000_000  # of a budget, besides a share of the model
 LEAST_STREAMED = 300_000_000  # bytes of a model that it makes sense to stream
 FEWER_BITS = 500_000_000  # models of fewer bytes are also kept in 4 bits
-DISKS = 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.4, 1.6, 2.0, 2.5  # times as fast as the profile's
+DISKS = (
+    0.25,
+    0.4,
+    0.5,
+    0.6,
+    0.7,
+    0.8,
+    0.9,
+    1.0,
+    1.1,
+    1.25,
+    1.4,
+    1.6,
+    2.0,
+    2.5,
+)  # times as fast as the profile's
 CELL_S = 18.0
 ROUNDS = (3, 2, 1)
 FIXED_S, GROUP_FIXED_S, LOAD_BYTES_PER_S = 4.5, 10.0, 0.7e9  # of a cell, besides what is predicted
@@ -113,7 +128,7 @@ def cells(models: Path, threads: int) -> Iterator[Cell]:
             for job in JOBS[::2]:
                 yield Cell(path.name, "q4", threads, *job)
         for ranks, jobs in GROUP_JOBS.items() if threads > 1 else ():
-            for job in jobs:
+            for job in jobs if threads % ranks == 0 or ranks % threads == 0 else ():
                 yield Cell(path.name, "keep", max(1, threads // ranks), *job, ranks=ranks)
 
 

@@ -1,4 +1,4 @@
-"""Profiles of this machine for the throughput model's test, with what it was like meanwhile; and what they say of two
+"""Profiles of this machine for the throughput model's test, with what it was like meanwhile; and what they say of
 ranks that share it.
 """
 

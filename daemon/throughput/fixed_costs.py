@@ -55,7 +55,9 @@ VOCAB = 1 << 17
 LOGIT_ROWS = 16
 ADDED_ROWS, ADDED = 64, 32  # rows of hidden states, and how many of these
 WARMING = 4  # rounds before they count: a virtual machine's memory is up to ten times as slow when it is new
-LONG_ROWS, LONG_TOKENS, LONG_TURNS = 64, 2, 3  # with so many rows, so few tokens in a turn, and fewer turns
+LONG_S = (5e-3, 15e-3)  # that kernels compute in a layer of a prompt, with …
+LONG_ROWS, LONG_TOKENS, LONG_TURNS = 64, 2, 3  # … so many rows; then fewer tokens in a turn, and fewer turns
+_TRIED_BYTES, _MOST_BYTES = 1 << 20, 64 << 20  # of weights for them
 _SWEPT_TYPE = "Q4_K"
 _SWEPT_COLS = 4096
 _SIZE = 32
@@ -76,8 +78,6 @@ SWEEPS = (
     _Sweep(2 << 20),
     _Sweep(8 << 20),
     _Sweep(32 << 20),
-    _Sweep(8 << 20, LONG_ROWS),
-    _Sweep(24 << 20, LONG_ROWS),
     _Sweep(16 << 20),
 )
 
@@ -92,12 +92,18 @@ class _Where(NamedTuple):
 def overheads(pool: Pool, done: Callable[[str], None]) -> Overheads:
     """Measured with models of few and of many layers, dense and with experts, with one stream and with several, with
     caches that are swept for longer or shorter or not at all, some tokens of each in turn, as a machine changes its
-    speed meanwhile. `done` is called before each turn of a model, `turns()` times."""
-    warm = _Steps(FEW), _Steps(MANY)
-    dense = [(_Steps(FEW, its, pool), _Steps(MANY, its, pool)) for its in SWEEPS]
+    speed meanwhile. `done` is called before each is made and before each turn of it, `turns()` times."""
+
+    def made(layers: int, sweep: _Sweep = NO_SWEEP, streams: int = 1, moe: MoeSpec | None = None) -> _Steps:
+        done("fixed costs")
+        return _Steps(layers, sweep, pool, streams, moe)
+
+    sweeps = (*(_long(pool, seconds) for seconds in LONG_S), *SWEEPS)
+    warm = made(FEW), made(MANY)
+    dense = [(made(FEW, its), made(MANY, its)) for its in sweeps]
     moe, usual = MoeSpec(32, 8, _SIZE, True), SWEEPS[-1]
-    mixture, mixed = _Steps(MANY, usual, pool, moe=moe), _Steps(MANY, usual, pool, STREAMS, moe)
-    streams = _Steps(FEW, usual, pool, STREAMS), _Steps(MANY, usual, pool, STREAMS)
+    mixture, mixed = made(MANY, usual, 1, moe), made(MANY, usual, STREAMS, moe)
+    streams = made(FEW, usual, STREAMS), made(MANY, usual, STREAMS)
     everything = [*warm, *(its for pair in dense for its in pair), mixture, mixed, *streams]
     for turn in range(TURNS):
         tokens = len(range(turn, ANSWER_TOKENS, TURNS))
@@ -106,7 +112,7 @@ def overheads(pool: Pool, done: Callable[[str], None]) -> Overheads:
                 done("fixed costs")
                 steps.turn(LONG_TOKENS if steps.long else tokens)
     warm_s = _layer_s(*warm)
-    swept = sorted((many.passing_s / MANY, max(0.0, _layer_s(few, many) - warm_s)) for few, many in dense)
+    swept = sorted((_passing_s(*pair), max(0.0, _layer_s(*pair) - warm_s)) for pair in dense)
     few, many = (it.usual_s for it in dense[-1])
     layer_s = _layer_s(*dense[-1])
     stream_few, stream_many = streams[0].usual_s - few, streams[1].usual_s - many
@@ -129,9 +135,16 @@ def overheads(pool: Pool, done: Callable[[str], None]) -> Overheads:
 
 
 def turns() -> int:
-    """Of all models together: two without sweeps, two with each, two with experts and two with streams."""
-    longs = sum(it.rows > 1 for it in SWEEPS)
-    return TURNS * (2 * (len(SWEEPS) - longs) + 6) + LONG_TURNS * 2 * longs
+    """How often `done` is called. Of all models two are without sweeps, two with each, two with experts and two with
+    streams."""
+    return (1 + TURNS) * (2 * len(SWEEPS) + 6) + (1 + LONG_TURNS) * 2 * len(LONG_S)
+
+
+def _long(pool: Pool, seconds: float) -> _Sweep:
+    """That takes about so long, however fast this machine is."""
+    home, x = kernels.home_of(CPU), np.ones((LONG_ROWS, _SWEPT_COLS), np.float32)
+    tried_s = usual_s(partial(home.linears, x, its) for its in cycle(_sweeps(pool, _TRIED_BYTES)))
+    return _Sweep(min(_MOST_BYTES, max(1, round(seconds / tried_s * _TRIED_BYTES))), LONG_ROWS)
 
 
 def device_overheads(device: DeviceHome) -> Overheads:
@@ -172,7 +185,7 @@ class _Steps:
         self._experts: list[int] = []
         self._clock = where.clock
         blocks = {block: _weights(spec, block, where.home) for block in spec.blocks()}
-        sweeps = [] if pool is None else _sweeps(pool, sweep.nbytes // 2)
+        sweeps = _sweeps(pool, sweep.nbytes // 2) if pool is not None and sweep.nbytes else []
         self._store = _Swept({block: Resident(its) for block, its in blocks.items()}, sweeps, sweep.rows)
         self._engine = _engine(spec, self._store, streams, where.home)
         for number in range(streams):
@@ -188,7 +201,7 @@ class _Steps:
     @property
     def passing_s(self) -> float:
         """How long a step is usually swept for."""
-        return max(1e-9, median(self._passing))
+        return median(self._passing)
 
     @property
     def experts(self) -> float:
@@ -200,7 +213,7 @@ class _Steps:
         for _ in range(tokens):
             self.step()
         if tokens > 1:
-            del self.took[-tokens]
+            del self.took[-tokens], self._passing[-tokens]
 
     def step(self) -> None:
         began_s, swept_s, experts = self._clock(), self._store.swept_s, self._store.experts
@@ -241,6 +254,10 @@ def _sweeps(pool: Pool, nbytes: int) -> list[Linears]:
     rows = max(1, nbytes // kind.matrix_bytes(BAND_ROWS, _SWEPT_COLS)) * BAND_ROWS
     count = max(1, len(pool.memory) // kind.matrix_bytes(rows, _SWEPT_COLS) - 1)
     return [Linears((pool.matrix(kind, rows, _SWEPT_COLS),)) for _ in range(count)]
+
+
+def _passing_s(few: _Steps, many: _Steps) -> float:
+    return max(1e-9, (many.passing_s - few.passing_s) / (MANY - FEW))
 
 
 def _layer_s(few: _Steps, many: _Steps) -> float:

@@ -234,7 +234,7 @@ def narrow_sizes(kind: WeightType) -> Sequence[SizeClass]:
 
 
 def _one(size: SizeClass) -> SizeClass:
-    """Matrix in each call."""
+    """Of which each call has one matrix."""
     return size._replace(form="linears", together=1)
 
 

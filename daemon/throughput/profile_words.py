@@ -85,7 +85,8 @@ def rows_table(device: Device) -> tuple[list[str], list[list[str]]]:
     for law in device.products:
         known = dict(zip(law.rows, law.byte_s, strict=True))
         speeds = [f"{1 / known[rows] / 1e9:.3g}" if rows in known else "" for rows in _SHOWN_ROWS]
-        table.append([law.kind, format_bytes(law.nbytes), *speeds])
+        size = format_bytes(law.nbytes) + " of an expert" * law.experts
+        table.append([law.kind, size, *speeds])
     return columns, table
 
 

@@ -207,7 +207,7 @@ def _step(
             further_s = overheads.expert_s * pieces.further_experts(fed)
             own_s += overheads.mixture_s + further_s + 2 * added_s * fed
         if experts is not None:  # some go together
-            own_s += LEASE_CALLS * overheads.mixture_s * experts.used / experts.together
+            own_s += LEASE_CALLS * overheads.mixture_s * experts.goes
         if experts is not None and experts.right and layer < last:  # guessing takes what routing does
             mixed += pieces.router(kind, fed)
             own_s += overheads.mixture_s + added_s * fed
@@ -218,11 +218,14 @@ def _step(
         if item.block.kind == "head" and wanted:
             heads = products(device, model.products[item.block], wanted)
             computing += heads
-            uses.append(Use(heads.seconds, tier[item.block]))
+            uses.append(Use(heads.seconds + (leased_s if tier[item.block] else 0.0), tier[item.block]))
+            calls_s += leased_s if tier[item.block] else 0.0
     more = sum(segment.alike for segment in segments) - 1
     streams_s = more * (overheads.stream_s + (last + 1) * overheads.stream_layer_s)
     between_s = overheads.step_s + streams_s + overheads.logit_s * wanted * model.spec.vocab
-    if tier.get(BlockId("embed")):
+    if any(
+        it.block.kind == "embed" and it.tier == "disk" for it in plan.blocks
+    ):  # a tied one is the head's bytes
         between_s += gathered_s(device, rows)
     found = contended(device, plan.window_bytes, uses, mixtures, between_s)
     seconds = max(found.step_s, found.disk_s)

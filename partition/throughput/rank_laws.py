@@ -6,8 +6,8 @@ it, which are far fewer than the step has. Pure.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from functools import cached_property
 
 from ..machines import BlockTimes, DiskTimes, FixedCosts, RankHolds, RankShares
 from ..spec import BlockId
@@ -25,6 +25,7 @@ from .profile import Device
 from .schedule import Experts, expert_waits, guessed_right, ring_s
 from .weights_of import LayerKind, Product, Weighed, queried
 
+_MORE_ROWS = 64  # of a prompt; fixed costs go with rows on a line
 _ROUNDS = 2  # how contention is found, which depends on what it changes
 
 
@@ -42,17 +43,25 @@ class RankLaws:
         normed = queried(spec) / 2 if spec.qk_norm == "full" else 0.0
         # The rows of a mixture are normalised apart, and its sum begins with zeros.
         numbers = sum(spec.hidden * (2 if layer.moe else 1) + normed for layer in spec.layers)
-        layer_s = own.layer_with_s(share * self._layer_bytes / self._device.memory_bytes_per_s)
-        return FixedCosts(own.step_s, layer_s, own.mixture_s, own.hidden_s * numbers)
+        one_s, more_s = (own.layer_with_s(share * self._layer_s(rows)) for rows in (1, _MORE_ROWS))
+        row_s = own.hidden_s * numbers + len(spec.layers) * max(0.0, more_s - one_s) / (_MORE_ROWS - 1)
+        return FixedCosts(own.step_s, one_s, own.mixture_s, row_s)
 
-    @cached_property
-    def _layer_bytes(self) -> float:
-        """Of the weights that a layer uses for one token, on average."""
-        spec = self._model.spec
-        active = spec.moe.active / spec.moe.experts if spec.moe else 0.0
-        layers = (item for item in self._model.block_bytes.items() if item[0].layer >= 0)
-        used = (nbytes * (active if block.kind == "expert" else 1.0) for block, nbytes in layers)
-        return sum(used) / len(spec.layers)
+    def _layer_s(self, rows: int) -> float:
+        """For which kernels compute in a layer, on average, on a machine that has all of it."""
+        key = "layer", rows
+        if key not in self._known:
+            moe, device, seconds = self._model.spec.moe, self._with_round(1.0), 0.0
+            for kind, layers in Counter(
+                map(self._model.kind_of, range(len(self._model.spec.layers)))
+            ).items():
+                one_s = products(device, (*kind.attention, *kind.dense), rows).seconds
+                if kind.expert and moe is not None:
+                    used = distinct_experts(moe.experts, moe.active, rows, self._distinct)
+                    one_s += used * products(device, kind.expert, rows * moe.active / used).seconds
+                seconds += layers * one_s
+            self._known[key] = seconds / len(self._model.spec.layers)
+        return self._known[key]
 
     def times(self, portion: RankShares, rows: int, context: float, crowd: float) -> BlockTimes:
         """See `PartLaws`."""
@@ -97,7 +106,7 @@ class RankLaws:
                 its = self._experts(portion, held, rows, crowd, own)
                 speed = block_bytes_per_s(self._device, its.nbytes) / waiting
                 waits = expert_waits(its.slower(slower), speed)
-                calls_s = LEASE_CALLS * self._device.overheads.mixture_s * its.used / its.together
+                calls_s = LEASE_CALLS * self._device.overheads.mixture_s * its.goes
                 stall_s, disk_s = mixtures * (waits.stall_s + calls_s), mixtures * waits.disk_s
             speed = ring_bytes_per_s(self._device, held.window_bytes) / waiting
             passing_s = ring_s(

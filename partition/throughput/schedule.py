@@ -123,6 +123,11 @@ class Experts(NamedTuple):
     before_s: float
     right: float
 
+    @property
+    def goes(self) -> float:
+        """In how many goes they are computed."""
+        return max(1.0, self.used / self.together)
+
     def slower(self, times: float) -> Experts:
         """If computing takes so many times as long."""
         return self._replace(compute_s=times * self.compute_s, before_s=times * self.before_s)
@@ -146,7 +151,7 @@ def expert_waits(its: Experts, bytes_per_s: float) -> Waits:
     What is missing is read in the order in which it is computed, so the first that go together are waited for, and
     computing the last ones hides nothing. From then on until the next router has spoken, guesses are read, as long as
     there are any."""
-    one_s, runs = its.nbytes / bytes_per_s, max(1.0, its.used / its.together)
+    one_s, runs = its.nbytes / bytes_per_s, its.goes
     last_s = its.compute_s / runs
     guessed = stall_s = 0.0
     for _ in range(_GUESSING if its.right else 1):

@@ -32,11 +32,9 @@ from shoal.partition.spec import BlockId, MoeSpec
 from shoal.partition.throughput.laws import attention, product
 from shoal.partition.throughput.profile import (
     CacheLaw,
-    Overheads,
     Profile,
     Repeats,
     RowsLaw,
-    SweptLaw,
 )
 from shoal.partition.throughput.profile_checks import check_profile
 from shoal.partition.throughput.weights_of import Product
@@ -62,7 +60,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         (disk_laws, "WRITTEN_BYTES", 8 << 20),
         (fixed_costs, "ANSWER_TOKENS", 8),
         (fixed_costs, "MANY", 4),
-        (fixed_costs, "SWEEPS", (fixed_costs._Sweep(16 << 10, 8), fixed_costs._Sweep(32 << 10))),
+        (fixed_costs, "SWEEPS", (fixed_costs._Sweep(32 << 10),)),
+        (fixed_costs, "LONG_S", (1e-4,)),
     ):
         monkeypatch.setattr(module, name, value)
 
@@ -263,14 +262,9 @@ def test_whoever_comes_waits_for_one_turn_of_a_model(
 
     monkeypatch.setattr(fixed_costs._Steps, "turn", counted)
     fixed_costs.overheads(kernel_laws.Pool(8 << 20), said.append)
-    assert each == list(range(1, fixed_costs.turns() + 1))
-
-
-def test_what_computes_in_a_layer_makes_its_calls_cost_more() -> None:
-    law = SweptLaw((1e-3, 2e-3, 8e-3), (4e-6, 18e-6, 70e-6))
-    over = Overheads(layer_s=40e-6, swept=law)
-    for ms, besides_us in ((0, 0), (0.5, 2), (1, 4), (1.5, 11), (5, 44), (8, 70), (11, 96), (100, 280)):
-        assert over.layer_with_s(ms * 1e-3) == pytest.approx((40 + besides_us) * 1e-6)
+    made = fixed_costs.turns() - len(each)
+    assert each == list(range(made + 1, fixed_costs.turns() + 1))
+    assert made == 2 * (len(fixed_costs.SWEEPS) + len(fixed_costs.LONG_S)) + 6
 
 
 class _SlowAtFirst:

@@ -308,6 +308,15 @@ def test_size_classes_are_met_halfway() -> None:
     assert found == pytest.approx([2e-10, 2e-10, 1.5e-10, 1e-10])
 
 
+def test_tables_of_experts_are_for_experts() -> None:
+    laws = tuple(RowsLaw("Q4_K", size, (1,), (1e-10,)) for size in (1e5, 1e7))
+    slow = RowsLaw("Q4_K", 1e6, (1,), (9e-10,), experts=True)
+    one = replace(device(), products=(*laws, slow))
+    dense = Product("Q4_K", 1, 1, 10**6)
+    assert product(one, dense, 1).seconds == pytest.approx(1e-4)
+    assert product(one, dense._replace(expert=True), 1).seconds == pytest.approx(9e-4)
+
+
 FIGURES = ("memory_bytes_per_s", "flops", "disk_bytes_per_s")
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from shoal.partition.errors import ProfileError
 from shoal.partition.plan import Plan, plan_in_ram
-from shoal.partition.spec import MoeSpec
+from shoal.partition.spec import BlockId, MoeSpec
 from shoal.partition.streamed_plan import plan_streamed
 from shoal.partition.throughput.cost import cost
 from shoal.partition.throughput.explain import with_faster_disk
@@ -19,7 +19,7 @@ from shoal.partition.throughput.laws import NOTHING, Rows, block_bytes_per_s, ri
 from shoal.partition.throughput.prediction import Job
 from shoal.partition.throughput.profile import ANY, Contention, Overheads, Profile, ReadLaw, RingLaw, RowsLaw
 from shoal.partition.throughput.profile_checks import check_profile
-from shoal.partition.throughput.schedule import Use, lap
+from shoal.partition.throughput.schedule import Experts, Use, lap
 from shoal.partition.throughput.step_pieces import Pieces
 
 DENSE = weighed(spec())
@@ -72,6 +72,25 @@ def test_rows_of_an_embedding_on_disk_are_read_one_by_one() -> None:
     row_s = (256 << 10) / 1.5e9
     for streams in (1, 4):
         assert step_s(streams, 11) - step_s(streams, 1) == pytest.approx(streams * 10 * row_s)
+
+
+def test_rows_of_a_tied_embedding_are_read_as_well() -> None:
+    """Its bytes are the head's."""
+    model = replace(DENSE, extents={**DENSE.extents, BlockId("embed"): 0})
+    plan = plan_streamed(
+        wanted(model.spec), model.extents, model.vectors_bytes, memory_bytes=model.weights_bytes // 2
+    )
+    assert isinstance(plan, Plan)
+    rings = RingLaw(RINGS.nbytes, (1e14, 1e14))
+    slow, quick = (
+        replace(device(), reads=ReadLaw((256 << 10, 4 << 20), (speed, 2e9), rings)) for speed in (1e7, 1.5e9)
+    )
+    assert cost(model, plan, slow, Job()).token_s > cost(model, plan, quick, Job()).token_s + 0.02
+
+
+def test_a_mixture_goes_once_at_least() -> None:
+    one = Experts(2.0, 1.0, 1, 4, 0.0, 0.0, 0.0)
+    assert (one.goes, one._replace(used=6.0).goes) == (1.0, 1.5)
 
 
 def test_a_disk_that_is_faster_is_so_with_each_size() -> None:
