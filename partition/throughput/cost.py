@@ -182,7 +182,7 @@ def _step(
     pieces = Pieces(model, plan, device, segments, share)
     tier = {it.block: it.nbytes if it.tier == "disk" else 0 for it in plan.blocks}
     overheads = device.overheads
-    leased_s = LEASE_CALLS * overheads.layer_s
+    leased_s = {block: LEASE_CALLS * overheads.layer_s if nbytes else 0.0 for block, nbytes in tier.items()}
     uses: list[Use] = []
     mixtures: dict[int, Experts] = {}  # by the place of the use that waits for them
     computing, calls_s = NOTHING, 0.0
@@ -196,13 +196,13 @@ def _step(
         mixed = pieces.experts(kind, fed)
         block = BlockId("attn", layer)
         fixed_s = overheads.layer_with_s(attending.seconds + feeding.seconds + mixed.seconds) / 2
-        own_s = fixed_s + (added_s + normed_s) * rows + (leased_s if tier[block] else 0.0)
+        own_s = fixed_s + (added_s + normed_s) * rows + leased_s[block]
         uses.append(Use(attending.seconds + own_s, tier[block]))
         calls_s += own_s
         if (experts := pieces.on_disk(kind, fed, mixed, attending)) is not None:
             mixtures[len(uses)] = experts
         block = model.spec.ffn_blocks(layer)[0]
-        own_s = fixed_s + added_s * fed + (leased_s if tier[block] else 0.0)
+        own_s = fixed_s + added_s * fed + leased_s[block]
         if kind.expert:  # its rows are normalised apart, and its sum begins with zeros
             further_s = overheads.expert_s * pieces.further_experts(fed)
             own_s += overheads.mixture_s + further_s + 2 * added_s * fed
@@ -218,14 +218,13 @@ def _step(
         if item.block.kind == "head" and wanted:
             heads = products(device, model.products[item.block], wanted)
             computing += heads
-            uses.append(Use(heads.seconds + (leased_s if tier[item.block] else 0.0), tier[item.block]))
-            calls_s += leased_s if tier[item.block] else 0.0
+            uses.append(Use(heads.seconds + leased_s[item.block], tier[item.block]))
+            calls_s += leased_s[item.block]
     more = sum(segment.alike for segment in segments) - 1
     streams_s = more * (overheads.stream_s + (last + 1) * overheads.stream_layer_s)
     between_s = overheads.step_s + streams_s + overheads.logit_s * wanted * model.spec.vocab
-    if any(
-        it.block.kind == "embed" and it.tier == "disk" for it in plan.blocks
-    ):  # a tied one is the head's bytes
+    # A tied embedding has no bytes of its own, but is read as well.
+    if any(it.block.kind == "embed" and it.tier == "disk" for it in plan.blocks):
         between_s += gathered_s(device, rows)
     found = contended(device, plan.window_bytes, uses, mixtures, between_s)
     seconds = max(found.step_s, found.disk_s)

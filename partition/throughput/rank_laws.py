@@ -25,7 +25,7 @@ from .profile import Device
 from .schedule import Experts, expert_waits, guessed_right, ring_s
 from .weights_of import LayerKind, Product, Weighed, queried
 
-_MORE_ROWS = 64  # of a prompt; fixed costs go with rows on a line
+_MORE_ROWS = 256  # of a prompt; fixed costs go with rows on a line
 _ROUNDS = 2  # how contention is found, which depends on what it changes
 
 
@@ -52,9 +52,8 @@ class RankLaws:
         key = "layer", rows
         if key not in self._known:
             moe, device, seconds = self._model.spec.moe, self._with_round(1.0), 0.0
-            for kind, layers in Counter(
-                map(self._model.kind_of, range(len(self._model.spec.layers)))
-            ).items():
+            kinds = Counter(map(self._model.kind_of, range(len(self._model.spec.layers))))
+            for kind, layers in kinds.items():
                 one_s = products(device, (*kind.attention, *kind.dense), rows).seconds
                 if kind.expert and moe is not None:
                     used = distinct_experts(moe.experts, moe.active, rows, self._distinct)
