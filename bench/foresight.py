@@ -74,22 +74,8 @@ SHARES = (0.4, 0.65, 0.85)  # of a model's bytes, as budgets, besides what the p
 MORE_BYTES = 150_000_000  # of a budget, besides a share of the model
 LEAST_STREAMED = 300_000_000  # bytes of a model that it makes sense to stream
 FEWER_BITS = 500_000_000  # models of fewer bytes are also kept in 4 bits
-DISKS = (
-    0.25,
-    0.4,
-    0.5,
-    0.6,
-    0.7,
-    0.8,
-    0.9,
-    1.0,
-    1.1,
-    1.25,
-    1.4,
-    1.6,
-    2.0,
-    2.5,
-)  # times as fast as the profile's
+# Disks so many times as fast as the profile's, with which streamed cells are predicted besides.
+DISKS = (0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.4, 1.6, 2.0, 2.5)
 CELL_S = 18.0
 ROUNDS = (3, 2, 1)
 FIXED_S, GROUP_FIXED_S, LOAD_BYTES_PER_S = 4.5, 10.0, 0.7e9  # of a cell, besides what is predicted

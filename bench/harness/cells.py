@@ -141,9 +141,8 @@ class Foretold:
         whole_s = sum(computing.values())
         now_s = sum(s * beside.get(part, 1.0) for part, s in computing.items())
         times = now_s / whole_s if whole_s else 1.0
-        disk_s = parts.get("disk", 0.0)
-        if not disks:  # of older predictions
-            return self.floors.disk_gb_per_s / now.disk_gb_per_s if disk_s > whole_s else times
+        if not disks:
+            return times
         # If the processor and the disk are as many times as slow, so is all. What the disk is besides, predictions say.
         disk = now.disk_gb_per_s / self.floors.disk_gb_per_s * times
         slowness = sorted((1 / its, seconds) for its, seconds in disks.items())
