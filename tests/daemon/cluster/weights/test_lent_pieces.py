@@ -289,7 +289,7 @@ def test_the_head_sends_what_others_do_not(
 
 
 LENDER = """
-import itertools, os, signal, socket, sys
+import itertools, socket, sys, time
 from pathlib import Path
 from shoal.comm.group.channel import Channel
 from shoal.comm.group.streams import SocketStream
@@ -300,7 +300,7 @@ root, key, end = sys.argv[1:]
 number, original = itertools.count(), EarlierShard.read
 def read(self, piece, into):
     if next(number) == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
     original(self, piece, into)
 EarlierShard.read = read
 ShardLender(ShardCache(Path(root)), key).serve(1, Channel(SocketStream(socket.socket(fileno=int(end)))))
@@ -317,6 +317,16 @@ def test_a_worker_that_is_killed_while_it_lends(
     process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
     theirs.close()
     _, digests = sent(monkeypatch)
+
+    def kill() -> None:
+        """Once what it has sent was read: what is still in a socket is lost with one of its ends."""
+        deadline_s = time.monotonic() + 10
+        while len(digests) < 3 and time.monotonic() < deadline_s:
+            time.sleep(0.001)
+        process.kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
     with (
         served(server, own) as channels,
         reached([], server, own) as others,
@@ -326,6 +336,7 @@ def test_a_worker_that_is_killed_while_it_lends(
     ):
         assert weights.pack is not None
         assert_holds(weights.pack, CheckpointShard(checkpoint, own))
+    killer.join()
     assert process.wait(10) == -signal.SIGKILL
     assert len(digests) >= 3
 
