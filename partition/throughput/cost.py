@@ -1,9 +1,7 @@
 """What a plan takes on one machine: time to the first token, time of each further one, memory, and what binds.
 
-A step is put together block by block from the device's laws (`laws`), as the executor goes through it. Where blocks
-pass through a window, `schedule` says how reading and computing overlap; where an accelerator computes some,
-`device_cost` has the step. Pure. docs/throughput-model.md has the
-formulas with their units, sources and limits.
+Which steps there are is said here; `step_sum` has what one takes, `with_device` one through which weights come to an
+accelerator. Pure. docs/throughput-model.md has the formulas with their units, sources and limits.
 """
 
 from __future__ import annotations
@@ -13,24 +11,13 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from ..plan import Plan
-from ..spec import BlockId
-from .laws import (
-    DISTINCT_SHARE,
-    LEASE_CALLS,
-    NOTHING,
-    Rows,
-    fresh_pages,
-    gathered_s,
-    kv_token_bytes,
-    products,
-)
+from .laws import DISTINCT_SHARE, Rows, fresh_pages, kv_token_bytes
 from .peak import host_kv_share, peak_bytes
 from .prediction import Binding, Job, Prediction, uncertainty
 from .profile import Device
-from .schedule import Experts, Use, contended
-from .step_pieces import Pieces
-from .weights_of import Weighed, queried
-from .with_device import device_step
+from .step_sum import StepTime, and_overhead, staying_step
+from .weights_of import Weighed
+from .with_device import passing_step
 
 _CACHES = 0.6, 1.6  # times as much is kept by a cache that others share, within minutes
 _SAMPLES = 4  # chunks of a long prompt that are worked out; the others lie between
@@ -41,18 +28,6 @@ class Took(NamedTuple):
 
     seconds: float
     parts: Mapping[Binding, float]
-
-
-class _Step(NamedTuple):
-    """A step: its seconds, those of it that wait for the disk, and what its parts would take alone."""
-
-    seconds: float
-    stall_s: float
-    parts: dict[Binding, float]
-
-    def after(self, seconds: float) -> _Step:
-        """With so many seconds besides."""
-        return _Step(self.seconds + seconds, self.stall_s, _and_overhead(self.parts, seconds))
 
 
 def cost(model: Weighed, plan: Plan, device: Device, job: Job) -> Prediction:
@@ -83,7 +58,7 @@ def cost(model: Weighed, plan: Plan, device: Device, job: Job) -> Prediction:
         stall_share=decode.stall_s / decode.seconds,
         binding=_binding(shown),
         parts=shown.parts,
-        prompt_parts=_and_overhead(_together(prompt), touch.ttft_s),
+        prompt_parts=and_overhead(_together(prompt), touch.ttft_s),
         load_s=load_s,
         pack_s=pack_s,
     )
@@ -92,7 +67,7 @@ def cost(model: Weighed, plan: Plan, device: Device, job: Job) -> Prediction:
 def step_cost(model: Weighed, plan: Plan, device: Device, rows: int, before: float) -> Took:
     """A step in which one stream has `rows` rows behind `before` tokens, all of which want logits: as a decode, or a
     token with guesses behind it."""
-    found = _step(model, plan, device.on(plan.threads), [Rows(1, rows, before)], rows)
+    found = step_of(model, plan, device.on(plan.threads), [Rows(1, rows, before)], rows)
     return Took(found.seconds, found.parts)
 
 
@@ -113,20 +88,16 @@ def batch_tokens_per_s(model: Weighed, plan: Plan, device: Device, job: Job) -> 
     begins = -(-read // prompt)
     part = read // begins
     segments = [Rows(streams, 1, prompt + new / 2), Rows(begins, part, (prompt - part) / 2)]
-    step = _step(model, plan, device.on(plan.threads), segments, streams + begins, job.distinct)
+    step = step_of(model, plan, device.on(plan.threads), segments, streams + begins, job.distinct)
     return streams / step.seconds
 
 
-def _and_overhead(parts: Mapping[Binding, float], seconds: float) -> dict[Binding, float]:
-    return {part: its + (seconds if part == "overhead" else 0.0) for part, its in parts.items()}
-
-
-def _together(steps: Sequence[tuple[float, _Step]]) -> dict[Binding, float]:
+def _together(steps: Sequence[tuple[float, StepTime]]) -> dict[Binding, float]:
     """The parts of so many of each step."""
     return {part: sum(count * step.parts[part] for count, step in steps) for part in steps[0][1].parts}
 
 
-def _binding(step: _Step) -> Binding:
+def _binding(step: StepTime) -> Binding:
     """The disk if it alone takes longer than everything else; else what takes most of that."""
     others = {part: seconds for part, seconds in step.parts.items() if part != "disk"}
     if step.parts["disk"] > sum(others.values()):
@@ -134,14 +105,14 @@ def _binding(step: _Step) -> Binding:
     return max(others, key=lambda part: others[part])
 
 
-def _decode(model: Weighed, plan: Plan, device: Device, job: Job, share: float | None = None) -> _Step:
+def _decode(model: Weighed, plan: Plan, device: Device, job: Job, share: float | None = None) -> StepTime:
     """A step in which each stream gets a token, in the middle of the answers, with guesses to be verified behind it:
     each of these has a row of its own, wakes experts of its own and wants its logits."""
     before, rows = job.prompt_tokens + job.new_tokens / 2, 1 + job.guesses
-    return _step(model, plan, device, [Rows(job.batch, rows, before)], job.batch * rows, share)
+    return step_of(model, plan, device, [Rows(job.batch, rows, before)], job.batch * rows, share)
 
 
-def _prompt(model: Weighed, plan: Plan, device: Device, job: Job) -> Iterator[tuple[float, _Step]]:
+def _prompt(model: Weighed, plan: Plan, device: Device, job: Job) -> Iterator[tuple[float, StepTime]]:
     """(how many, step) of the steps that read all prompts. Short prompts share a step."""
     chunk, tokens, share = plan.chunk_tokens, job.prompt_tokens, job.distinct
     if tokens <= chunk:
@@ -149,7 +120,7 @@ def _prompt(model: Weighed, plan: Plan, device: Device, job: Job) -> Iterator[tu
         whole, rest = divmod(job.batch, together)
         for count, steps in ((together, whole), (rest, 1 if rest else 0)):
             if steps:
-                yield steps, _step(model, plan, device, [Rows(count, tokens, 0)], count, share)
+                yield steps, step_of(model, plan, device, [Rows(count, tokens, 0)], count, share)
         return
     whole, rest = divmod(tokens - 1, chunk)  # the last step has one token at least
     sampled = (
@@ -158,85 +129,26 @@ def _prompt(model: Weighed, plan: Plan, device: Device, job: Job) -> Iterator[tu
         else [round(i * (whole - 1) / (_SAMPLES - 1)) for i in range(_SAMPLES)]
     )
     for place in sampled:
-        step = _step(model, plan, device, [Rows(1, chunk, place * chunk)], 0, share)
+        step = step_of(model, plan, device, [Rows(1, chunk, place * chunk)], 0, share)
         yield job.batch * whole / len(sampled), step
-    yield job.batch, _step(model, plan, device, [Rows(1, rest + 1, whole * chunk)], 1, share)
+    yield job.batch, step_of(model, plan, device, [Rows(1, rest + 1, whole * chunk)], 1, share)
 
 
-def _step(
+def step_of(
     model: Weighed,
     plan: Plan,
     device: Device,
     segments: Sequence[Rows],
     wanted: int,
     share: float | None = None,
-) -> _Step:
-    """A step of these segments that gives logits for `wanted` rows. `share`: see `distinct_experts`. With a device of
-    which nothing is known, as if the CPU computed all."""
+) -> StepTime:
+    """A step of these segments that gives logits for `wanted` rows. `share`: see `distinct_experts`."""
     tokens = sum(segment.alike * (segment.before + segment.rows) for segment in segments)
     device = device.going_round(round_bytes(model, plan, tokens))
-    if any(it.name == plan.device for it in device.accelerators):
-        there = device_step(model, plan, device, segments, wanted, share)
-        return _Step(there.seconds, there.stall_s, there.parts)
-    rows = sum(segment.alike * segment.rows for segment in segments)
-    pieces = Pieces(model, plan, device, segments, share)
-    tier = {it.block: it.nbytes if it.tier == "disk" else 0 for it in plan.blocks}
-    overheads = device.overheads
-    leased_s = {block: LEASE_CALLS * overheads.layer_s if nbytes else 0.0 for block, nbytes in tier.items()}
-    uses: list[Use] = []
-    mixtures: dict[int, Experts] = {}  # by the place of the use that waits for them
-    computing, calls_s = NOTHING, 0.0
-    last = len(model.spec.layers) - 1
-    added_s = overheads.hidden_s * model.spec.hidden / 2  # of a row, by one block of two
-    normed_s = overheads.hidden_s * queried(model.spec) / 2 if model.spec.qk_norm == "full" else 0.0
-    for layer in range(last + 1):
-        kind = model.kind_of(layer)
-        fed = rows if layer < last else wanted  # of the last layer, only what logits are wanted of is needed
-        attending, feeding = pieces.attention(kind), pieces.feeding(kind, fed)
-        mixed = pieces.experts(kind, fed)
-        block = BlockId("attn", layer)
-        fixed_s = overheads.layer_with_s(attending.seconds + feeding.seconds + mixed.seconds) / 2
-        own_s = fixed_s + (added_s + normed_s) * rows + leased_s[block]
-        uses.append(Use(attending.seconds + own_s, tier[block]))
-        calls_s += own_s
-        if (experts := pieces.on_disk(kind, fed, mixed, attending)) is not None:
-            mixtures[len(uses)] = experts
-        block = model.spec.ffn_blocks(layer)[0]
-        own_s = fixed_s + added_s * fed + leased_s[block]
-        if kind.expert:  # its rows are normalised apart, and its sum begins with zeros
-            further_s = overheads.expert_s * pieces.further_experts(fed)
-            own_s += overheads.mixture_s + further_s + 2 * added_s * fed
-        if experts is not None:  # some go together
-            own_s += LEASE_CALLS * overheads.mixture_s * experts.goes
-        if experts is not None and experts.right and layer < last:  # guessing takes what routing does
-            mixed += pieces.router(kind, fed)
-            own_s += overheads.mixture_s + added_s * fed
-        uses.append(Use(feeding.seconds + mixed.seconds + own_s, tier[block]))
-        computing += attending + feeding + mixed
-        calls_s += own_s
-    for item in plan.blocks:
-        if item.block.kind == "head" and wanted:
-            heads = products(device, model.products[item.block], wanted)
-            computing += heads
-            uses.append(Use(heads.seconds + leased_s[item.block], tier[item.block]))
-            calls_s += leased_s[item.block]
-    more = sum(segment.alike for segment in segments) - 1
-    streams_s = more * (overheads.stream_s + (last + 1) * overheads.stream_layer_s)
-    between_s = overheads.step_s + streams_s + overheads.logit_s * wanted * model.spec.vocab
-    # A tied embedding has no bytes of its own, but is read as well.
-    if any(it.block.kind == "embed" and it.tier == "disk" for it in plan.blocks):
-        between_s += gathered_s(device, rows)
-    found = contended(device, plan.window_bytes, uses, mixtures, between_s)
-    seconds = max(found.step_s, found.disk_s)
-    parts: dict[Binding, float] = {
-        "memory": computing.memory_s,
-        "compute": computing.seconds - computing.memory_s,
-        "disk": found.disk_s,
-        "overhead": calls_s + between_s,
-    }
-    stall_s = max(0.0, seconds - computing.seconds - calls_s - between_s)
-    times = device.corrections.times(parts)
-    return _Step(times * seconds, times * stall_s, parts)
+    there = next((it for it in device.accelerators if it.name == plan.device), None)
+    if plan.passes and there is not None:
+        return passing_step(model, plan, device, there, segments, wanted, share)
+    return staying_step(model, plan, device, there, segments, wanted, share)
 
 
 def round_bytes(model: Weighed, plan: Plan, tokens: float) -> float:

@@ -142,9 +142,9 @@ class Overheads:
     hidden_s: float = 0.0  # of a number of a hidden state, in each layer: what blocks give is added to it
     swept: SweptLaw | None = None  # None: a layer costs the same, however long kernels compute in it
 
-    def layer_with_s(self, seconds: float) -> float:
-        """Of a layer in which kernels compute for so long."""
-        return self.layer_s + (self.swept.at(seconds) if self.swept else 0.0)
+    def swept_s(self, seconds: float) -> float:
+        """Of a layer besides, in which kernels compute for so long."""
+        return self.swept.at(seconds) if self.swept else 0.0
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class RankLaws:
         normed = queried(spec) / 2 if spec.qk_norm == "full" else 0.0
         # The rows of a mixture are normalised apart, and its sum begins with zeros.
         numbers = sum(spec.hidden * (2 if layer.moe else 1) + normed for layer in spec.layers)
-        one_s, more_s = (own.layer_with_s(share * self._layer_s(rows)) for rows in (1, _MORE_ROWS))
+        one_s, more_s = (own.layer_s + own.swept_s(share * self._layer_s(rows)) for rows in (1, _MORE_ROWS))
         row_s = own.hidden_s * numbers + len(spec.layers) * max(0.0, more_s - one_s) / (_MORE_ROWS - 1)
         return FixedCosts(own.step_s, one_s, own.mixture_s, row_s)
 

@@ -10,14 +10,14 @@ from functools import partial
 
 from ..plan import Plan
 from ..streamed_plan import experts_together
-from .laws import NOTHING, Rows, Share, attention, distinct_experts, products
+from .laws import NOTHING, Rows, Share, as_it_ran, attention, distinct_experts, products
 from .profile import Device
 from .schedule import Experts, guessed_right
 from .weights_of import LayerKind, Product, Weighed
 
 
 class Pieces:
-    """The parts of one step. Layers of a kind are alike, so each is worked out once."""
+    """The parts of one step, with what running has taught of the device."""
 
     def __init__(
         self, model: Weighed, plan: Plan, device: Device, segments: Sequence[Rows], share: float | None
@@ -41,20 +41,20 @@ class Pieces:
                     self._device, self._model.spec, self._plan.kv.dtype, rows, before, kind.window
                 )
                 found += one.times(alike)
-            self._known[key] = found
+            self._known[key] = as_it_ran(self._device, found)
         return self._known[key]
 
     def feeding(self, kind: LayerKind, rows: int) -> Share:
         key = "dense", kind.dense, rows
         if key not in self._known:
-            self._known[key] = self._products(kind.dense, rows)
+            self._known[key] = as_it_ran(self._device, self._products(kind.dense, rows))
         return self._known[key]
 
     def router(self, kind: LayerKind, rows: int) -> Share:
         """Without the shared expert."""
         key = "router", kind.dense, rows
         if key not in self._known:
-            self._known[key] = self._products(kind.dense[:1], rows)
+            self._known[key] = as_it_ran(self._device, self._products(kind.dense[:1], rows))
         return self._known[key]
 
     def experts(self, kind: LayerKind, rows: int) -> Share:
@@ -62,12 +62,12 @@ class Pieces:
             return NOTHING
         key = "experts", kind.expert, rows
         if key not in self._known:
-            self._known[key] = self._in_parts(rows, partial(self._mixed, kind))
+            self._known[key] = as_it_ran(self._device, self._in_parts(rows, partial(self._mixed, kind)))
         return self._known[key]
 
     def _mixed(self, kind: LayerKind, rows: int) -> Share:
         """What the experts take that so many rows choose, each with its own few of them."""
-        used = self._used(rows)
+        used = self.used(rows)
         moe = self._model.spec.moe
         assert moe is not None
         rows_each, narrow = max(1.0, rows * moe.active / used), self._plan.narrow_inputs
@@ -77,7 +77,7 @@ class Pieces:
         """The experts that a layer uses, if every one is as likely to be chosen; None if all are in memory."""
         if not kind.expert or not rows or not self._missing:
             return None
-        moe, used = self._model.spec.moe, self._used(rows)
+        moe, used = self._model.spec.moe, self.used(rows)
         assert moe is not None
         return Experts(
             used,
@@ -90,12 +90,13 @@ class Pieces:
         )
 
     def further_experts(self, rows: int) -> float:
-        """How many more of a layer's experts these rows use than one row does."""
+        """How many more these are than one row uses."""
         moe = self._model.spec.moe
         assert moe is not None
-        return max(0.0, self._used(rows) - moe.active)
+        return max(0.0, self.used(rows) - moe.active)
 
-    def _used(self, rows: int) -> float:
+    def used(self, rows: int) -> float:
+        """How many of a layer's experts these rows use."""
         moe = self._model.spec.moe
         assert moe is not None
         return distinct_experts(moe.experts, moe.active, rows, self._share)

@@ -1,7 +1,7 @@
-"""What a step takes that a device computes together with its host: blocks that stay on the device (`placing`), or
-weights that pass through the device in every step while the CPU attends.
+"""What a step takes in which weights pass through a device while the CPU attends (`two_groups` has the schedule), and
+what is known of devices.
 
-Both are known by their laws, the link by its speed. Pure.
+Host and device are known by their laws, the link by its speed. Pure.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from .laws import (
     as_it_ran,
     attention,
     distinct_experts,
+    gathered_s,
     longer,
     passing_bytes_per_s,
     product,
@@ -25,10 +26,7 @@ from .laws import (
     ring_bytes_per_s,
     together,
 )
-from .placing.device_cost import DeviceStep, staying_step
-from .prediction import Binding
-from .profile import Accelerator, Device
-from .two_groups import (
+from .placing.two_groups import (
     Alternation,
     ComingBlock,
     Disk,
@@ -39,10 +37,12 @@ from .two_groups import (
     Tail,
     alternate,
 )
+from .prediction import Binding
+from .profile import Accelerator, Device
+from .step_sum import NUMBER_BYTES, StepTime
 from .weights_of import LayerKind, Product, Weighed
 
-_NUMBER_BYTES = 4  # of hidden states, scores, logits
-_ROUTE_BYTES = 8 + _NUMBER_BYTES  # of each expert that a row chose: its number and a factor
+_ROUTE_BYTES = 8 + NUMBER_BYTES  # of each expert that a row chose: its number and a factor
 _GROUPS = 2  # of rows, that take turns
 _ROUNDS = 4  # how contention is found, which depends on what it changes; where much is, two swing too far
 _SETTLED = 1e-3
@@ -82,15 +82,18 @@ def room_of(its: Accelerator, expert: Sequence[Product]) -> DeviceRoom:
     return DeviceRoom(its.name, memory_bytes, int(its.scratch_bytes), True, memory_bytes, times, its)
 
 
-def device_step(
-    model: Weighed, plan: Plan, host: Device, segments: Sequence[Rows], wanted: int, share: float | None
-) -> DeviceStep:
-    """A step of these segments that gives logits for `wanted` rows. `host` has the plan's device among its
-    accelerators; `share`: see `distinct_experts`."""
-    there = next(it for it in host.accelerators if it.name == plan.device)
-    if plan.passes:
-        return _Passing(model, plan, host, there, segments, wanted, share).step()
-    return staying_step(model, plan, host, there, segments, wanted, share)
+def passing_step(
+    model: Weighed,
+    plan: Plan,
+    machine: Device,
+    there: Accelerator,
+    segments: Sequence[Rows],
+    wanted: int,
+    share: float | None,
+) -> StepTime:
+    """A step of these segments that gives logits for `wanted` rows, through all of which weights come. Arguments as of
+    `staying_step`."""
+    return _Passing(model, plan, machine, there, segments, wanted, share).step()
 
 
 class _Slower(NamedTuple):
@@ -127,11 +130,11 @@ class _Passing:
         return {it.block: it for it in self._plan.blocks}
 
     @property
-    def _calls_s(self) -> float:
-        """The host's, of a layer for one group."""
-        return self._host.corrections.overhead * self._host.overheads.layer_s
+    def _further(self) -> int:
+        """Streams besides the first."""
+        return sum(it.alike for it in self._segments) - 1
 
-    def step(self) -> DeviceStep:
+    def step(self) -> StepTime:
         slower = _Slower()
         for _ in range(_ROUNDS):
             found, calls_s, own_s = self._alternation(slower)
@@ -144,7 +147,7 @@ class _Passing:
         parts["disk"] = found.disk_s if self._read_bytes else 0.0
         others_s = max(found.weights_s, found.device_s, found.host_s)
         stall_s = max(0.0, found.step_s - others_s) if self._read_bytes else 0.0
-        return DeviceStep(found.step_s, parts, stall_s)
+        return StepTime(found.step_s, stall_s, parts)
 
     @cached_property
     def _read_bytes(self) -> int:
@@ -191,6 +194,9 @@ class _Passing:
             heads_s = products(self._there, self._model.head, self._wanted).seconds
             logits_s = self._carried_s(self._wanted * spec.vocab)
         between_s = max(own.step_s, self._link.step_s) + own.logit_s * self._wanted * spec.vocab
+        between_s += self._further * own.stream_s
+        if any(it.block.kind == "embed" and it.tier == "disk" for it in self._plan.blocks):
+            between_s += gathered_s(self._host, self._rows)
         between_s *= self._host.corrections.overhead
         if fed is not None:
             fed = fed.slower(slower.device)
@@ -201,7 +207,8 @@ class _Passing:
         piece_bytes = max(Disk().piece_bytes, self._read_bytes // _PIECES)
         disk = Disk(speed, self._plan.window_bytes, piece_bytes)
         found = alternate(layers, tail, self._carried_s(self._rows * spec.hidden), disk)
-        calls_s = between_s + (last + 1) * groups * self._calls_s
+        kinds = [self._model.kind_of(layer) for layer in range(last + 1)]
+        calls_s = between_s + groups * sum(self._calls_s(kind, groups) for kind in kinds)
         return found, calls_s, found.host_s - between_s
 
     def _comes(self, layer: int, kind: LayerKind) -> dict[PassingPiece, list[ComingBlock]]:
@@ -220,19 +227,18 @@ class _Passing:
 
     def _coming(self, its: BlockPlan) -> ComingBlock:
         if its.tier == "disk":  # the window's memory is not locked
-            return ComingBlock(its.nbytes / self._link.host_bytes_per_s, its.nbytes)
-        return ComingBlock(its.nbytes / passing_bytes_per_s(self._link))
+            return ComingBlock(self._times_link(its.nbytes / self._link.host_bytes_per_s), its.nbytes)
+        return ComingBlock(self._times_link(its.nbytes / passing_bytes_per_s(self._link)))
 
     def _turn(self, kind: LayerKind, rows: float, groups: int, *, fed: bool) -> LayerTurn:
         spec, there = self._model.spec, self._there
         *asking, last = kind.attention
         heads, kv_heads = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-        attends_s = self._attends_s(self._host, kind) / groups + self._calls_s
         calls_s = there.overheads.layer_s / 2
         return LayerTurn(
             asked_s=products(there, asking, rows).seconds + calls_s,
             leaves_s=self._carried_s(rows * (heads + 2 * kv_heads)),
-            attends_s=attends_s,
+            attends_s=self._attends_s(kind, groups) + self._calls_s(kind, groups),
             back_s=self._carried_s(rows * heads),
             attended_s=product(there, last, rows).seconds + calls_s,
             added_s=0.0,
@@ -256,12 +262,22 @@ class _Passing:
             added_s=0.0,
         )
 
-    def _attends_s(self, at: Device, kind: LayerKind) -> float:
-        spec, kv_type = self._model.spec, self._plan.kv.dtype
-        return sum(
-            it.alike * as_it_ran(at, attention(at, spec, kv_type, it.rows, it.before, kind.window)).seconds
+    def _attends_s(self, kind: LayerKind, groups: int) -> float:
+        """The host for one group."""
+        spec, kv_type, host = self._model.spec, self._plan.kv.dtype, self._host
+        whole_s = sum(
+            it.alike
+            * as_it_ran(host, attention(host, spec, kv_type, it.rows, it.before, kind.window)).seconds
             for it in self._segments
         )
+        return whole_s / groups
+
+    def _calls_s(self, kind: LayerKind, groups: int) -> float:
+        """The host's, of a layer for one group."""
+        its = self._host.overheads
+        own_s = its.layer_s + its.swept_s(self._attends_s(kind, groups))
+        own_s += self._further / groups * its.stream_layer_s
+        return self._host.corrections.overhead * own_s
 
     def _used(self, rows: float) -> tuple[float, float]:
         """How many experts of a layer are used, and for how many rows each."""
@@ -271,10 +287,13 @@ class _Passing:
         return used, max(1.0, rows * moe.active / used)
 
     def _carried_s(self, numbers: float) -> float:
-        return self._copied_s(_NUMBER_BYTES * numbers)
+        return self._copied_s(NUMBER_BYTES * numbers)
 
     def _copied_s(self, nbytes: float) -> float:
-        return self._link.copy_s + nbytes / self._link.host_bytes_per_s
+        return self._times_link(self._link.copy_s + nbytes / self._link.host_bytes_per_s)
+
+    def _times_link(self, seconds: float) -> float:
+        return self._host.corrections.link * seconds
 
 
 def _merged(all: Sequence[ComingBlock]) -> list[ComingBlock]:

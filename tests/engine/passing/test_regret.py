@@ -21,11 +21,11 @@ from shoal.kernels.matrix import FeedForward, Linears, Routes
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.models.step import Step
 from shoal.partition.plan import Plan
+from shoal.partition.throughput.cost import step_of
 from shoal.partition.throughput.laws import Rows
 from shoal.partition.throughput.offline import saturating_tokens
 from shoal.partition.throughput.profile import Accelerator, Device, Overheads
 from shoal.partition.throughput.weights_of import Weighed
-from shoal.partition.throughput.with_device import device_step
 
 HOST_FLOPS, HOST_BYTES_PER_S = 2e9, 4e9
 FLOPS, LINK, BYTES_PER_S = 2e10, 1e9, 1e11
@@ -90,7 +90,7 @@ def predicted_s(model: Weighed, plan: Plan, requests: int) -> float:
     none = Overheads(0.0, 0.0, 0.0, 0.0)
     gpu = Accelerator("sim:test", 1e9, BYTES_PER_S, FLOPS, LINK, layer_s=0, mixture_s=0, step_s=0, copy_s=0)
     host = Device("host", 1e9, HOST_BYTES_PER_S, HOST_FLOPS, accelerators=(gpu,), overheads=none)
-    return device_step(model, plan, host, [Rows(requests, 1, CONTEXT)], requests, 1.0).seconds
+    return step_of(model, plan, host, [Rows(requests, 1, CONTEXT)], requests, 1.0).seconds
 
 
 def test_what_is_chosen_is_hardly_slower_than_the_best(

@@ -21,7 +21,7 @@ from shoal.kernels.homes import cpu
 from shoal.models.step import Step
 from shoal.partition.plan import BlockPlan, Plan
 from shoal.partition.spec import BlockId
-from shoal.partition.throughput.two_groups import (
+from shoal.partition.throughput.placing.two_groups import (
     ComingBlock,
     Disk,
     Feeding,

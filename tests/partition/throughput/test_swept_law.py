@@ -22,7 +22,7 @@ def test_what_computes_in_a_layer_makes_its_calls_cost_more() -> None:
         (16, 70 * 2**0.75),
         (99, 280),
     ):
-        assert over.layer_with_s(ms * 1e-3) == pytest.approx((40 + besides_us) * 1e-6)
+        assert over.swept_s(ms * 1e-3) == pytest.approx(besides_us * 1e-6)
 
 
 @given(st.lists(st.floats(0, 1e-2), min_size=1, max_size=6), st.floats(0, 1), st.floats(0, 1))

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Literal, NamedTuple
 
-from .ring import waits_for
+from ..ring import waits_for
 
 PassingPiece = Literal["attn", "ffn", "router", "experts"]
 

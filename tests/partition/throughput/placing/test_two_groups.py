@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.partition.throughput.two_groups import (
+from shoal.partition.throughput.placing.two_groups import (
     ComingBlock,
     Feeding,
     Layer,

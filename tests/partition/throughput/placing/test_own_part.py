@@ -1,0 +1,112 @@
+"""What a machine does by itself costs as much beside a device as without one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from fakes.throughput.throughput_cases import MB, device, spec, wanted, weighed
+
+from shoal.partition.plan import Plan, plan_in_ram
+from shoal.partition.spec import MoeSpec
+from shoal.partition.streamed_plan import plan_streamed
+from shoal.partition.throughput.cost import step_of
+from shoal.partition.throughput.laws import Rows, gathered_s
+from shoal.partition.throughput.placing.device_ways import ways_from_disk
+from shoal.partition.throughput.profile import Accelerator, Corrections, Device, Overheads, SweptLaw
+from shoal.partition.throughput.step_sum import staying_step
+from shoal.partition.throughput.weights_of import Weighed
+from shoal.partition.throughput.with_device import room_of
+
+OWN = Overheads(
+    4e-4, 8e-5, 2e-4, 4e-10, 4e-6, 3e-5, 6e-6, 8e-10, SweptLaw((2e-4, 2e-3, 2e-2), (5e-5, 4e-4, 9e-4))
+)
+CARD = Accelerator("gpu", 130e6, 1e12, 5e13, 2e10, step_s=1e-4, scratch_bytes=0)
+DENSE, MIXED = weighed(spec(layers=6)), weighed(spec(6, moe=MoeSpec(16, 4, 512, True), ffn=0))
+HOST = device(overheads=OWN, measured=True)
+FAST = device(
+    overheads=OWN, memory_bytes_per_s=1e15, disk_bytes_per_s=1e15, flops=1e18
+)  # nothing else takes time
+
+
+def made(model: Weighed, streams: bool, **more: Any) -> Plan:
+    asked = wanted(model.spec, sequences=4, **more)
+    if streams:
+        plan = plan_streamed(asked, model.extents, MB, memory_bytes=int(0.5 * model.weights_bytes) + 40 * MB)
+    else:
+        plan = plan_in_ram(asked, model.block_bytes, memory_bytes=10**12)
+    assert isinstance(plan, Plan)
+    return plan
+
+
+def taken(model: Weighed, plan: Plan, machine: Device, streams: int = 4, rows: int = 1) -> float:
+    return step_of(model, plan, machine, [Rows(streams, rows, 30)], streams, 1.0).seconds
+
+
+def ways(model: Weighed, there: Accelerator = CARD) -> dict[str, Plan]:
+    """Blocks in all three places, and passing."""
+    if model.spec.moe:
+        there = replace(there, memory_bytes=250e6)
+    room = room_of(there, ())._replace(gathers=False)
+    found = ways_from_disk(model, [wanted(model.spec, sequences=4)], room, 150 * MB)
+    return {it.name.partition(" ")[0]: it.made for it in found if isinstance(it.made, Plan)}
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("model", [DENSE, MIXED], ids=["dense", "mixture"])
+def test_a_device_without_anything_to_do_changes_nothing(model: Weighed, streams: bool, rows: int) -> None:
+    plan = made(model, streams)
+    assert plan.streams is streams
+    beside = staying_step(model, plan, HOST, CARD, [Rows(4, rows, 30)], 4, 1.0)
+    assert beside.seconds == pytest.approx(taken(model, plan, HOST, rows=rows))
+
+
+@pytest.mark.parametrize("model", [DENSE, MIXED], ids=["dense", "mixture"])
+@pytest.mark.parametrize("name", ["on", "through"])
+@pytest.mark.parametrize(
+    ("figure", "more", "times"),
+    [
+        ("step_s", 1e-2, 1),
+        ("stream_s", 1e-2, 3),
+        ("logit_s", 1e-6, 4 * 4096),
+        ("stream_layer_s", 1e-2, 3),  # and of layers in which the processor attends
+        ("swept", SweptLaw((1e-12, 1.0), (1e-2, 1e-2)), 1),
+    ],
+)
+def test_each_of_a_hosts_own_costs_counts(
+    model: Weighed, name: str, figure: str, more: Any, times: int
+) -> None:
+    plan = ways(model)[name]
+    assert plan.device == "gpu"
+    assert plan.passes is (name == "through")
+    attends = sum(it.block.kind == "attn" and it.device == "cpu" for it in plan.blocks)
+    machine = replace(FAST, accelerators=(CARD,))
+    dearer = replace(machine, overheads=replace(OWN, **{figure: more}))
+    difference = taken(model, plan, dearer) - taken(model, plan, machine)
+    if figure == "stream_layer_s":
+        times *= len(model.spec.layers) if plan.passes else attends
+    least = 0.8 * times * (1e-2 if figure == "swept" else more)
+    assert difference >= least
+
+
+def test_rows_of_an_embedding_on_disk_count() -> None:
+    plan = made(DENSE, streams=False)
+    blocks = tuple(replace(it, tier="disk") if it.block.kind == "embed" else it for it in plan.blocks)
+    here = tuple(replace(it, tier="ram") if it.block.kind == "embed" else it for it in blocks)
+    both = (replace(plan, blocks=its) for its in (blocks, here))
+    away, stays = (staying_step(DENSE, it, HOST, CARD, [Rows(4, 1, 30)], 4, 1.0).seconds for it in both)
+    assert away - stays == pytest.approx(gathered_s(HOST, 4), rel=0.1)
+
+
+def test_what_running_taught_of_a_link_counts() -> None:
+    link = replace(CARD, copy_s=1e-3, host_bytes_per_s=1e9)
+    machine = replace(HOST, accelerators=(link,))
+    learnt = replace(machine, corrections=Corrections(link=2.0))
+    for name in ("on", "through"):
+        plan = ways(DENSE, link)[name]
+        one, two = (step_of(DENSE, plan, it, [Rows(4, 1, 30)], 4, 1.0) for it in (machine, learnt))
+        assert one.parts["link"] > 0
+        assert two.parts["link"] == pytest.approx(2 * one.parts["link"])
+        assert two.seconds > one.seconds
