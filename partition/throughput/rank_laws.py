@@ -43,9 +43,16 @@ class RankLaws:
         normed = queried(spec) / 2 if spec.qk_norm == "full" else 0.0
         # The rows of a mixture are normalised apart, and its sum begins with zeros.
         numbers = sum(spec.hidden * (2 if layer.moe else 1) + normed for layer in spec.layers)
-        one_s, more_s = (own.layer_s + own.swept_s(share * self._layer_s(rows)) for rows in (1, _MORE_ROWS))
-        row_s = own.hidden_s * numbers + len(spec.layers) * max(0.0, more_s - one_s) / (_MORE_ROWS - 1)
-        return FixedCosts(own.step_s, one_s, own.mixture_s, row_s)
+        one_s, layer_row_s = self._swept_s(share)
+        # A sum's messages cost as much more as a layer's calls do (0.8 to 1.05 times as much: docs/LOG.md).
+        sum_s, sum_row_s = self._swept_s(share / 2)
+        row_s = own.hidden_s * numbers + len(spec.layers) * layer_row_s
+        return FixedCosts(own.step_s, own.layer_s + one_s, own.mixture_s, row_s, sum_s, sum_row_s)
+
+    def _swept_s(self, share: float) -> tuple[float, float]:
+        """What calls cost besides after so much of a layer: for one row, and for each further one."""
+        one_s, more_s = (self._device.overheads.swept_s(share * self._layer_s(it)) for it in (1, _MORE_ROWS))
+        return one_s, max(0.0, more_s - one_s) / (_MORE_ROWS - 1)
 
     def _layer_s(self, rows: int) -> float:
         """For which kernels compute in a layer, on average, on a machine that has all of it."""

@@ -23,6 +23,7 @@ from shoal.partition.throughput.profile import (
     CacheLaw,
     Contention,
     Device,
+    Overheads,
     Profile,
     ProfileLink,
     RowsLaw,
@@ -109,7 +110,14 @@ def test_what_links_cost_is_told_apart_from_the_rest() -> None:
 def test_fixed_costs_are_the_device_s() -> None:
     own = replace(device().overheads, step_s=1.0, layer_s=2.0, mixture_s=3.0, hidden_s=4.0)
     numbers = DENSE.spec.hidden * len(DENSE.spec.layers)
-    assert RankLaws(device(overheads=own), DENSE, "f16").fixed(1.0) == (1.0, 2.0, 3.0, 4.0 * numbers)
+    assert RankLaws(device(overheads=own), DENSE, "f16").fixed(1.0) == (
+        1.0,
+        2.0,
+        3.0,
+        4.0 * numbers,
+        0.0,
+        0.0,
+    )
     mixed = MIXED.spec.hidden * len(MIXED.spec.layers)  # whose sums begin with zeros
     assert RankLaws(device(overheads=own), MIXED, "f16").fixed(1.0).token_s == 4.0 * 2 * mixed
     layer = sum(it.nbytes for it in (*DENSE.kind_of(0).attention, *DENSE.kind_of(0).dense))
@@ -118,6 +126,27 @@ def test_fixed_costs_are_the_device_s() -> None:
     swept = RankLaws(device(overheads=replace(own, swept=law)), DENSE, "f16")
     assert swept.fixed(0.625).layer_s == pytest.approx(2.75)
     assert swept.fixed(0.0).layer_s == 2.0
+    assert swept.fixed(0.625).sum_s == pytest.approx(0.5 + 0.5 / 12)  # after half of that
+    assert swept.fixed(0.0).sum_s == 0.0
+
+
+def test_sums_cost_more_the_longer_ranks_compute_between_them() -> None:
+    """By as much as a layer's calls do; where a prompt is read in halves, the sums of both."""
+    one_s, more_s = 1e-4, 2e-3
+    link = ProfileLink(("a", "b"), 1e-5, 1e10)
+    took = []
+    for law in (SweptLaw((1e-9, 1.0), (0.0, 0.0)), SweptLaw((1e-3, 1e-1), (one_s, more_s))):
+        own = Overheads(0.0, 0.0, 0.0, 0.0, swept=law)
+        both = tuple(device(name=name, overheads=own) for name in "ab")
+        found = Groups(DENSE, wanted(DENSE.spec), Profile(both, (link,)), Job(128, 8), ("f32",)).of(2)
+        assert isinstance(found, Choice)
+        took.append(found.figures)
+    plain, swept = took
+    sums = 2 * len(DENSE.spec.layers)
+    of_one = swept.network_s - plain.network_s
+    assert 0 < of_one <= sums * one_s  # of less than a millisecond: on the line from nothing
+    assert swept.token_s - plain.token_s > 1.4 * of_one  # and the layers' calls
+    assert swept.first_token_s[0] - plain.first_token_s[0] > 3 * (swept.token_s - plain.token_s)
 
 
 @pytest.mark.parametrize("machine", [device(), MEASURED], ids=["as written", "tables"])
