@@ -48,7 +48,9 @@ from harness.own_profiles import (
     nearest_round,
     processors,
     profile_of,
+    ranks_a_processor,
 )
+from harness.taking_turns import Found, in_turns, tried
 
 from shoal.comm.home import Home
 from shoal.daemon.config import NodeConfig
@@ -56,14 +58,16 @@ from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.packs import Packs
 from shoal.daemon.loading.planning import make_plan
 from shoal.daemon.throughput.model_sizes import described, weighed
+from shoal.partition.group_choice import NoGroup
 from shoal.partition.memory_layout import PAGE_TOKENS
 from shoal.partition.plan import Misfit
 from shoal.partition.throughput.cost import cost, round_bytes
 from shoal.partition.throughput.explain import with_faster_disk
+from shoal.partition.throughput.group_plans import Groups
 from shoal.partition.throughput.peak import PROCESS_BYTES, peak_bytes
 from shoal.partition.throughput.prediction import Job, Prediction
 from shoal.partition.throughput.profile import Profile
-from shoal.partition.throughput.solve import Choices, asks, solve
+from shoal.partition.throughput.solve import asks
 
 # Batch, prompt, new. All prompts of a batch are read in one step: else those that begin first end first, and what is
 # measured is the mean of many batches.
@@ -181,18 +185,21 @@ def room_bytes(path: Path, cell: Cell) -> int | None:
     return int(ended.stdout)
 
 
-def group_foretold(cell: Cell, path: Path, profile: Profile) -> Way | None:
-    """The same of a group of the profile's devices, which share caches."""
+def group_foretold(cell: Cell, path: Path, profile: Profile, turns: float, waits: Found) -> Way | None:
+    """The same of a group of the profile's devices, which share caches, and processors, each of which has so many."""
     with described(path) as checkpoint:
         model = weighed(checkpoint, cell.quant)  # type: ignore[arg-type]
     job = _job(cell)
     usual = NodeConfig()
-    wanted = asks(job, None, usual.chunk_tokens, usual.max_sequences, 0)
-    found = solve([model], wanted, profile, job, Choices("f16", cell.threads, cell.ranks))
-    if found.chosen is None:
+    asked = asks(job, None, usual.chunk_tokens, usual.max_sequences, 0)(model, "f16", cell.threads)[0]
+    groups = Groups(model, asked, profile, job, ("f32",))
+    choice = groups.of(cell.ranks)
+    if isinstance(choice, NoGroup):
         return None
-    chosen = found.chosen
-    return Way(chosen.name, model.weights_bytes, lambda rounds, disk: chosen.prediction)
+    found = groups.cost(choice)
+    if turns > 1:
+        found = in_turns(found, choice, profile, model, job, turns, waits)
+    return Way(f"group of {cell.ranks}", model.weights_bytes, lambda rounds, disk: found)
 
 
 def foretell(models: Path) -> list[Foretold]:
@@ -201,13 +208,16 @@ def foretell(models: Path) -> list[Foretold]:
     threads, half = processors(), half_of(processors())
     known = {count: profile_of(count, largest) for count in sorted({1, half, threads})}
     link = loopback(half)
+    every = list(cells(models, threads))
+    waits = {ranks: tried(ranks, threads) for ranks in {it.ranks for it in every} if ranks > threads}
     found: list[Foretold] = []
-    for cell in cells(models, threads):
+    for cell in every:
         path = models / cell.model
         try:
             if cell.ranks > 1:
                 ranks = group_profile(cell, known[half].profile, known[threads].profile, link)
-                made = group_foretold(cell, path, ranks)
+                turns = ranks_a_processor(cell, known[threads].profile)
+                made = group_foretold(cell, path, ranks, turns, waits.get(cell.ranks, {}))
             else:
                 made = alone_foretold(cell, path, known[cell.threads].profile)
         except DaemonError as error:  # it has few bits already

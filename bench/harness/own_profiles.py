@@ -183,7 +183,7 @@ def loopback(threads: int) -> ProfileLink:
 
 def group_profile(cell: Cell, half: Profile, whole: Profile, link: ProfileLink) -> Profile:
     """The ranks of a cell, all on one machine (`one_of`), and what is between them."""
-    one, turns = one_of(cell, half, whole), _turns(cell, whole)
+    one, turns = one_of(cell, half, whole), ranks_a_processor(cell, whole)
     slower = replace(link, latency_s=turns * link.latency_s, bytes_per_s=link.bytes_per_s / turns)
     names = RANKS[: cell.ranks]
     links = (replace(slower, between=pair) for pair in combinations(names, 2))
@@ -201,7 +201,7 @@ def one_of(cell: Cell, half: Profile, whole: Profile) -> Device:
     def longer(laws: tuple[RowsLaw, ...]) -> tuple[RowsLaw, ...]:
         return tuple(replace(law, byte_s=times(law.byte_s)) for law in laws)
 
-    turns, caches, overheads = _turns(cell, whole), whole.head.caches, half.head.overheads
+    turns, caches, overheads = ranks_a_processor(cell, whole), whole.head.caches, half.head.overheads
     fixed = {name: turns * its for name, its in vars(overheads).items() if name != "swept"}
     swept = overheads.swept
     return replace(
@@ -227,6 +227,6 @@ def one_of(cell: Cell, half: Profile, whole: Profile) -> Device:
     )
 
 
-def _turns(cell: Cell, whole: Profile) -> float:
-    """How many ranks share a processor."""
+def ranks_a_processor(cell: Cell, whole: Profile) -> float:
+    """How many take turns on each; at least 1."""
     return max(1.0, cell.ranks * cell.threads / whole.head.threads)
