@@ -80,11 +80,17 @@ def _rounds(
 
 def _round_s(home: ComputeHome, x: Floats, each: Sequence[Linears]) -> float:
     """Of one product, on average of two rounds that follow others: a cache that is too small keeps more in the first
-    ones than it does in the long run."""
-    began_s = 0.0
+    ones than it does in the long run. From the last of these on, after each as much time passes again, as it does in
+    steps of models that caches hold, for calls and what is computed besides: meanwhile others of the machine fill what
+    all share (1 ms takes as much as 4 to 5 MB of weights that come round: docs/LOG.md)."""
+    took_s = 0.0
     for place in range(_BEFORE + _COUNTED):
-        if place == _BEFORE:
-            began_s = time.perf_counter()
         for linear in each:
+            began_s = time.perf_counter()
             home.linears(x, linear)
-    return (time.perf_counter() - began_s) / (_COUNTED * len(each))
+            ended_s = time.perf_counter()
+            took_s += ended_s - began_s if place >= _BEFORE else 0.0
+            until_s = 2 * ended_s - began_s if place >= _BEFORE - 1 else ended_s
+            while time.perf_counter() < until_s:
+                pass
+    return took_s / (_COUNTED * len(each))

@@ -21,7 +21,7 @@ from .profile_files import parse_profile, profile_text
 
 log = logging.getLogger(__name__)
 
-FORM = 13  # of what is measured: a later one is measured anew
+FORM = 14  # of what is measured: a later one is measured anew
 
 
 class _File(Struct, frozen=True):
