@@ -7,7 +7,7 @@
 `predict` measures profiles (a minute each for all threads, half of them and one), with the floors of memory and disk
 probed before and after, since a machine changes its speed within minutes. What running has taught (`corrections`) is
 left out. It lists cells that take less than `CELL_S` each, in an order in which any first part has some of every kind,
-and makes the packs that they need.
+and makes the packs that they need. What sums take ranks that share processors is tried (`harness/taking_turns.py`).
 `measure` goes on where it was ended: cells that `--out` has are not measured again, unless they were void. A cell is
 `shoal bench` in a fresh process, or a group of two or four daemons on loopback, floors probed before and after.
 Nothing else should run.
@@ -50,7 +50,7 @@ from harness.own_profiles import (
     profile_of,
     ranks_a_processor,
 )
-from harness.taking_turns import Found, in_turns, tried
+from harness.taking_turns import SumWaits, in_turns, tried
 
 from shoal.comm.home import Home
 from shoal.daemon.config import NodeConfig
@@ -185,7 +185,7 @@ def room_bytes(path: Path, cell: Cell) -> int | None:
     return int(ended.stdout)
 
 
-def group_foretold(cell: Cell, path: Path, profile: Profile, turns: float, waits: Found) -> Way | None:
+def group_foretold(cell: Cell, path: Path, profile: Profile, turns: float, waits: SumWaits) -> Way | None:
     """The same of a group of the profile's devices, which share caches, and processors, each of which has so many."""
     with described(path) as checkpoint:
         model = weighed(checkpoint, cell.quant)  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ from .machines import DiskTimes, FixedCosts, Machine, PartLaws, Workload
 from .memory_layout import PAGE_TOKENS, kv_page_bytes
 from .plan import Wanted
 from .rank_sizes import Held, Operations, Portion, Sizes, TwoSpeeds, crowding
-from .sum_cost import Means, Network
+from .sum_cost import Means, Network, sent_s
 
 NO_DISK = DiskTimes(0.0)
 NEVER = 1 << 30  # rows: more than any step has
@@ -259,7 +259,8 @@ class Cost:
 
         def whole_s(rows: int, context: float) -> float:
             work = compute(rows, context)
-            sums_s = self._sums_s(network, decode if rows == 1 else prompt, rows, gathered, fixed)
+            how = decode if rows == 1 else prompt
+            sums_s = self._sums_s(network, how, rows, gathered) + sent_s(self._wanted.spec, fixed, how, rows)
             return max(work.chain_s + sums_s + self._calls_s(fixed, rows), work.disk_s) + fixed.step_s
 
         def halved_s(rows: int, context: float) -> float:
@@ -268,7 +269,9 @@ class Cost:
                 attn_s=2 * half.attn_s, ffn_s=2 * half.ffn_s, disk_s=compute(rows, context).disk_s
             )
             chain_s = self._overlapped_s(network, prompt, rows, work, gathered) if prompt else work.chain_s
-            calls_s = 2 * (self._calls_s(fixed, rows / 2) + self._sent_s(fixed, rows / 2))
+            calls_s = 2 * (
+                self._calls_s(fixed, rows / 2) + sent_s(self._wanted.spec, fixed, prompt, rows / 2)
+            )
             return max(chain_s + calls_s, work.disk_s) + fixed.step_s
 
         worth = (rows for rows in OVERLAPS if prompt and halved_s(rows, 0.0) < whole_s(rows, 0.0))
@@ -277,7 +280,7 @@ class Cost:
         def step_s(rows: int, context: float) -> float:
             return (halved_s if rows >= overlap_rows else whole_s)(rows, context)
 
-        network_s = self._sums_s(network, decode, 1, gathered, fixed)
+        network_s = self._sums_s(network, decode, 1, gathered)
         return _Steps(step_s, decode, prompt, overlap_rows, network_s, compute(1, 0.0).disk_s)
 
     def _divided(self, chunk: int, steps: _Steps) -> Figures:
@@ -291,10 +294,6 @@ class Cost:
         layers = self._wanted.spec.layers
         calls_s = fixed.layer_s * len(layers) + fixed.mixture_s * sum(layer.moe for layer in layers)
         return calls_s + rows * fixed.token_s
-
-    def _sent_s(self, fixed: FixedCosts, rows: float) -> float:
-        """What the sums of all layers cost besides the link and their messages."""
-        return 2 * len(self._wanted.spec.layers) * (fixed.sum_s + rows * fixed.sum_token_s)
 
     def _chunk(self, parts: Sequence[Placement]) -> int:
         """Tokens of a prompt in one step. Steps get longer where weights stream, as far as everybody's memory goes."""
@@ -377,15 +376,13 @@ class Cost:
             return network.broadcast_s(rows, spec.hidden)
         return network.sum_s(means, rows, spec.hidden) + network.gathered_s(4 * spec.vocab * gathered)
 
-    def _sums_s(
-        self, network: Network, means: Means | None, rows: int, gathered: float, fixed: FixedCosts
-    ) -> float:
+    def _sums_s(self, network: Network, means: Means | None, rows: int, gathered: float) -> float:
         """Seconds of all that goes over the network in a step, with the work it makes."""
         if means is None:
             return 0.0
         spec = self._wanted.spec
         layers = len(spec.layers)
-        seconds = 2 * layers * network.sum_s(means, rows, spec.hidden) + self._sent_s(fixed, rows)
+        seconds = 2 * layers * network.sum_s(means, rows, spec.hidden)
         seconds += self._ends_s(network, means, rows, gathered)
         if spec.qk_norm == "full":  # the squares of q and of k
             seconds += layers * network.sum_s(means._replace(wire="f32"), rows, 2)

@@ -15,15 +15,15 @@ from .hardware_guesses import LAYER_S, MIXTURE_S, STEP_S
 
 class FixedCosts(NamedTuple):
     """Seconds that a step takes besides its blocks: by itself, for each layer, for one with experts besides; and for
-    each token in all layers, as what blocks give is added to its hidden state. For each sum of ranks, besides the link
-    and its messages, and for each token in it: what was computed before has taken the caches of whoever sends."""
+    each token in all layers, as what blocks give is added to its hidden state. For each way of a sum of ranks, besides
+    the link and its messages, and for each token in it: what was computed before has taken the sender's caches."""
 
     step_s: float = STEP_S
     layer_s: float = LAYER_S
     mixture_s: float = MIXTURE_S
     token_s: float = 0.0
-    sum_s: float = 0.0
-    sum_token_s: float = 0.0
+    way_s: float = 0.0
+    way_token_s: float = 0.0
 
 
 class BlockTimes(NamedTuple):

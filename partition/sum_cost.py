@@ -16,7 +16,8 @@ from itertools import permutations
 from typing import Literal, NamedTuple
 
 from .hardware_guesses import ADD_S, BYTE_S, DECODE_S, ENCODE_S, HANDED_S, MESSAGE_S
-from .machines import Links, Machine, link_between
+from .machines import FixedCosts, Links, Machine, link_between
+from .spec import ModelSpec
 
 Topology = Literal["star", "exchange", "sliced"]
 Wire = Literal["f32", "bf16", "int8"]
@@ -26,6 +27,9 @@ WIRE_BYTES: dict[Wire, float] = {
     "bf16": 2,
     "int8": 1 + 4 / 32,
 }  # of a number, with its part of a scale
+
+
+WAYS: dict[Topology, int] = {"star": 2, "exchange": 1, "sliced": 2}  # that a sum goes, one after the other
 
 
 class Means(NamedTuple):
@@ -41,6 +45,17 @@ class SumPlan(NamedTuple):
     few: Means
     many: Means
     many_rows: int
+
+
+def sums_of(spec: ModelSpec) -> int:
+    """Of all layers in a step: after attention, after the feed-forward, and of the squares of q and k where all of a
+    layer's heads are normalised together."""
+    return (3 if spec.qk_norm == "full" else 2) * len(spec.layers)
+
+
+def sent_s(spec: ModelSpec, fixed: FixedCosts, means: Means | None, rows: float) -> float:
+    """What these sums cost besides the link and their messages; `means`: None if there are none."""
+    return sums_of(spec) * WAYS[means.topology] * (fixed.way_s + rows * fixed.way_token_s) if means else 0.0
 
 
 class Network:

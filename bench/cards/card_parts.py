@@ -33,12 +33,11 @@ from shoal.offload.budget import Budget
 from shoal.partition.memory_layout import PAGE_TOKENS, kv_page_bytes
 from shoal.partition.placement import device_scratch_bytes
 from shoal.partition.plan import Plan, least_kv_pages
-from shoal.partition.throughput.cost import cost
+from shoal.partition.throughput.cost import cost, step_of
 from shoal.partition.throughput.laws import Rows
 from shoal.partition.throughput.prediction import Job
 from shoal.partition.throughput.profile import Device
 from shoal.partition.throughput.weights_of import Weighed
-from shoal.partition.throughput.with_device import device_step
 
 MEASURED_STEPS = 5
 
@@ -220,7 +219,7 @@ def bounds(model: Weighed, plan: Plan, machine: Device | None, job: Job) -> dict
     if machine is None or not plan.passes:
         return {}
     before = job.prompt_tokens + job.new_tokens / 2
-    step = device_step(model, plan, machine.on(plan.threads), [Rows(job.batch, 1, before)], job.batch, None)
+    step = step_of(model, plan, machine.on(plan.threads), [Rows(job.batch, 1, before)], job.batch, None)
     kv_bytes = job.batch * (before + 1) * kv_page_bytes(model.spec, plan.kv.dtype) / PAGE_TOKENS
     return {
         "come_bytes": float(sum(it.nbytes for it in plan.blocks if it.passes)),

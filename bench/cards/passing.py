@@ -57,10 +57,10 @@ from shoal.offload.window.pinned import PackReader
 from shoal.offload.window.window_store import WindowStore
 from shoal.partition.placement import PINNED_BYTES, ModelBytes, NoRoomThere
 from shoal.partition.plan import Plan, Wanted
+from shoal.partition.throughput.cost import step_of
 from shoal.partition.throughput.laws import Rows
 from shoal.partition.throughput.placing.passing_plans import ahead_bytes, plan_passing_from_disk, spread
 from shoal.partition.throughput.profile import Device
-from shoal.partition.throughput.with_device import device_step
 
 NAME = "sim:link"
 ROOMY = 1 << 40
@@ -197,9 +197,7 @@ class Case:
         assert there is not None
         self.there = replace(there, name=NAME, host_bytes_per_s=link, locked_bytes_per_s=0.0)
         host = replace(machine, accelerators=(self.there,))
-        return device_step(
-            self.model, self.plan, host, [Rows(self._rows, 1, CONTEXT)], self._rows, None
-        ).seconds
+        return step_of(self.model, self.plan, host, [Rows(self._rows, 1, CONTEXT)], self._rows, None).seconds
 
     def close(self) -> None:
         self.executor.let_go()

@@ -30,7 +30,7 @@ from shoal.kernels import WEIGHT_TYPES, Linears, Matrix
 from shoal.kernels.huge_pages import mapped
 from shoal.partition.group_choice import Choice
 from shoal.partition.memory_layout import BAND_ROWS
-from shoal.partition.sum_cost import Means, Network
+from shoal.partition.sum_cost import Means, Network, sent_s, sums_of
 from shoal.partition.throughput.group_plans import links_of, machines_of
 from shoal.partition.throughput.laws import interpolated
 from shoal.partition.throughput.prediction import Job, Prediction
@@ -40,12 +40,12 @@ from shoal.partition.throughput.weights_of import Weighed
 KIND = next(kind for kind in WEIGHT_TYPES if kind.name == "Q8_0")
 COLUMNS, MATRIX_BYTES, WEIGHTS_BYTES = 4096, 1 << 20, 256 << 20
 PRODUCTS = (0, 1, 2, 4, 8, 16, 32, 64)  # between two sums
-CASE_S, SUMS, TRIALS = 0.2, (20, 300), 3
+CASE_S, SUMS, TRIALS, TRIED_S = 0.2, (20, 300), 3, 120.0
 GUESS_S = 5e-4, 2e-4  # of a round with nothing computed, and of each product
 
 
 Numbers = np.ndarray[Any, np.dtype[np.float32]]
-Took = dict[tuple[int, str], float]
+RoundTimes = dict[tuple[int, str], float]
 """Seconds of a round, by the products in it and how all add; "": they do not."""
 
 
@@ -60,10 +60,10 @@ class Waits(NamedTuple):
         return interpolated(compute_s, self.compute_s, self.sum_s)
 
 
-Found = Mapping[SumTopology, Waits]
+SumWaits = Mapping[SumTopology, Waits]
 
 
-def tried(ranks: int, processors: int) -> Found:
+def tried(ranks: int, processors: int) -> SumWaits:
     """Of so many ranks with one thread each."""
     spawned = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as directory:
@@ -74,14 +74,19 @@ def tried(ranks: int, processors: int) -> Found:
             spawned.Process(target=_rank, args=(directory, rank, ranks, wire), daemon=True)
             for rank, (_, wire) in enumerate(wires)
         ]
-        for process in processes:
-            process.start()
-        ports = {rank: near.recv() for rank, (near, _) in enumerate(wires)}
-        for near, _ in wires:
-            near.send(ports)
-        found: Took = wires[0][0].recv()
-        for process in processes:
-            process.join(WAIT_S)
+        try:
+            for process, (_, far) in zip(processes, wires, strict=True):
+                process.start()
+                far.close()
+            ports = {rank: _heard(near) for rank, (near, _) in enumerate(wires)}
+            for near, _ in wires:
+                near.send(ports)
+            found: RoundTimes = _heard(wires[0][0])
+            for process in processes:
+                process.join(WAIT_S)
+        finally:
+            for process in processes:
+                process.kill()
     turns = ranks / processors
     computed = [found[count, ""] if count else 0.0 for count in PRODUCTS]  # by all, as they take turns
     waits = {}
@@ -91,31 +96,48 @@ def tried(ranks: int, processors: int) -> Found:
     return waits
 
 
+def _heard(wire: Connection) -> Any:
+    """Raises EOFError if the process at the other end has died, and TimeoutError if it says nothing."""
+    if not wire.poll(TRIED_S):
+        raise TimeoutError(f"a rank has said nothing for {TRIED_S:.0f} s")
+    return wire.recv()
+
+
 def in_turns(
-    usual: Prediction, choice: Choice, profile: Profile, model: Weighed, job: Job, turns: float, waits: Found
+    usual: Prediction,
+    choice: Choice,
+    profile: Profile,
+    model: Weighed,
+    job: Job,
+    turns: float,
+    waits: SumWaits,
 ) -> Prediction:
     """What is predicted of a group, if each processor has so many of its ranks: its sums take what was tried instead of
     what links and messages would. `usual`: what links and laws tell."""
-    machines, sums = machines_of(profile, model, "f16", job.distinct), 2 * len(model.spec.layers)
+    machines, sums = machines_of(profile, model, "f16", job.distinct), sums_of(model.spec)
     network = Network(machines, links_of(profile), range(len(machines)))
     assert machines[0].laws is not None
-    fixed = machines[0].laws.fixed(choice.ranks[0].share)
+    fixed, figures = machines[0].laws.fixed(choice.ranks[0].share), choice.figures
 
-    def with_waits(seconds: float, means: Means | None, rows: int) -> float:
+    def further_s(seconds: float, means: Means | None, rows: int) -> float:
         assert means is not None
-        usual_s = network.sum_s(means, 1, model.spec.hidden) + fixed.sum_s + rows * fixed.sum_token_s
-        computing_s = seconds - sums * usual_s
-        return computing_s + sums * waits[means.topology].after(computing_s / (sums * turns))
+        usual_s = sums * network.sum_s(means, 1, model.spec.hidden) + sent_s(model.spec, fixed, means, rows)
+        computing_s = max(0.0, seconds - usual_s)
+        return sums * waits[means.topology].after(computing_s / (sums * turns)) - usual_s
 
-    token_s = with_waits(usual.token_s, choice.figures.decode, 1)
+    first_s = 0.0  # what is computed in halves, or in several steps, has other sums
+    if job.prompt_tokens < min(figures.overlap_rows, 1 + figures.chunk_tokens):
+        first_s = further_s(usual.ttft_s, figures.prompt, job.prompt_tokens)
+    token_s = usual.token_s + further_s(usual.token_s, figures.decode, 1)
     slower = token_s / usual.token_s
     return replace(
         usual,
-        ttft_s=with_waits(usual.ttft_s, choice.figures.prompt, job.prompt_tokens),
+        ttft_s=usual.ttft_s + first_s,
         token_s=token_s,
         tokens_per_s=usual.tokens_per_s / slower,
         band=(usual.band[0] / slower, usual.band[1] / slower),
         parts={**usual.parts, "network": usual.parts["network"] + token_s - usual.token_s},
+        prompt_parts={**usual.prompt_parts, "network": first_s},
     )
 
 
@@ -136,7 +158,7 @@ def _rank(directory: str, rank: int, ranks: int, wire: Connection) -> None:
         _round(compute, spoke.allreduce, partial, int(count), int(rounds), adds=bool(adds))
 
 
-def _lead(workers: list[Channel], compute: Callable[[int], None], partial: Numbers) -> Took:
+def _lead(workers: list[Channel], compute: Callable[[int], None], partial: Numbers) -> RoundTimes:
     took: dict[tuple[int, str], list[float]] = {}
     hub = Hub(workers, 1)
     hub.watch()

@@ -1,6 +1,6 @@
 """What a plan takes on one machine: time to the first token, time of each further one, memory, and what binds.
 
-Which steps there are is said here; `step_sum` has what one takes, `with_device` one through which weights come to an
+Which steps there are is said here; `step_time` has what one takes, `with_device` one through which weights come to an
 accelerator. Pure. docs/throughput-model.md has the formulas with their units, sources and limits.
 """
 
@@ -15,7 +15,7 @@ from .laws import DISTINCT_SHARE, Rows, fresh_pages, kv_token_bytes
 from .peak import host_kv_share, peak_bytes
 from .prediction import Binding, Job, Prediction, uncertainty
 from .profile import Device
-from .step_sum import StepTime, and_overhead, staying_step
+from .step_time import StepTime, and_overhead, staying_step
 from .weights_of import Weighed
 from .with_device import passing_step
 

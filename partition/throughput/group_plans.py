@@ -10,7 +10,7 @@ from ..group_choice import Choice, NoGroup
 from ..group_search import choose
 from ..machines import Links, LinkSpeed, Machine, Workload, nearest
 from ..plan import Wanted
-from ..sum_cost import Wire
+from ..sum_cost import Wire, sent_s
 from .laws import fresh_pages, products
 from .peak import beside_bytes
 from .prediction import Binding, Job, Prediction, uncertainty
@@ -117,7 +117,7 @@ class Groups:
         assert laws is not None
         own = laws.fixed(choice.ranks[0].share)
         fixed_s = own.step_s + len(layers) * own.layer_s + own.mixture_s * sum(layer.moe for layer in layers)
-        overhead_s = min(alone_s, fixed_s)
+        overhead_s = min(alone_s, fixed_s + sent_s(self.model.spec, own, figures.decode, 1))
         computing_s = max(0.0, alone_s - overhead_s - disk_s) if disk_s < alone_s else 0.0
         parts: dict[Binding, float] = {
             "memory": _READING_SHARE * computing_s,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..memory_layout import KV_FORMATS, PAGE_TOKENS, KvLayout, kv_page_bytes
+from ..plan import Plan
 from ..spec import ModelSpec
 from .prediction import Job
 from .profile import ANY, Accelerator, AttentionLaw, Device, RowsLaw
@@ -204,6 +205,13 @@ def gathered_s(device: Device, rows: int) -> float:
     60 µs), about as long as one of `_ROW_BYTES`; the first waits for half of a piece that is coming."""
     waiting_s = 0.5 * READ_PIECE_BYTES / block_bytes_per_s(device, READ_PIECE_BYTES)
     return waiting_s + rows * _ROW_BYTES / block_bytes_per_s(device, _ROW_BYTES)
+
+
+def embedded_s(plan: Plan, device: Device, rows: int) -> float:
+    """The same of a plan's embedding, as running has taught; 0 if that stays in memory."""
+    if not any(it.block.kind == "embed" and it.tier == "disk" for it in plan.blocks):
+        return 0.0
+    return device.corrections.disk * gathered_s(device, rows)
 
 
 def passing_bytes_per_s(its: Accelerator) -> float:

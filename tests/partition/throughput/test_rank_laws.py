@@ -126,8 +126,8 @@ def test_fixed_costs_are_the_device_s() -> None:
     swept = RankLaws(device(overheads=replace(own, swept=law)), DENSE, "f16")
     assert swept.fixed(0.625).layer_s == pytest.approx(2.75)
     assert swept.fixed(0.0).layer_s == 2.0
-    assert swept.fixed(0.625).sum_s == pytest.approx(0.5 + 0.5 / 12)  # after half of that
-    assert swept.fixed(0.0).sum_s == 0.0
+    assert swept.fixed(0.625).way_s == pytest.approx((0.5 + 0.5 / 12) / 2)  # after half of that
+    assert swept.fixed(0.0).way_s == 0.0
 
 
 def test_sums_cost_more_the_longer_ranks_compute_between_them() -> None:
@@ -140,13 +140,21 @@ def test_sums_cost_more_the_longer_ranks_compute_between_them() -> None:
         both = tuple(device(name=name, overheads=own) for name in "ab")
         found = Groups(DENSE, wanted(DENSE.spec), Profile(both, (link,)), Job(128, 8), ("f32",)).of(2)
         assert isinstance(found, Choice)
-        took.append(found.figures)
-    plain, swept = took
-    sums = 2 * len(DENSE.spec.layers)
-    of_one = swept.network_s - plain.network_s
-    assert 0 < of_one <= sums * one_s  # of less than a millisecond: on the line from nothing
-    assert swept.token_s - plain.token_s > 1.4 * of_one  # and the layers' calls
-    assert swept.first_token_s[0] - plain.first_token_s[0] > 3 * (swept.token_s - plain.token_s)
+        took.append(found)
+    plain, swept = (it.figures for it in took)
+    ways = {"star": 2, "exchange": 1, "sliced": 2}
+    layers, fixed = len(DENSE.spec.layers), RankLaws(both[0], DENSE, "f16").fixed(0.5)
+    assert fixed.way_s > 0
+    assert swept.network_s == plain.network_s  # which goes with the link
+    assert swept.decode is not None
+    token_s = 2 * layers * ways[swept.decode.topology] * fixed.way_s + layers * fixed.layer_s
+    assert swept.token_s - plain.token_s == pytest.approx(token_s, rel=0.1)
+    assert swept.prompt is not None
+    halves, rows = (2, 64) if swept.overlap_rows <= 128 else (1, 128)
+    way_s, layer_s = fixed.way_s + rows * fixed.way_token_s, fixed.layer_s + rows * fixed.token_s / layers
+    first_s = halves * layers * (2 * ways[swept.prompt.topology] * way_s + layer_s)
+    assert swept.overlap_rows == plain.overlap_rows
+    assert swept.first_token_s[0] - plain.first_token_s[0] == pytest.approx(first_s, rel=0.1)
 
 
 @pytest.mark.parametrize("machine", [device(), MEASURED], ids=["as written", "tables"])

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from ..plan import Plan
 from ..spec import BlockId
-from .laws import LEASE_CALLS, NOTHING, Rows, Share, as_it_ran, gathered_s, products
+from .laws import LEASE_CALLS, NOTHING, Rows, Share, as_it_ran, embedded_s, products
 from .prediction import Binding
 from .profile import Accelerator, Device, Overheads
 from .schedule import Experts, Use, contended
@@ -57,7 +57,7 @@ def staying_step(
     """A step of these segments that gives logits for `wanted` rows, whose weights stay where they are computed.
     `machine`: with the threads of the plan; `there`: what computes the blocks on the plan's device, None if nothing is
     known of it: as if the processor computed all. `share`: see `distinct_experts`."""
-    return _Sum(model, plan, machine, there, segments, share).taken(wanted)
+    return _Step(model, plan, machine, there, segments, share).taken(wanted)
 
 
 class _Mixed(NamedTuple):
@@ -74,7 +74,7 @@ class _Mixed(NamedTuple):
 _NO_EXPERTS = _Mixed(NOTHING, NOTHING, 0.0, 0.0, None)
 
 
-class _Sum:
+class _Step:
     """Goes from block to block. `away`: on the accelerator."""
 
     def __init__(
@@ -115,8 +115,8 @@ class _Sum:
             self._use(block)
         if away and wanted:
             self._copied(self._carry_s(wanted * self._model.spec.vocab))
-        between_s = self._between_s(wanted)
-        self._call(between_s)
+        self._call(self._between_s(wanted))
+        self._gather()
         found = contended(
             self._machine,
             self._plan.window_bytes,
@@ -151,16 +151,18 @@ class _Sum:
         its = self._homes[away].overheads
         normed_s = its.hidden_s * queried(spec) / 2 if spec.qk_norm == "full" else 0.0
         self._compute(attending)
-        self._call(its.layer_s / 2 + swept_s + (self._added_s(its) + normed_s) * rows)
+        self._call(swept_s)
+        self._call(its.layer_s / 2 + (self._added_s(its) + normed_s) * rows, away)
         self._use(attn)
 
         away = self._moved(away, feed, fed)
         its = self._homes[away].overheads
         self._compute(feeding)
-        self._call(its.layer_s / 2 + swept_s + self._added_s(its) * fed)
+        self._call(swept_s)
+        self._call(its.layer_s / 2 + self._added_s(its) * fed, away)
         if kind.expert and fed:
             # Its rows are normalised apart, and its sum begins with zeros.
-            self._call(its.mixture_s + 2 * self._added_s(its) * fed)
+            self._call(its.mixture_s + 2 * self._added_s(its) * fed, away)
             self._mix(layer, kind, fed, away, mixed, last=last)
         self._use(feed)
         return away
@@ -212,11 +214,14 @@ class _Sum:
         more = sum(segment.alike for segment in self._segments) - 1
         attends = sum(BlockId("attn", layer) not in self._gone for layer in range(len(spec.layers)))
         begun_s = max(its.step_s, self._link.step_s if self._link else 0.0)
-        found_s = begun_s + more * (its.stream_s + attends * its.stream_layer_s)
-        # A tied embedding has no bytes of its own, but is read as well.
-        if any(it.block.kind == "embed" and it.tier == "disk" for it in self._plan.blocks):
-            found_s += gathered_s(self._machine, self._rows)
-        return found_s + its.logit_s * wanted * spec.vocab
+        streams_s = more * (its.stream_s + attends * its.stream_layer_s)
+        return begun_s + streams_s + its.logit_s * wanted * spec.vocab
+
+    def _gather(self) -> None:
+        """Rows of an embedding that is on disk. A tied one has no bytes of its own, but is read as well."""
+        seconds = embedded_s(self._plan, self._machine, self._rows)
+        self._calls_s += seconds
+        self._seconds += seconds
 
     def _added_s(self, its: Overheads) -> float:
         """Of a row, by one block of two."""
@@ -226,8 +231,8 @@ class _Sum:
         self._computing += its
         self._seconds += its.seconds
 
-    def _call(self, seconds: float) -> None:
-        seconds *= self._machine.corrections.overhead
+    def _call(self, seconds: float, away: bool = False) -> None:
+        seconds *= self._homes[away].corrections.overhead
         self._calls_s += seconds
         self._seconds += seconds
 
