@@ -206,10 +206,10 @@ def foretell(models: Path) -> list[Foretold]:
     """Every cell's prediction. Cells that have no plan or would take too long are left out."""
     largest = max((it for it in models.rglob("*") if it.is_file()), key=lambda it: it.stat().st_size)
     threads, half = processors(), half_of(processors())
-    known = {count: profile_of(count, largest) for count in sorted({1, half, threads})}
-    link = loopback(half)
     every = list(cells(models, threads))
     waits = {ranks: tried(ranks, threads) for ranks in {it.ranks for it in every} if ranks > threads}
+    known = {count: profile_of(count, largest) for count in sorted({1, half, threads})}
+    link = loopback(half)
     found: list[Foretold] = []
     for cell in every:
         path = models / cell.model

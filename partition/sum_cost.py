@@ -48,8 +48,8 @@ class SumPlan(NamedTuple):
 
 
 def sums_of(spec: ModelSpec) -> int:
-    """Of all layers in a step: after attention, after the feed-forward, and of the squares of q and k where all of a
-    layer's heads are normalised together."""
+    """How many a step has: in each layer after attention, after the feed-forward, and of the squares of q and k where
+    all of its heads are normalised together."""
     return (3 if spec.qk_norm == "full" else 2) * len(spec.layers)
 
 

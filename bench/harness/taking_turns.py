@@ -40,7 +40,8 @@ from shoal.partition.throughput.weights_of import Weighed
 KIND = next(kind for kind in WEIGHT_TYPES if kind.name == "Q8_0")
 COLUMNS, MATRIX_BYTES, WEIGHTS_BYTES = 4096, 1 << 20, 256 << 20
 PRODUCTS = (0, 1, 2, 4, 8, 16, 32, 64)  # between two sums
-CASE_S, SUMS, TRIALS, TRIED_S = 0.2, (20, 300), 3, 120.0
+CASE_S, SUMS, TRIALS = 0.2, (20, 300), 3
+TRIED_S = 240.0  # at most, in all
 GUESS_S = 5e-4, 2e-4  # of a round with nothing computed, and of each product
 
 
@@ -86,7 +87,9 @@ def tried(ranks: int, processors: int) -> SumWaits:
                 process.join(WAIT_S)
         finally:
             for process in processes:
-                process.kill()
+                if process.pid is not None:
+                    process.kill()
+                    process.join()
     turns = ranks / processors
     computed = [found[count, ""] if count else 0.0 for count in PRODUCTS]  # by all, as they take turns
     waits = {}
@@ -97,7 +100,8 @@ def tried(ranks: int, processors: int) -> SumWaits:
 
 
 def _heard(wire: Connection) -> Any:
-    """Raises EOFError if the process at the other end has died, and TimeoutError if it says nothing."""
+    """Raises EOFError or ConnectionResetError if the process at the other end has died, TimeoutError if it says
+    nothing."""
     if not wire.poll(TRIED_S):
         raise TimeoutError(f"a rank has said nothing for {TRIED_S:.0f} s")
     return wire.recv()
@@ -113,30 +117,39 @@ def in_turns(
     waits: SumWaits,
 ) -> Prediction:
     """What is predicted of a group, if each processor has so many of its ranks: its sums take what was tried instead of
-    what links and messages would. `usual`: what links and laws tell."""
-    machines, sums = machines_of(profile, model, "f16", job.distinct), sums_of(model.spec)
+    what links and messages would; but for a prompt that is read in halves or in several steps, whose sums are others.
+    `usual`: what links and laws tell."""
+    machines = machines_of(profile, model, "f16", job.distinct)
+    sums, plain = sums_of(model.spec), 2 * len(model.spec.layers)  # and those that are of hidden states
     network = Network(machines, links_of(profile), range(len(machines)))
     assert machines[0].laws is not None
     fixed, figures = machines[0].laws.fixed(choice.ranks[0].share), choice.figures
 
     def further_s(seconds: float, means: Means | None, rows: int) -> float:
         assert means is not None
-        usual_s = sums * network.sum_s(means, 1, model.spec.hidden) + sent_s(model.spec, fixed, means, rows)
+        linked_s = plain * network.sum_s(means, 1, model.spec.hidden) + (sums - plain) * network.sum_s(
+            means, 1, 2
+        )
+        usual_s = linked_s + sent_s(model.spec, fixed, means, rows)
         computing_s = max(0.0, seconds - usual_s)
         return sums * waits[means.topology].after(computing_s / (sums * turns)) - usual_s
 
-    first_s = 0.0  # what is computed in halves, or in several steps, has other sums
+    first_s = 0.0
     if job.prompt_tokens < min(figures.overlap_rows, 1 + figures.chunk_tokens):
         first_s = further_s(usual.ttft_s, figures.prompt, job.prompt_tokens)
     token_s = usual.token_s + further_s(usual.token_s, figures.decode, 1)
     slower = token_s / usual.token_s
+    parts = dict(usual.parts)
+    parts["overhead"] -= sent_s(model.spec, fixed, figures.decode, 1)
+    parts["network"] += token_s - usual.token_s + usual.parts["overhead"] - parts["overhead"]
     return replace(
         usual,
         ttft_s=usual.ttft_s + first_s,
         token_s=token_s,
         tokens_per_s=usual.tokens_per_s / slower,
         band=(usual.band[0] / slower, usual.band[1] / slower),
-        parts={**usual.parts, "network": usual.parts["network"] + token_s - usual.token_s},
+        parts=parts,
+        binding=max(parts, key=lambda part: parts[part]),
         prompt_parts={**usual.prompt_parts, "network": first_s},
     )
 

@@ -154,9 +154,9 @@ def _load_s(model: Weighed, choice: Choice, profile: Profile) -> float:
     """The head reads its files while it sends every other rank its part, over one port."""
     head = profile.head
     read_s = model.stored_bytes / head.disk_bytes_per_s if head.disk_bytes_per_s else 0.0
-    sent_s = 0.0
+    sending_s = 0.0
     for rank in choice.ranks[1:]:
         link = profile.link(head.name, rank.machine)
         assert link is not None
-        sent_s += rank.share * model.weights_bytes / link.bytes_per_s
-    return max(read_s, sent_s) + model.weights_bytes / len(choice.ranks) / head.laid_out_bytes_per_s
+        sending_s += rank.share * model.weights_bytes / link.bytes_per_s
+    return max(read_s, sending_s) + model.weights_bytes / len(choice.ranks) / head.laid_out_bytes_per_s

@@ -208,10 +208,10 @@ def gathered_s(device: Device, rows: int) -> float:
 
 
 def embedded_s(plan: Plan, device: Device, rows: int) -> float:
-    """The same of a plan's embedding, as running has taught; 0 if that stays in memory."""
-    if not any(it.block.kind == "embed" and it.tier == "disk" for it in plan.blocks):
-        return 0.0
-    return device.corrections.disk * gathered_s(device, rows)
+    """The same of a plan's embedding; 0 if that stays in memory. A tied one has no bytes of its own, but is read as
+    well."""
+    away = any(it.block.kind == "embed" and it.tier == "disk" for it in plan.blocks)
+    return gathered_s(device, rows) if away else 0.0
 
 
 def passing_bytes_per_s(its: Accelerator) -> float:

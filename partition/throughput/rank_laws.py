@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from ..machines import BlockTimes, DiskTimes, FixedCosts, RankHolds, RankShares
 from ..spec import BlockId
 from ..streamed_plan import experts_together
+from ..sum_cost import sums_of
 from .laws import (
     LEASE_CALLS,
     attention,
@@ -44,8 +45,8 @@ class RankLaws:
         # The rows of a mixture are normalised apart, and its sum begins with zeros.
         numbers = sum(spec.hidden * (2 if layer.moe else 1) + normed for layer in spec.layers)
         one_s, layer_row_s = self._swept_s(share)
-        # A sum's two ways cost as much more as a layer's calls do (0.8 to 1.05 times as much: docs/LOG.md).
-        sum_s, sum_row_s = self._swept_s(share / 2)
+        # A sum's two ways cost as much more as a layer's calls do (0.8 to 1.05 times as much: docs/LOG.md), each half.
+        sum_s, sum_row_s = self._swept_s(share * len(spec.layers) / sums_of(spec))
         row_s = own.hidden_s * numbers + len(spec.layers) * layer_row_s
         return FixedCosts(own.step_s, own.layer_s + one_s, own.mixture_s, row_s, sum_s / 2, sum_row_s / 2)
 

@@ -60,7 +60,7 @@ def staying_step(
     return _Step(model, plan, machine, there, segments, share).taken(wanted)
 
 
-class _Mixed(NamedTuple):
+class _Mixture(NamedTuple):
     """The experts of a layer: what they compute at home and away, seconds of both beside each other, seconds of copies,
     and those of them that are on disk."""
 
@@ -71,7 +71,7 @@ class _Mixed(NamedTuple):
     on_disk: Experts | None
 
 
-_NO_EXPERTS = _Mixed(NOTHING, NOTHING, 0.0, 0.0, None)
+_NO_EXPERTS = _Mixture(NOTHING, NOTHING, 0.0, 0.0, None)
 
 
 class _Step:
@@ -115,8 +115,7 @@ class _Step:
             self._use(block)
         if away and wanted:
             self._copied(self._carry_s(wanted * self._model.spec.vocab))
-        self._call(self._between_s(wanted))
-        self._gather()
+        self._between(wanted)
         found = contended(
             self._machine,
             self._plan.window_bytes,
@@ -142,7 +141,7 @@ class _Step:
         attn, feed = BlockId("attn", layer), spec.ffn_blocks(layer)[0]
         attending = self._pieces[attn in self._gone].attention(kind)
         feeding = self._pieces[feed in self._gone].feeding(kind, fed)
-        mixed = self._mixed(layer, kind, fed, attending)
+        mixed = self._mixture(layer, kind, fed, attending)
         here = ((attn, attending), (feed, feeding))
         kernels_s = mixed.ours.seconds + sum(its.seconds for block, its in here if block not in self._gone)
         swept_s = self._machine.overheads.swept_s(kernels_s) / 2
@@ -163,11 +162,11 @@ class _Step:
         if kind.expert and fed:
             # Its rows are normalised apart, and its sum begins with zeros.
             self._call(its.mixture_s + 2 * self._added_s(its) * fed, away)
-            self._mix(layer, kind, fed, away, mixed, last=last)
+            self._add_mixture(layer, kind, fed, away, mixed, last=last)
         self._use(feed)
         return away
 
-    def _mixed(self, layer: int, kind: LayerKind, fed: int, attending: Share) -> _Mixed:
+    def _mixture(self, layer: int, kind: LayerKind, fed: int, attending: Share) -> _Mixture:
         if not kind.expert or not fed:
             return _NO_EXPERTS
         spec, moe, here = self._model.spec, self._model.spec.moe, self._pieces[False]
@@ -179,7 +178,7 @@ class _Step:
         if on_disk is not None:
             on_disk = on_disk._replace(used=on_disk.used * (1 - gone), missing=on_disk.missing * (1 - gone))
         if gone == 1 or spec.ffn_blocks(layer)[0] not in self._gone:
-            return _Mixed(ours, theirs, ours.seconds + theirs.seconds, 0.0, on_disk)
+            return _Mixture(ours, theirs, ours.seconds + theirs.seconds, 0.0, on_disk)
         assert self._link is not None
         if self._plan.staged_tokens and fed >= self._plan.staged_tokens:
             coming = here.used(fed) * (1 - gone)
@@ -189,11 +188,13 @@ class _Step:
             theirs = self._pieces[True].experts(kind, fed)
             both = come_s, theirs.seconds
             first = min(1.0, self._plan.staged_experts / coming)
-            return _Mixed(NOTHING, theirs, max(both) + first * min(both), come_s, on_disk)
+            return _Mixture(NOTHING, theirs, max(both) + first * min(both), come_s, on_disk)
         carried_s = self._carry_s(fed * (spec.hidden + moe.experts)) + self._carry_s(fed * spec.hidden)
-        return _Mixed(ours, theirs, max(theirs.seconds, ours.seconds + carried_s), carried_s, on_disk)
+        return _Mixture(ours, theirs, max(theirs.seconds, ours.seconds + carried_s), carried_s, on_disk)
 
-    def _mix(self, layer: int, kind: LayerKind, fed: int, away: bool, mixed: _Mixed, *, last: bool) -> None:
+    def _add_mixture(
+        self, layer: int, kind: LayerKind, fed: int, away: bool, mixed: _Mixture, *, last: bool
+    ) -> None:
         here, its = self._pieces[False], self._machine.overheads
         if mixed.ours.seconds:
             computed = 1 - self._experts_gone[layer] / self._experts[layer]
@@ -208,20 +209,18 @@ class _Step:
         self._link_s += mixed.link_s
         self._seconds += mixed.seconds
 
-    def _between_s(self, wanted: int) -> float:
-        """The host's, from a step's last block to the first of the next."""
+    def _between(self, wanted: int) -> None:
+        """From a step's last block to the first of the next."""
         spec, its = self._model.spec, self._machine.overheads
         more = sum(segment.alike for segment in self._segments) - 1
         attends = sum(BlockId("attn", layer) not in self._gone for layer in range(len(spec.layers)))
-        begun_s = max(its.step_s, self._link.step_s if self._link else 0.0)
         streams_s = more * (its.stream_s + attends * its.stream_layer_s)
-        return begun_s + streams_s + its.logit_s * wanted * spec.vocab
-
-    def _gather(self) -> None:
-        """Rows of an embedding that is on disk. A tied one has no bytes of its own, but is read as well."""
-        seconds = embedded_s(self._plan, self._machine, self._rows)
-        self._calls_s += seconds
-        self._seconds += seconds
+        self._call(its.step_s + streams_s + its.logit_s * wanted * spec.vocab)
+        self._call(embedded_s(self._plan, self._machine, self._rows))
+        if self._link is not None:  # which has its own to do meanwhile
+            self._call(
+                max(0.0, self._link.step_s - self._machine.corrections.overhead * its.step_s), away=True
+            )
 
     def _added_s(self, its: Overheads) -> float:
         """Of a row, by one block of two."""

@@ -193,10 +193,10 @@ class _Passing:
         if self._wanted:
             heads_s = products(self._there, self._model.head, self._wanted).seconds
             logits_s = self._carried_s(self._wanted * spec.vocab)
-        between_s = max(own.step_s, self._link.step_s) + own.logit_s * self._wanted * spec.vocab
-        between_s += self._further * own.stream_s
-        between_s *= self._host.corrections.overhead
-        between_s += embedded_s(self._plan, self._host, self._rows)
+        calls_s = self._further * own.stream_s + own.logit_s * self._wanted * spec.vocab
+        calls_s += embedded_s(self._plan, self._host, self._rows)
+        learnt = self._host.corrections.overhead
+        between_s = max(learnt * own.step_s, self._link.step_s) + learnt * calls_s
         if fed is not None:
             fed = fed.slower(slower.device)
         tail = Tail(0.0, 0.0, fed, slower.device * heads_s, logits_s, between_s)
@@ -207,7 +207,7 @@ class _Passing:
         disk = Disk(speed, self._plan.window_bytes, piece_bytes)
         found = alternate(layers, tail, self._carried_s(self._rows * spec.hidden), disk)
         kinds = self._model.layer_kinds.items()
-        calls_s = between_s + groups * sum(layers * self._calls_s(kind, groups) for kind, layers in kinds)
+        calls_s = between_s + groups * sum(count * self._calls_s(kind, groups) for kind, count in kinds)
         return found, calls_s, found.host_s - between_s
 
     def _comes(self, layer: int, kind: LayerKind) -> dict[PassingPiece, list[ComingBlock]]:

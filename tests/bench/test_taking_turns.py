@@ -3,39 +3,76 @@
 from __future__ import annotations
 
 import multiprocessing
-from dataclasses import replace
 
 import pytest
 from fakes.throughput.throughput_cases import device, spec, wanted, weighed
 from harness import taking_turns
-from harness.taking_turns import Waits, in_turns
+from harness.taking_turns import SumWaits, Waits, in_turns
 
 from shoal.partition.group_choice import Choice
-from shoal.partition.throughput.group_plans import Groups
+from shoal.partition.sum_cost import Network, sent_s
+from shoal.partition.throughput.group_plans import Groups, links_of, machines_of
 from shoal.partition.throughput.prediction import Job
-from shoal.partition.throughput.profile import Profile, ProfileLink
+from shoal.partition.throughput.profile import Overheads, Profile, ProfileLink, SweptLaw
+from shoal.partition.throughput.rank_laws import RankLaws
 
 MODEL = weighed(spec())
 NAMES = "a", "b", "c", "d"
 
 
-@pytest.mark.parametrize("waited_s", [1e-4, 2e-3])
-def test_each_sum_takes_what_was_tried(waited_s: float) -> None:
+OWN = Overheads(swept=SweptLaw((1e-3, 1e-1), (1e-4, 2e-3)))
+JOB = Job(16, 8)
+SUMS = 2 * len(MODEL.spec.layers)
+
+
+def group() -> tuple[Groups, Choice, Profile]:
     links = tuple(ProfileLink((one, other), 1e-3, 1e12) for one in NAMES for other in NAMES if one < other)
-    profile = Profile(tuple(replace(device(), name=name) for name in NAMES), links)
-    job = Job(16, 8)
-    groups = Groups(MODEL, wanted(MODEL.spec), profile, job, ("f32",))
+    profile = Profile(tuple(device(name=name, overheads=OWN) for name in NAMES), links)
+    groups = Groups(MODEL, wanted(MODEL.spec), profile, JOB, ("f32",))
     choice = groups.of(4)
     assert isinstance(choice, Choice)
+    assert choice.figures.overlap_rows > JOB.prompt_tokens
+    return groups, choice, profile
+
+
+def waits(begin_s: float, slope: float = 0.0) -> SumWaits:
+    law = Waits((0.0, 1.0), (begin_s, begin_s + slope))
+    return {"star": law, "exchange": law, "sliced": law}
+
+
+def test_a_sum_that_takes_what_links_tell_changes_nothing() -> None:
+    groups, choice, profile = group()
     usual = groups.cost(choice)
-    waits = {it: Waits((0.0, 1.0), (waited_s, waited_s)) for it in ("star", "exchange", "sliced")}
-    found = in_turns(usual, choice, profile, MODEL, job, 2.0, waits)  # type: ignore[arg-type]
-    sums, ends_s = 2 * len(MODEL.spec.layers), 3e-3
-    alone_s = usual.token_s - choice.figures.network_s
-    assert found.token_s == pytest.approx(alone_s + sums * waited_s, abs=ends_s)
-    assert found.tokens_per_s == pytest.approx(1 / found.token_s)
-    assert found.parts["network"] - usual.parts["network"] == pytest.approx(found.token_s - usual.token_s)
-    assert found.ttft_s - usual.ttft_s == pytest.approx(found.prompt_parts["network"])
+    fixed = RankLaws(profile.head, MODEL, "f16").fixed(choice.ranks[0].share)
+    means = choice.figures.decode
+    network = Network(machines_of(profile, MODEL, "f16"), links_of(profile), range(4))
+    assert means is not None
+    assert fixed.way_s > 0
+    told_s = network.sum_s(means, 1, MODEL.spec.hidden) + sent_s(MODEL.spec, fixed, means, 1) / SUMS
+    found = in_turns(usual, choice, profile, MODEL, JOB, 2.0, waits(told_s))
+    assert found.token_s == pytest.approx(usual.token_s)
+    more = in_turns(usual, choice, profile, MODEL, JOB, 2.0, waits(told_s + 1e-3))
+    assert more.token_s == pytest.approx(usual.token_s + SUMS * 1e-3)
+    assert more.ttft_s == pytest.approx(found.ttft_s + SUMS * 1e-3)
+    assert more.tokens_per_s == pytest.approx(1 / more.token_s)
+    assert more.binding == "network"
+    assert sum(more.parts.values()) == pytest.approx(sum(usual.parts.values()) + SUMS * 1e-3)
+    assert (
+        more.parts["overhead"] < usual.parts["overhead"]
+    )  # what calls cost behind kernels is in what was tried
+
+
+def test_what_a_sum_takes_goes_with_what_each_rank_computes_before_it() -> None:
+    groups, choice, profile = group()
+    usual = groups.cost(choice)
+    flat, two, four = (
+        in_turns(usual, choice, profile, MODEL, JOB, turns, waits(1e-3, slope))
+        for turns, slope in ((2.0, 0.0), (2.0, 0.5), (4.0, 0.5))
+    )
+    computed_s = flat.token_s - SUMS * 1e-3
+    assert two.token_s - flat.token_s == pytest.approx(0.5 * computed_s / 2)
+    assert four.token_s - flat.token_s == pytest.approx(0.5 * computed_s / 4)
+    assert two.ttft_s - flat.ttft_s == pytest.approx(0.5 * (flat.ttft_s - SUMS * 1e-3) / 2)
 
 
 def test_a_rank_that_dies_or_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

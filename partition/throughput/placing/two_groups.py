@@ -169,9 +169,8 @@ class _Clock:
         self.host_s = self.device_s = self.weights_s = self.in_s = self.out_s = 0.0
         self.busy = dict.fromkeys(("device", "weights", "host"), 0.0)
         self._layers = layers
-        self._numbers: list[
-            dict[PassingPiece, int]
-        ] = []  # of each layer: the how manieth of its kind each piece is
+        # Of each layer: the how manieth of its kind each piece is.
+        self._numbers: list[dict[PassingPiece, int]] = []
         counts: Counter[PassingPiece] = Counter()
         for layer in layers:
             self._numbers.append({piece: counts[piece] for piece in layer.comes})

@@ -8,11 +8,12 @@ import pytest
 from fakes.throughput.throughput_cases import MB, device, spec, wanted, weighed
 
 from shoal.partition.group_choice import Choice
-from shoal.partition.machines import BlockTimes
+from shoal.partition.machines import BlockTimes, FixedCosts
 from shoal.partition.plan import Plan, plan_in_ram
 from shoal.partition.rank_sizes import Held, Portion
 from shoal.partition.spec import MoeSpec
 from shoal.partition.streamed_plan import plan_streamed
+from shoal.partition.sum_cost import Means, sent_s
 from shoal.partition.throughput.cost import cost
 from shoal.partition.throughput.group_plans import Groups
 from shoal.partition.throughput.laws import products
@@ -155,6 +156,36 @@ def test_sums_cost_more_the_longer_ranks_compute_between_them() -> None:
     first_s = halves * layers * (2 * ways[swept.prompt.topology] * way_s + layer_s)
     assert swept.overlap_rows == plain.overlap_rows
     assert swept.first_token_s[0] - plain.first_token_s[0] == pytest.approx(first_s, rel=0.1)
+
+
+def test_squares_of_queries_and_keys_are_sums_as_well() -> None:
+    """And what sums cost behind kernels is the processors', whatever the link does."""
+    full = weighed(spec(qk_norm="full"))
+    fixed = FixedCosts(way_s=1e-3)
+    means = Means("star", "f32")
+    layers = len(full.spec.layers)
+    assert sent_s(full.spec, fixed, means, 1) == pytest.approx(3 * 2 * layers * 1e-3)
+    assert sent_s(DENSE.spec, fixed, means, 1) == pytest.approx(2 * 2 * layers * 1e-3)
+    assert sent_s(DENSE.spec, fixed, means._replace(topology="exchange"), 1) == pytest.approx(
+        2 * layers * 1e-3
+    )
+    assert sent_s(DENSE.spec, fixed, None, 1) == 0
+    parts = []
+    for law in (None, SweptLaw((1e-3, 1e-1), (1e-4, 2e-3))):
+        both = tuple(device(name=it, overheads=Overheads(0.0, 0.0, 0.0, 0.0, swept=law)) for it in "ab")
+        groups = Groups(
+            full,
+            wanted(full.spec),
+            Profile(both, (ProfileLink(("a", "b"), 1e-5, 1e10),)),
+            Job(64, 8),
+            ("f32",),
+        )
+        found = groups.of(2)
+        assert isinstance(found, Choice)
+        parts.append(groups.cost(found).parts)
+    assert parts[1]["overhead"] > parts[0]["overhead"]
+    assert parts[1]["network"] == parts[0]["network"]
+    assert parts[1]["memory"] == pytest.approx(parts[0]["memory"], rel=0.01)
 
 
 @pytest.mark.parametrize("machine", [device(), MEASURED], ids=["as written", "tables"])

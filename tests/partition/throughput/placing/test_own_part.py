@@ -25,9 +25,8 @@ OWN = Overheads(
 CARD = Accelerator("gpu", 130e6, 1e12, 5e13, 2e10, step_s=1e-4, scratch_bytes=0)
 DENSE, MIXED = weighed(spec(layers=6)), weighed(spec(6, moe=MoeSpec(16, 4, 512, True), ffn=0))
 HOST = device(overheads=OWN, measured=True)
-FAST = device(
-    overheads=OWN, memory_bytes_per_s=1e15, disk_bytes_per_s=1e15, flops=1e18
-)  # nothing else takes time
+# Nothing else takes time.
+FAST = device(overheads=OWN, memory_bytes_per_s=1e15, disk_bytes_per_s=1e15, flops=1e18)
 
 
 def made(model: Weighed, streams: bool, **more: Any) -> Plan:
@@ -97,13 +96,14 @@ def test_each_of_a_hosts_own_costs_counts_once(model: Weighed, name: str, figure
 
 def test_what_running_taught_of_calls_is_the_processors() -> None:
     """A card's own calls are as they were tried."""
-    slow = replace(CARD, memory_bytes=1e9, layer_s=1e-2)
+    slow = replace(CARD, memory_bytes=1e9, layer_s=1e-2, step_s=5e-3)
     plan = ways(DENSE, slow)["on"]
     assert all(it.tier == "gpu" for it in plan.blocks if it.block.kind != "embed")
     plain = replace(HOST, accelerators=(slow,))
     learnt = replace(plain, corrections=Corrections(overhead=2.0))
     more_s = taken(DENSE, plan, learnt) - taken(DENSE, plan, plain)
-    assert 0 < more_s < 2e-3  # of six layers that cost 60 ms there
+    # Rows of the embedding, not layers and a step that cost 65 ms there.
+    assert 0 < more_s < 4e-3
 
 
 def test_rows_of_an_embedding_on_disk_count() -> None:
