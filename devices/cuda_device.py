@@ -47,7 +47,7 @@ from .device import (
     DeviceWork,
     StagedPart,
 )
-from .errors import DeviceLost, NoSuchDevice, NotPageLocked, one_line, says_no_memory
+from .errors import DeviceLost, LostOpening, NoSuchDevice, NotPageLocked, one_line, says_no_memory
 from .page_locked import LockedRanges, limit_on_locking
 from .pinned_ring import CopyEnds, PinnedRing, begin_copies, packets
 from .waiting import SignsOfLife, Stuck
@@ -83,7 +83,8 @@ class CudaDevice:
                 _cuda.Stream(number) for _ in range(4)
             )
         except (RuntimeError, AssertionError) as error:  # a driver that is too old, no kernels for the card
-            raise NoSuchDevice(f"device {name} cannot be used: {one_line(error)}") from error
+            why = f"device {name} cannot be used: {one_line(error)}"
+            raise (LostOpening(why) if isinstance(error, Stuck) else NoSuchDevice(why)) from error
         self.name = name
         self.budget = DeviceBudget(name, limit_bytes)
         self.lost, self._hangs = "", False

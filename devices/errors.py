@@ -2,6 +2,7 @@
 
     KernelError
     ├── NoSuchDevice       a device is not there, or cannot be used
+    │   └── LostOpening    a device did not answer any more while it was opened
     ├── NotPageLocked      the system does not page-lock so much memory
     ├── HomeFull           (kernels) the memory of what computes is full
     │   └── DeviceFull     a device has fewer bytes left than were asked for
@@ -19,6 +20,14 @@ from shoal.partition.amounts import format_bytes
 
 class NoSuchDevice(KernelError):
     """A device that is not there, or that cannot be used here."""
+
+
+class LostOpening(NoSuchDevice):
+    """A device that did not answer any more while it was opened. Whoever tried again might wait as long as the first
+    time."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"{why}; start anew to try it again")
 
 
 class NotPageLocked(KernelError):

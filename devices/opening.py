@@ -16,7 +16,7 @@ from shoal.kernels.errors import HomeLost
 from shoal.kernels.homes import cpu
 
 from .device_names import CPU, read_name
-from .errors import NoSuchDevice
+from .errors import LostOpening, NoSuchDevice
 
 if TYPE_CHECKING:
     from .device_home import DeviceHome
@@ -27,6 +27,7 @@ NVIDIA = Path("/proc/driver/nvidia/gpus")  # has a directory for each card, once
 NODES = Path("/dev")  # has a file for each card, also where that of the driver is not seen
 
 _opened: dict[str, DeviceHome] = {}
+_given_up: dict[str, str] = {}  # and why
 _lock = threading.Lock()
 
 
@@ -50,10 +51,17 @@ def is_open(name: str) -> bool:
 
 
 def device_home(name: str) -> DeviceHome:
-    """The home of a device other than the CPU; the same for everybody. Raises NoSuchDevice."""
+    """The home of a device other than the CPU; the same for everybody. One that was lost while it was opened is not
+    tried again. Raises NoSuchDevice."""
     with _lock:
+        if name in _given_up:
+            raise NoSuchDevice(_given_up[name])
         if (home := _opened.get(name)) is None:
-            home = _opened[name] = _open(name)
+            try:
+                home = _opened[name] = _open(name)
+            except LostOpening as error:
+                _given_up[name] = str(error)
+                raise
         return home
 
 
@@ -77,7 +85,7 @@ def _open(name: str) -> DeviceHome:
     try:
         kernels, why = chosen(device)
     except HomeLost as error:
-        raise NoSuchDevice(f"{error}, while kernels were tried; {VARIABLE}=torch tries none") from error
+        raise LostOpening(f"{error}, while kernels were tried; {VARIABLE}=torch tries none") from error
     if why:
         log.info("device %s: %s", name, why)
     return DeviceHome(device, kernels, why)

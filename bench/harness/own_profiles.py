@@ -8,6 +8,7 @@ import functools
 import os
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 from math import log
@@ -22,7 +23,7 @@ from cluster import attached
 from shoal import kernels
 from shoal.comm.home import Home
 from shoal.daemon.throughput.own_machine import profile_file
-from shoal.daemon.throughput.profiling import machine_profile
+from shoal.daemon.throughput.profiling import machine_profile, rounds_of_tables
 from shoal.kernels import WEIGHT_TYPES, Linears, Matrix
 from shoal.kernels.huge_pages import mapped
 from shoal.partition.memory_layout import BAND_ROWS
@@ -42,7 +43,7 @@ PORT = 27651
 KIND = next(kind for kind in WEIGHT_TYPES if kind.name == "Q8_0")  # which no kernel computes with for longer
 COLUMNS, MATRIX_BYTES = 4096, 8 << 20
 LEAST_READ_BYTES, PROBES = 512 << 20, 12
-SAMPLES, SHORTER = 8, 4  # of floors, while a profile is measured, each with so many times fewer probes
+SAMPLES, SHORTER = 3, 4  # of floors in each round of a profile's tables, with so many times fewer probes
 COMPUTED_ROWS, COMPUTED, STRETCHES = 64, 32, 8  # rows, products in a stretch: a second in all
 SAMPLE_BYTES, SWEEPS = 512 << 20, 3  # of a file
 ROUND_BYTES = tuple(it << 20 for it in (64, 96, 128, 192, 256, 384, 512, 1024))  # with which memory is probed
@@ -125,15 +126,19 @@ class Known(NamedTuple):
 
 def profile_of(threads: int, file: Path) -> Known:
     """This machine on so many threads, measured by itself, and its floors meanwhile. What tables say was true of the
-    moments in which they were made: floors of just before and afterwards were off by a twentieth."""
+    moments in which they were made: floors of just before and afterwards were off by a twentieth, and those of all of
+    the profile by a tenth where the machine was slower in two rounds of three. So floors are probed in the rounds, and
+    the middle round counts, as it does for tables."""
     disk = [disk_gb_per_s(file)]
-    samples: list[dict[int, Floors]] = []
+    rounds = rounds_of_tables()
+    samples: list[list[dict[int, Floors]]] = [[] for _ in rounds]
 
     def sampled(_: str, at: int, steps: int) -> None:
-        if at * SAMPLES >= len(samples) * steps:
-            computed = compute_gflops(threads, STRETCHES // SHORTER)
-            read = {it: weights_gb_per_s(threads, it, PROBES // SHORTER) for it in ROUND_BYTES}
-            samples.append({it: Floors(its, 0, computed) for it, its in read.items()})
+        for its, probed in zip(rounds, samples, strict=True):
+            if at in its and (at - its.start) * SAMPLES >= len(its) * len(probed):
+                computed = compute_gflops(threads, STRETCHES // SHORTER)
+                read = {it: weights_gb_per_s(threads, it, PROBES // SHORTER) for it in ROUND_BYTES}
+                probed.append({it: Floors(speed, 0, computed) for it, speed in read.items()})
 
     _weights()  # now: using new memory takes time
     kept = profile_file(Home.from_env(), threads)
@@ -144,10 +149,16 @@ def profile_of(threads: int, file: Path) -> Known:
     profile = Profile((replace(found.head, corrections=Corrections()),))
     found_floors = {}
     for nbytes in ROUND_BYTES:
-        memory = median(each[nbytes].dram_gb_per_s for each in samples)
-        computed = median(each[nbytes].compute_gflops for each in samples)
-        found_floors[nbytes] = Floors(memory, sum(disk) / 2, computed)
+        each = [_middle([its[nbytes] for its in probed]) for probed in samples if probed]
+        found_floors[nbytes] = replace(_middle(each), disk_gb_per_s=sum(disk) / 2)
+    said = ", ".join(f"{it.dram_gb_per_s:.1f} GB/s and {it.compute_gflops:.0f} GFLOP/s" for it in each)
+    print(f"{threads} threads, in each round of tables: {said}", flush=True)
     return Known(profile, found_floors)
+
+
+def _middle(all: Sequence[Floors]) -> Floors:
+    """The median of each."""
+    return Floors(*map(median, zip(*(vars(it).values() for it in all), strict=True)))
 
 
 def rank_profile(cell: Cell, place: Path) -> Profile:

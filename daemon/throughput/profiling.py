@@ -89,9 +89,9 @@ def measure(threads: int, place: Path, progress: Progress = no_progress) -> Prof
             "resources", "measuring takes up to 1 GB of memory, and less is free", "end something else"
         )
     began_s = time.monotonic()
-    attended = len(HEAD_DIMS) * len(QUERIES) * len(KV_FORMATS) * len(CONTEXTS)
-    steps = ROUNDS * table_points(WEIGHT_TYPES) + table_points(WEIGHT_TYPES, COMPUTED_ROWS) + 2 * attended
-    steps += turns() + ROUNDS * (len(READS) + len(RINGS) + len(PARTS) + 1) + 1
+    steps = (
+        rounds_of_tables()[-1].stop + table_points(WEIGHT_TYPES, COMPUTED_ROWS) + ROUNDS * (len(PARTS) + 1)
+    )
     at, told_s = 0, 0.0
 
     def done(what: str) -> None:
@@ -142,6 +142,14 @@ def measure(threads: int, place: Path, progress: Progress = no_progress) -> Prof
     )
     progress("measuring", steps, steps)
     return Profile((device,))
+
+
+def rounds_of_tables() -> list[range]:
+    """Which of the steps that `measure` tells are those of each round of tables, if none is cut short."""
+    attended = 2 * len(HEAD_DIMS) * len(QUERIES) * len(KV_FORMATS) * len(CONTEXTS)
+    first = turns() + attended + ROUNDS * (len(READS) + len(RINGS)) + 1
+    points = table_points(WEIGHT_TYPES)
+    return [range(first + number * points, first + (number + 1) * points) for number in range(ROUNDS)]
 
 
 class _Disk(NamedTuple):

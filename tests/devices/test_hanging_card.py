@@ -17,7 +17,7 @@ import pytest
 import torch
 from fakes.cuda_on_host import LOCKED, Event, card, runtime
 
-from shoal.devices import copy_thread, cuda_device, kernel_choice, waiting
+from shoal.devices import copy_thread, cuda_device, kernel_choice, opening, waiting
 from shoal.devices.cuda_device import CudaDevice
 from shoal.devices.device import PACKET_BYTES, DeviceArray, DeviceWork, StagedPart
 from shoal.devices.device_home import DeviceHome
@@ -242,6 +242,24 @@ def test_kernels_are_not_tried_for_ever(monkeypatch: pytest.MonkeyPatch) -> None
     assert isinstance(error, DeviceLost)
 
 
+@pytest.fixture
+def nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "_opened", {})
+    monkeypatch.setattr(opening, "_given_up", {})
+
+
+def tried_twice(name: str) -> tuple[str, str]:
+    """What opening a device says of it the first time, and the second time, at once."""
+    first = in_time(lambda: opening.device_home(name))
+    began_s = time.perf_counter()
+    again = in_time(lambda: opening.device_home(name))
+    assert time.perf_counter() - began_s < waiting.STILL_LIMIT_S
+    assert isinstance(first, NoSuchDevice)
+    assert isinstance(again, NoSuchDevice)
+    return str(first), str(again)
+
+
+@pytest.mark.usefixtures("nothing_open")
 def test_a_card_that_hangs_when_it_is_opened_is_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     probe = cuda_device._probe
     card(monkeypatch, "none")
@@ -256,6 +274,35 @@ def test_a_card_that_hangs_when_it_is_opened_is_no_device(monkeypatch: pytest.Mo
     monkeypatch.setattr(waiting, "sleep", time.sleep)
     ones = torch.ones
     monkeypatch.setattr(torch, "ones", lambda *shape, dtype, device: ones(*shape, dtype=dtype))
-    error = in_time(lambda: CudaDevice("cuda:0", 0, None))
-    assert isinstance(error, NoSuchDevice)
-    assert str(error) == "device cuda:0 cannot be used: CUDA: nothing that was begun has ended for 0 s"
+    first, again = tried_twice("cuda:0")
+    assert first == again
+    assert first == (
+        "device cuda:0 cannot be used: CUDA: nothing that was begun has ended for 0 s; start anew to try it again"
+    )
+
+
+@pytest.mark.usefixtures("nothing_open")
+def test_a_card_that_hangs_while_kernels_are_tried_is_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = card(monkeypatch, "much")
+    monkeypatch.setattr(cuda_device, "CudaDevice", lambda *_: device)
+    monkeypatch.delenv(kernel_choice.VARIABLE, raising=False)
+    monkeypatch.setattr("shoal.devices.triton_kernels.too_old", lambda: "")
+    Event.hang = True
+    first, again = tried_twice("cuda:0")
+    assert first == again
+    assert "SHOAL_DEVICE_KERNELS=torch tries none; start anew to try it again" in first
+
+
+@pytest.mark.usefixtures("nothing_open")
+def test_a_card_that_was_only_full_when_it_was_opened_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    card(monkeypatch, "none")
+
+    def full(_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as then:
+        then.setattr(cuda_device, "_probe", full)
+        error = in_time(lambda: opening.device_home("cuda:0"))
+        assert isinstance(error, NoSuchDevice)
+    monkeypatch.setenv(kernel_choice.VARIABLE, "torch")
+    assert opening.device_home("cuda:0").device.name == "cuda:0"
