@@ -125,6 +125,13 @@ class DeviceHome(ComputeHome):
         target = self.device.within(pages.memory, self._kernels.part(pages.inside, number))
         self._arrived(page, target)
 
+    def lent_pages(self, source: Bytes, count: int) -> Any:
+        made = self.device.allocate((count, *source.shape[1:]), UINT8)
+        if len(source):
+            first = self.device.within(made.memory, self._kernels.part(made.inside, slice(0, len(source))))
+            made.memory.ready = self.device.copy_in(np.ascontiguousarray(source), first, _events([made]))
+        return made
+
     # --- hidden states ---------------------------------------------------------------------------------------
 
     def place(self, rows: Floats) -> Hidden:

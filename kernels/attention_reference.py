@@ -16,7 +16,7 @@ from torch import Tensor, from_numpy
 
 from shoal.kernels.arrays import Bytes, Floats
 from shoal.kernels.attention_operands import KvPages, Scoring, Segments
-from shoal.partition.memory_layout import PAGE_TOKENS, KvLayout
+from shoal.partition.memory_layout import PAGE_TOKENS, SCORES_TOGETHER, KvLayout
 
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i8": torch.int8}
 
@@ -58,7 +58,8 @@ def attend_tensors(
     scale: float,
     window: int | None,
 ) -> Tensor:
-    """The same on tensors of any one device; (T, heads * head_dim). `table` and `pages`: those of `Segments`."""
+    """The same on tensors of any one device; (T, heads * head_dim). `table` and `pages`: those of `Segments`. Torch may
+    have all scores of its operands at once, so of a long text it gets some rows after the other."""
     tokens, dim = len(q), kv.layout.head_dim
     queries, keys, values = (x.view(tokens, -1, dim) for x in (q, k, v))
     if norms is not None:
@@ -71,14 +72,22 @@ def attend_tensors(
         mine = pages[page:].long()
         _store(kv, mine, start, keys[own], values[own])
         all_keys, all_values = _read(kv, mine, start + rows)
-        mask = torch.ones(rows, start + rows, dtype=torch.bool, device=q.device).tril_(start)
-        if window is not None:
-            mask.triu_(start - window + 1)
-        looking = queries[own].transpose(0, 1)[None]  # (1, heads, rows, head_dim)
-        mixed = F.scaled_dot_product_attention(
-            looking, all_keys[None], all_values[None], mask, scale=scale, enable_gqa=True
-        )
-        out[own] = mixed[0].transpose(0, 1)
+        together = max(1, SCORES_TOGETHER // (queries.shape[1] * (start + rows)))
+        for part in range(first, first + rows, together):
+            looking = queries[part : min(part + together, first + rows)]
+            before, count = start + part - first, len(looking)
+            mask = torch.ones(count, before + count, dtype=torch.bool, device=q.device).tril_(before)
+            if window is not None:
+                mask.triu_(before - window + 1)
+            mixed = F.scaled_dot_product_attention(
+                looking.transpose(0, 1)[None],  # (1, heads, rows, head_dim)
+                all_keys[None, :, : before + count],
+                all_values[None, :, : before + count],
+                mask,
+                scale=scale,
+                enable_gqa=True,
+            )
+            out[part : part + count] = mixed[0].transpose(0, 1)
     return out.view(tokens, -1)
 
 

@@ -197,6 +197,12 @@ class ComputeHome(HomeMemory, Protocol):
         """
         ...
 
+    def lent_pages(self, source: Bytes, count: int) -> Bytes:
+        """K and V of one layer for a moment, uint8 (count, kv_heads, head_bytes), for `KvPages`. The first n are those
+        of `source` (n, kv_heads, head_bytes) on the host, as by `place`; in the others is anything. `rows` of them can
+        be fetched."""
+        ...
+
     def scores(self, x: Hidden, router: Linears) -> Hidden:
         """x @ w.T + bias of a router's one matrix, (T, rows). Every home that may be one of a group's gives the same
         bits (`fixed_order`), so that all ranks choose the same experts. Inputs of quantised weights are not rounded."""

@@ -80,6 +80,11 @@ class CpuHome(ComputeHome, Protocol):
         if not np.may_share_memory(page, pages):  # what `page_out` gave is there already
             pages[number] = page
 
+    def lent_pages(self, source: Bytes, count: int) -> Bytes:
+        pages = np.empty((count, *source.shape[1:]), np.uint8)
+        pages[: len(source)] = source
+        return pages
+
     def place(self, rows: Floats) -> Floats:
         return rows
 

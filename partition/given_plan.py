@@ -30,6 +30,7 @@ _COUNTS = {
     "device_scratch_bytes": (0, 0),
     "staged_tokens": (0, 0),
     "staged_experts": (0, 0),
+    "attending_rows": (0, 0),
 }
 
 

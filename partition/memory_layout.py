@@ -32,6 +32,9 @@ PACKED_BYTES = 80  # … of which a group takes this much at most
 HUGE_BYTES = 2 << 20  # of a page of the system in which weights and KV lie
 SPAN_TOKENS = 256  # attention to a long context is computed in spans of this many tokens …
 SPANS_BYTES = 16 << 20  # … whose results take at most this much
+SCORES_TOGETHER = (
+    1 << 25
+)  # of queries with what they see, that attention in torch has at once, or those of one row
 
 
 class KvFormat(NamedTuple):
@@ -67,6 +70,12 @@ class KvLayout(NamedTuple):
         scales_at = values_at + PAGE_TOKENS * wide * kind.itemsize
         scales = 2 * PAGE_TOKENS * SCALE_BYTES if kind.scaled else 0
         return cls(kind, head_dim, wide, values_at, scales_at, scales_at + scales)
+
+
+def lent_pages(context_tokens: int, chunk_tokens: int) -> int:
+    """Of K and V of a layer, that the texts of a group have on a device for a moment, at most: a whole text's, and for
+    all rows of prompts in a step."""
+    return -(-(context_tokens + chunk_tokens) // PAGE_TOKENS)
 
 
 def kv_page_bytes(spec: ModelSpec, dtype: str) -> int:

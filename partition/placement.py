@@ -16,7 +16,13 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from .hardware_guesses import KV_SHARE, SCRATCH_SHARE
-from .memory_layout import LOADING_BYTES, PAGE_TOKENS, kv_page_bytes, staged_slot_bytes
+from .memory_layout import (
+    LOADING_BYTES,
+    PAGE_TOKENS,
+    SCORES_TOGETHER,
+    kv_page_bytes,
+    staged_slot_bytes,
+)
 from .pinning import Pinnings
 from .plan import (
     BlockPlan,
@@ -114,9 +120,11 @@ def device_scratch_bytes(wanted: Wanted, room: DeviceRoom) -> int:
     if room.gathers:
         # K and V, then either these and K with its scale for all heads, or V for all heads, scores, their softmax,
         # where it is NaN, and the softmax without that.
-        heads, seen = spec.heads * spec.head_dim, min(rows, wanted.chunk_tokens) * spec.heads
-        most = max(3 * heads, heads + 7 * seen // 2)
-        numbers += wanted.context_tokens * (2 * spec.kv_heads * spec.head_dim + most)
+        context, heads = wanted.context_tokens, spec.heads * spec.head_dim
+        of_row = context * spec.heads
+        scores = min(min(rows, wanted.chunk_tokens) * of_row, max(SCORES_TOGETHER, of_row))
+        most = max(3 * heads * context, heads * context + 7 * scores // 2)
+        numbers += 2 * context * spec.kv_heads * spec.head_dim + most
     return 4 * numbers + OPERANDS_BYTES + room.kernel_bytes
 
 

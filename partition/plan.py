@@ -31,8 +31,7 @@ Tier = Literal["gpu", "ram", "disk"]
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """Where one block lives and is computed. K and V of a layer lie in the memory that its attention's weights are in:
-    where these come to a device for every step, the CPU attends."""
+    """Where one block lives and is computed. K and V of a layer lie in the memory that its attention's weights have."""
 
     block: BlockId
     nbytes: int
@@ -84,13 +83,13 @@ class Plan:
     ranks: int = 1
     narrow_inputs: bool = False  # of o and of a dense model's down, 8 bits: this CPU computes it alone
     overlap_rows: int = OVERLAP_ROWS  # in a group, steps of so many rows or more are computed in halves
-    # Where rank 0 can compute without the others, they take part in steps of so many rows or more, and of so many
-    # more for each page of K and V that has to pass between ranks.
+    # Where rank 0 can compute alone, others take part in steps of so many rows, and of so many more for a page of KV.
     group_rows: int = 1
     page_rows: int = 0
     device_scratch_bytes: int = 0  # that a step needs on the device besides weights and KV
     staged_tokens: int = 0  # in steps of so many, experts that lie with the CPU come to the device; 0 = never
     staged_experts: int = 0  # so many at once
+    attending_rows: int = 0  # where weights pass: texts with so many rows in a step attend there; 0 = none
     why: str = ""  # a device takes part, or none does, where that was a choice
 
     @property
@@ -251,7 +250,8 @@ class Plan:
             passing = format_bytes(sum(it.nbytes for it in self.blocks if it.passes))
             disk = f", {format_bytes(self.cyclic_bytes)} of them from disk" if self.cyclic_bytes else ""
             there = f"{weights} of weights on {self.device}, {passing} pass through it in every step"
-            return f"{there}{disk} while the cpu attends"
+            rows = f", but for {self.attending_rows} tokens of a text or more in a step"
+            return f"{there}{disk} while the cpu attends" + rows * (self.attending_rows > 0)
         there = f"{self.there} on {self.device} with {weights} of weights and {pages} of KV"
         if self.staged_experts:
             there += f" (others come for steps of {counted(self.staged_tokens, 'token')} or more)"

@@ -1,10 +1,11 @@
 """Two groups of rows take turns through the layers: while the CPU attends for one of them, a device computes the other.
 
 Attention of answers reads K and V, for which a host's memory has more room than a device's; all else multiplies by
-weights, which pass through the device once for both groups. A group gives way when its queries are on their way to the
-host, so that the device has something to do until they have been looked at. The host waits twice in a layer of each
-group: for its queries, and for what its router says. (VSLPipe: Yuan et al. 2025, "MoE-Lens", arXiv 2504.09345; CGOPipe:
-Cao et al. 2024, "MoE-Lightning", arXiv 2411.11217.)
+weights, which pass through the device once for both groups, or by a text's own K and V, which the device has for a
+moment (`looking_back`). A group gives way when its queries are on their way to the host, so that the device has
+something to do until they have been looked at. The host waits twice in a layer of each group: for its queries, and for
+what its router says; and for K and V that come from the device. (VSLPipe: Yuan et al. 2025, "MoE-Lens", arXiv
+2504.09345; CGOPipe: Cao et al. 2024, "MoE-Lightning", arXiv 2411.11217.)
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ from itertools import zip_longest
 
 from shoal.kernels import ComputeHome
 from shoal.kernels.arrays import Hidden
-from shoal.kernels.attention_operands import Rotation
+from shoal.kernels.attention_operands import KvPages, Rotation
 from shoal.kernels.compute_home import carried
 from shoal.models.step import Part, Step
 from shoal.models.transformer import Transformer
 from shoal.models.weights import Weights
 from shoal.offload.block_store import BlockStore
 from shoal.offload.kv.pool import KvPool
+from shoal.partition.memory_layout import lent_pages
 from shoal.partition.plan import Plan
 from shoal.partition.spec import BlockId
 
+from .looking_back import RowsHere, RowsThere, dealt
 from .passing_weights import PassingWeights
 
 
@@ -41,6 +44,7 @@ class Alternating:
     ) -> None:
         self.home = home_of(plan.device)
         self._model = model
+        self._plan = plan
         self._kv = kv
         self._cpu = home_of("cpu")
         self._passing = PassingWeights(plan, store, self.home)
@@ -79,23 +83,61 @@ class Alternating:
 
     def _group(self, hidden: Hidden, part: Part, rotations: list[Rotation]) -> Iterator[None]:
         """Takes hidden (T, C) through all layers, up to the last attention. Gives way where the CPU is to attend."""
+        most_pages = lent_pages(self._plan.context_tokens, self._plan.chunk_tokens)
+        looks = dealt(part, rotations, self._plan.attending_rows, most_pages)
         for blocks in self._layers:
             attention, *feeding = blocks
-            there, here = self._passing.lend(attention), self._here[attention]
+            there = self._passing.lend(attention)
             asked = self._model.asked(self.home, there, hidden, lambda x: x)
-            self.home.prefetch(*asked)
+            for_host = [[self.home.rows(x, its.rows) for x in asked] for its in looks.here]
+            for each in for_host:
+                self.home.prefetch(*each)
             yield
-            q, k, v = (carried(x, self.home, self._cpu) for x in asked)
-            kv = self._kv.layers[attention.layer]
-            mixed = self._model.look_back(
-                self._cpu, attention.layer, here, q, k, v, part.segments, rotations, kv
-            )
-            mixed = carried(mixed, self._cpu, self.home)
+            found, leaving = [], None
+            if looks.there is not None:
+                mixed, leaving = self._look_there(attention.layer, there, asked, looks.there)
+                found.append((looks.there.rows, mixed))
+            for its, each in zip(looks.here, for_host, strict=True):
+                found.append((its.rows, self._look_here(attention, each, its)))
+            mixed = self._joined(asked[0], found)
             self._add(hidden, there, self._model.attended(self.home, attention.layer, there, mixed))
             self._passing.lent(attention)
+            if looks.there is not None:
+                self._kv.layers[attention.layer].data[looks.there.leaving] = self.home.fetch(leaving)
             if blocks is not self._layers[-1]:
                 self._feed(blocks, hidden)
                 self._passing.lent(*feeding)
+
+    def _look_here(self, attention: BlockId, asked: Sequence[Hidden], its: RowsHere) -> Hidden:
+        """What these rows asked (t, …) → what the host found, (t, H*D) in the device's home."""
+        q, k, v = (carried(x, self.home, self._cpu) for x in asked)
+        layer, here = attention.layer, self._here[attention]
+        kv = self._kv.layers[layer]
+        mixed = self._model.look_back(self._cpu, layer, here, q, k, v, its.segments, its.rotations, kv)
+        return carried(mixed, self._cpu, self.home)
+
+    def _look_there(
+        self, layer: int, weights: Weights, asked: Sequence[Hidden], its: RowsThere
+    ) -> tuple[Hidden, Hidden]:
+        """What the group asked (T, …) → what the device found for these rows, (t, H*D), and pages that leave, both in
+        its home."""
+        home, kv = self.home, self._kv.layers[layer]
+        pages = home.lent_pages(kv.data[its.coming], its.held)
+        q, k, v = (home.rows(x, its.rows) for x in asked)
+        lent = KvPages(kv.layout, kv.heads, pages)
+        mixed = self._model.look_back(home, layer, weights, q, k, v, its.segments, its.rotations, lent)
+        leaving = home.rows(pages, slice(its.held - len(its.leaving), its.held))
+        home.prefetch(leaving)
+        return mixed, leaving
+
+    def _joined(self, asked: Hidden, found: Sequence[tuple[slice, Hidden]]) -> Hidden:
+        """(T, H*D) of parts that are all of its rows."""
+        if len(found) == 1:
+            return found[0][1]
+        joined = self.home.zeros_like(asked)
+        for rows, part in found:
+            self.home.add(self.home.rows(joined, rows), part)
+        return joined
 
     def _feed(self, blocks: Sequence[BlockId], hidden: Hidden) -> None:
         """Adds the feed-forward part of a layer, or its mixture, to hidden (T, C)."""

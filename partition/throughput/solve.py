@@ -179,9 +179,9 @@ def _with_devices(model: Weighed, asking: Sequence[Wanted], device: Device, job:
     for its in device.accelerators:
         room = room_of(its, expert_of(model))
         found = [*ways_with_device(model, asking, room, memory_bytes, device)]
-        found += ways_through_device(model, long, room, memory_bytes)
+        found += ways_through_device(model, long, room, memory_bytes, device)
         if device.disk_bytes_per_s and not any(isinstance(way.made, Plan) for way in found):
-            found += ways_from_disk(model, asking, room, memory_bytes)
+            found += ways_from_disk(model, asking, room, memory_bytes, device)
         for name, order, made in found:
             yield _candidate(name, order, model, made, device, job, more)
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from math import ceil, inf
 from typing import NamedTuple
 
+from ..memory_layout import PAGE_TOKENS, kv_page_bytes
 from ..placement import FEW_ROWS, MANY_ROWS, DeviceRoom, ExpertTimes
 from ..plan import BlockPlan, Plan
 from ..spec import BlockId
@@ -33,6 +35,7 @@ from .placing.two_groups import (
     Feeding,
     Layer,
     LayerTurn,
+    LookingThere,
     PassingPiece,
     Tail,
     alternate,
@@ -234,15 +237,49 @@ class _Passing:
         *asking, last = kind.attention
         heads, kv_heads = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
         calls_s = there.overheads.layer_s / 2
+        host_rows = sum(it.alike * it.rows for it in self._looks_here) / groups
         return LayerTurn(
             asked_s=products(there, asking, rows).seconds + calls_s,
-            leaves_s=self._carried_s(rows * (heads + 2 * kv_heads)),
+            leaves_s=self._carried_s(host_rows * (heads + 2 * kv_heads)),
             attends_s=self._attends_s(kind, groups) + self._calls_s(kind, groups),
-            back_s=self._carried_s(rows * heads),
+            back_s=self._carried_s(host_rows * heads),
             attended_s=product(there, last, rows).seconds + calls_s,
             added_s=0.0,
             feeding=self._feeding(kind, rows) if fed else None,
+            looking=self._looking(kind, groups),
         )
+
+    def _looking(self, kind: LayerKind, groups: int) -> LookingThere | None:
+        """Of the texts for which the device attends."""
+        spec, kv_type, its = self._model.spec, self._plan.kv.dtype, self._looks_there
+        if not its:
+            return None
+        page_bytes = kv_page_bytes(spec, kv_type) / len(spec.layers)
+        coming = page_bytes / groups * sum(it.alike * ceil(it.before / PAGE_TOKENS) for it in its)
+        leaving = page_bytes / groups * sum(it.alike * ceil(it.rows / PAGE_TOKENS) for it in its)
+        looks_s = sum(
+            it.alike * attention(self._there, spec, kv_type, it.rows, it.before, kind.window).seconds
+            for it in its
+        )
+        moved_s = 2 / self._host.memory_bytes_per_s  # of a byte that the host copies
+        return LookingThere(
+            gathered_s=moved_s * coming,
+            comes_s=self._copied_s(coming) if coming else 0.0,
+            looks_s=looks_s / groups,
+            leaves_s=self._copied_s(leaving),
+            stored_s=moved_s * leaving,
+            alone=not self._looks_here,
+        )
+
+    @cached_property
+    def _looks_there(self) -> list[Rows]:
+        """The segments for which the device attends …"""
+        return [it for it in self._segments if it.rows >= (self._plan.attending_rows or inf)]
+
+    @cached_property
+    def _looks_here(self) -> list[Rows]:
+        """… and those for which the host does."""
+        return [it for it in self._segments if it.rows < (self._plan.attending_rows or inf)]
 
     def _feeding(self, kind: LayerKind, rows: float) -> Feeding:
         moe, there = self._model.spec.moe, self._there
@@ -267,7 +304,7 @@ class _Passing:
         whole_s = sum(
             it.alike
             * as_it_ran(host, attention(host, spec, kv_type, it.rows, it.before, kind.window)).seconds
-            for it in self._segments
+            for it in self._looks_here
         )
         return whole_s / groups
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from fakes.homes import HOMES, NATIVE, assert_close, frozen, layouts, ones, rand
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.kernels import OperandError, UnsupportedTypeError, set_threads
+from shoal.kernels import OperandError, UnsupportedTypeError, attention_reference, set_threads
 from shoal.kernels.arrays import Floats, Ids
 from shoal.kernels.attention_operands import (
     HeadNorms,
@@ -165,6 +166,33 @@ def test_every_home_computes_the_definition(shape: Shape, length: int, normed: b
         )
         assert got.dtype == np.float32
         assert_close(got, truth, rtol=tolerance, atol=tolerance)
+
+
+@settings(deadline=None, max_examples=25)
+@given(shape=shapes(), length=lengths(140), start=st.integers(0, 80), scores=st.integers(1, 20_000))
+def test_torch_has_only_so_many_scores_at_once(shape: Shape, length: int, start: int, scores: int) -> None:
+    """And what a text gets is the same."""
+    choose("reference")
+    text = Text.random(shape, start + length, [2, 0, 3, 1], seed=length)
+    heads, attended = shape.kv_heads * shape.group, torch.nn.functional.scaled_dot_product_attention
+    asked: list[int] = []
+
+    def noted(q: torch.Tensor, k: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
+        asked.append(q.shape[1] * q.shape[2] * k.shape[2])
+        return attended(q, k, *rest, **more)
+
+    found = []
+    for most in (1 << 30, scores):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention_reference, "SCORES_TOGETHER", most)
+            patch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+            kv = shape.pages(4)
+            if start:
+                step(shape, kv, [(text, 0, start)])
+            asked.clear()
+            found += step(shape, kv, [(text, start, start + length)])
+    assert max(asked) <= max(scores, heads * (start + length))
+    assert_close(found[1], found[0], rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("type", sorted(KV_FORMATS))

@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from shoal.partition.memory_layout import kv_page_bytes
+from shoal.partition.memory_layout import kv_page_bytes, lent_pages
 from shoal.partition.placement import (
     DeviceRoom,
     ModelBytes,
@@ -140,9 +140,42 @@ def test_no_layer_makes_room_for_experts_to_come_that_has_none_here() -> None:
 def passing(device_bytes: int, memory_bytes: int = 1 << 33, spec: ModelSpec = MIXTURE, **changes: Any) -> Any:
     blocks = dict.fromkeys(spec.blocks(), MB) | {BlockId("head"): 5 * MB}
     room = DeviceRoom("sim:x", device_bytes, 0, False, device_bytes)
-    sizes = ModelBytes(blocks, changes.pop("tied", 0), 0)
+    sizes, attending_rows = ModelBytes(blocks, changes.pop("tied", 0), 0), changes.pop("attending_rows", 0)
     wanted = WANTED._replace(spec=spec, **changes)
-    return plan_passing([wanted], sizes, room, memory_bytes=memory_bytes, vectors_bytes=MB)
+    return plan_passing(
+        [wanted],
+        sizes,
+        room,
+        memory_bytes=memory_bytes,
+        vectors_bytes=MB,
+        attending_rows=attending_rows,
+    )
+
+
+@given(st.integers(1, 60 * MB))
+def test_texts_attend_there_if_there_is_room(device_bytes: int) -> None:
+    plain, attending = (passing(device_bytes, attending_rows=rows) for rows in (0, 32))
+    if isinstance(attending, NoRoomThere) or not attending.attending_rows:
+        assert attending == plain
+        return
+    assert attending.device_bytes <= device_bytes
+    # Pages of a layer for both groups, and what is found there.
+    more = 2 * lent_pages(512, 64) * (2 * 2 * 32 * 64 * 2) + 4 * (64 + 4 + 8) * 8 * 32
+    assert attending.device_scratch_bytes == plain.device_scratch_bytes + more
+    assert "while the cpu attends, but for 32 tokens of a text or more in a step" in attending.placed
+
+
+def test_scores_of_long_steps_take_no_more_than_some_rows_have() -> None:
+    room = DeviceRoom("sim:x", 0, 0, True, 0)
+
+    def of_attention(chunk: int, context: int) -> int:
+        wanted = WANTED._replace(chunk_tokens=chunk, context_tokens=context)
+        both = (device_scratch_bytes(wanted, room._replace(gathers=its)) for its in (True, False))
+        return next(both) - next(both)
+
+    assert of_attention(256, 8192) < of_attention(512, 8192) == of_attention(4096, 8192)
+    # A row has all of its scores, however long the context.
+    assert of_attention(1, 1 << 24) == of_attention(4096, 1 << 24)
 
 
 @given(st.integers(1, 60 * MB), st.integers(1, 120 * MB), st.sampled_from([SPEC, MIXTURE]), st.booleans())

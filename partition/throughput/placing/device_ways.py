@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import product
+from statistics import harmonic_mean
 
 from ...hardware_guesses import KV_SHARE
 from ...placement import DeviceRoom, ModelBytes, NoRoomThere, plan_beside_disk, plan_on_device
@@ -13,9 +15,11 @@ from ..cost import batch_tokens_per_s, cost
 from ..profile import Accelerator, Device
 from ..weights_of import Product, Weighed
 from ..with_device import accelerator
+from .attending_worth import attends_from
 from .passing_plans import plan_passing, plan_passing_from_disk
 from .staging_worth import at_least_fast, staged_from
 
+_WHERE_PROMPTS_ATTEND = ", where prompts attend"
 _KV_SHARES = (KV_SHARE, 2)  # of memory, for K and V where weights come from disk
 
 
@@ -39,6 +43,14 @@ def _equipped(machine: Device, there: Accelerator) -> Device:
 def batch_rate(model: Weighed, plan: Plan, machine: Device) -> float:
     """Tokens of answers per second to many requests of usual length."""
     return batch_tokens_per_s(model, plan, machine, usual_job(plan.context_tokens))
+
+
+def mixed_rate(model: Weighed, plan: Plan, machine: Device, context_tokens: int) -> float:
+    """The same, if as many requests are as long as a context as are of usual length: a batch has a context for its
+    longest one."""
+    usual = usual_job(context_tokens)
+    longest = usual._replace(prompt_tokens=max(usual.prompt_tokens, context_tokens - usual.new_tokens))
+    return harmonic_mean(batch_tokens_per_s(model, plan, machine, job) for job in (usual, longest))
 
 
 def plan_with_device(
@@ -65,61 +77,101 @@ def plan_with_device(
     )
     host = with_laws(model, machine, room)
     if many and host is not None:
-        for way in ways_through_device(model, contexts, room, memory_bytes):
-            if isinstance(way.made, Plan):
-                if not isinstance(made, Plan):
-                    return way.made
-                here, through = (batch_rate(model, plan, host) for plan in (made, way.made))
-                return way.made if through > AS_QUICK * here else made
+        ways = ways_through_device(model, contexts, room, memory_bytes, host)
+        passing = [way.made for way in ways if isinstance(way.made, Plan)]
+        if passing:
+            context = min(
+                plan.context_tokens for plan in (*passing, *([made] if isinstance(made, Plan) else []))
+            )
+            through = max(passing, key=lambda plan: mixed_rate(model, plan, host, context))
+            here_rate = mixed_rate(model, made, host, context) if isinstance(made, Plan) else 0.0
+            return through if mixed_rate(model, through, host, context) > AS_QUICK * here_rate else made
     if isinstance(made, Plan) or not streaming:
         return made
-    found = [way.made for way in ways_from_disk(model, contexts, room, memory_bytes)]
+    found = [way.made for way in ways_from_disk(model, contexts, room, memory_bytes, host)]
     plans = [plan for plan in found if isinstance(plan, Plan)]
     if not plans:
         tried = [it for it in (made, *found) if isinstance(it, Misfit)]
         return first_fit(tried) if tried else made
-    job = usual_job(min(plan.context_tokens for plan in plans))
+    context = min(plan.context_tokens for plan in plans)
+    job = usual_job(context)
 
     def worth(plan: Plan) -> tuple[bool, float]:
         """The less the better. Where nothing was tried, the disk is what is known to be slow; and where there are many,
         the processor."""
         if host is None:
             return many and not plan.passes, plan.streamed_bytes
-        return False, 1 / batch_rate(model, plan, host) if many else cost(model, plan, host, job).total_s(job)
+        if many:
+            return False, 1 / mixed_rate(model, plan, host, context)
+        return False, cost(model, plan, host, job).total_s(job)
 
     return min(plans, key=worth)
 
 
 def ways_through_device(
-    model: Weighed, contexts: Sequence[Wanted], room: DeviceRoom, memory_bytes: int
+    model: Weighed,
+    contexts: Sequence[Wanted],
+    room: DeviceRoom,
+    memory_bytes: int,
+    host: Device | None = None,
 ) -> Iterator[Way]:
-    """All layers are computed there, and their weights pass through it in every step."""
-    made = plan_passing(
-        contexts, _sizes(model), room, memory_bytes=memory_bytes, vectors_bytes=model.vectors_bytes
-    )
-    if not isinstance(made, NoRoomThere):
-        yield Way(f"through {room.name}", 6, made)
+    """All layers are computed there, and their weights pass through it in every step. `host`: this machine, if its
+    processor may be too slow to attend for prompts."""
+    for rows in _attending_rows(model, contexts, room, host):
+        made = plan_passing(
+            contexts,
+            _sizes(model),
+            room,
+            memory_bytes=memory_bytes,
+            vectors_bytes=model.vectors_bytes,
+            attending_rows=rows,
+        )
+        if isinstance(made, NoRoomThere):
+            return
+        plan = made.plan if isinstance(made, Misfit) else made
+        if plan.attending_rows == rows:  # else there is no room for that
+            yield Way(f"through {room.name}{_WHERE_PROMPTS_ATTEND if rows else ''}", 6, made)
+
+
+def _attending_rows(
+    model: Weighed, contexts: Sequence[Wanted], room: DeviceRoom, host: Device | None
+) -> tuple[int, ...]:
+    """What plans may have: 0, and what may be quicker."""
+    there, longest = accelerator(room, expert_of(model)), contexts[0]
+    if host is None or there is None:
+        return (0,)
+    rows = attends_from(model, host, there, longest.kv_type, longest.chunk_tokens)
+    return (0, rows) if rows else (0,)
 
 
 def ways_from_disk(
-    model: Weighed, contexts: Sequence[Wanted], room: DeviceRoom, memory_bytes: int
+    model: Weighed,
+    contexts: Sequence[Wanted],
+    room: DeviceRoom,
+    memory_bytes: int,
+    host: Device | None = None,
 ) -> Iterator[Way]:
-    """Ways of a model for which device and memory together have too little room."""
+    """Ways of a model for which device and memory together have too little room. `host`: as above."""
     sizes = ModelBytes(model.extents, 0, model.vectors_bytes)
     made = plan_beside_disk(contexts, sizes, room, memory_bytes=memory_bytes)
     if not isinstance(made, NoRoomThere):
         plan = made.plan if isinstance(made, Misfit) else made
         yield Way(f"{name_of(plan)}, others from disk", 7, made)
-    pages: set[int] = set()
-    for share in _KV_SHARES:
-        passing = plan_passing_from_disk(contexts, sizes, room, memory_bytes=memory_bytes, kv_share=share)
+    known: list[tuple[int, int]] = []
+    rows = _attending_rows(model, contexts, room, host)
+    for share, attending in product(_KV_SHARES, rows):
+        passing = plan_passing_from_disk(
+            contexts, sizes, room, memory_bytes=memory_bytes, kv_share=share, attending_rows=attending
+        )
         if isinstance(passing, NoRoomThere):
             return
         plan = passing.plan if isinstance(passing, Misfit) else passing
-        if plan.kv.pages not in pages:
-            pages.add(plan.kv.pages)
-            more = f", KV for {plan.kv.tokens:,} tokens" if len(pages) > 1 else ""
-            yield Way(f"through {room.name} from disk{more}", 7 + len(pages), passing)
+        if (key := (plan.kv.pages, plan.attending_rows)) in known:
+            continue
+        known.append(key)
+        more = f", KV for {plan.kv.tokens:,} tokens" if len({pages for pages, _ in known}) > 1 else ""
+        more += _WHERE_PROMPTS_ATTEND if plan.attending_rows else ""
+        yield Way(f"through {room.name} from disk{more}", 7 + len(known), passing)
 
 
 def _sizes(model: Weighed) -> ModelBytes:
@@ -171,11 +223,12 @@ def with_device_or_alone(
     might make it slower."""
     assert room.laws is not None
     alone = best_plan(model, contexts, memory_bytes, machine, streaming=streaming)
+    here = _equipped(machine, room.laws)
     found = [*ways_with_device(model, contexts, room, memory_bytes, machine)]
-    found += ways_through_device(model, contexts, room, memory_bytes) if many else ()
+    found += ways_through_device(model, contexts, room, memory_bytes, here) if many else ()
     there = [way for way in found if isinstance(way.made, Plan)]
     if streaming and not there:
-        found = [*ways_from_disk(model, contexts, room, memory_bytes)]
+        found = [*ways_from_disk(model, contexts, room, memory_bytes, here)]
         there = [way for way in found if isinstance(way.made, Plan)]
     if isinstance(alone, Misfit) or not there:
         if there:
@@ -187,21 +240,26 @@ def with_device_or_alone(
         if isinstance(alone, Plan):
             alone = replace(alone, why=f"the processor alone: {room.name} has no room for a layer")
         return alone
-    here = _equipped(machine, room.laws)
     ways = [Way("the processor alone", 0, alone), *there]
-    job = usual_job(min(way.made.context_tokens for way in ways if isinstance(way.made, Plan)))
+    context = min(way.made.context_tokens for way in ways if isinstance(way.made, Plan))
+    job = usual_job(context)
 
     def seconds(way: Way) -> float:
         assert isinstance(way.made, Plan)
         if many:
-            return job.new_tokens / batch_tokens_per_s(model, way.made, here, job)
+            return job.new_tokens / mixed_rate(model, way.made, here, context)
         return cost(model, way.made, here, job).total_s(job)
 
     chosen = best(ways, lambda way: way.order, seconds)
     others = ways[1:] if chosen is ways[0] else ways[:1]
     other = min(others, key=seconds)
     assert isinstance(chosen.made, Plan)
-    each = ", among many," if many else ""
-    said = f"a prompt of {job.prompt_tokens} tokens and an answer of {job.new_tokens}{each} are predicted to take"
+    prompts = f"a prompt of {job.prompt_tokens} tokens"
+    if many and context > job.context_tokens:
+        prompts = f"many prompts of {job.prompt_tokens} and {context - job.new_tokens} tokens"
+    elif many:
+        prompts = f"many prompts of {job.prompt_tokens} tokens"
+    each = ", each" if many else ""
+    said = f"{prompts} and an answer of {job.new_tokens} are predicted to take{each}"
     why = f"{chosen.name}: {said} {seconds(chosen):.2g} s, {seconds(other):.2g} s with {other.name}"
     return replace(chosen.made, why=why)

@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from ...memory_layout import kv_page_bytes
+from ...memory_layout import kv_page_bytes, lent_pages
 from ...placement import (
     DeviceRoom,
     ModelBytes,
@@ -49,20 +49,29 @@ def plan_passing(
     *,
     memory_bytes: int,
     vectors_bytes: int,
+    attending_rows: int = 0,
 ) -> Plan | Misfit | NoRoomThere:
     """All layers in `memory_bytes` of this machine's memory, K and V, too; their weights pass through the device in
     every step. Of experts as many stay there as there is room for, of every layer the same ones. contexts: as for
-    `plan_on_device`; the longest that fits is taken. `vectors_bytes`: of all norms and biases, which stay."""
-    tried = [_passing(wanted, model, room, memory_bytes, vectors_bytes) for wanted in contexts]
+    `plan_on_device`; the longest that fits is taken. `vectors_bytes`: of all norms and biases, which stay.
+    `attending_rows`: texts with so many rows in a step should attend there (0: none), if there is room for that."""
+    tried = [
+        _passing(wanted, model, room, memory_bytes, vectors_bytes, attending_rows) for wanted in contexts
+    ]
     found = [made for made in tried if not isinstance(made, NoRoomThere)]
     return first_fit(found) if found else min(made for made in tried if isinstance(made, NoRoomThere))
 
 
 def _passing(
-    wanted: Wanted, model: ModelBytes, room: DeviceRoom, memory_bytes: int, vectors_bytes: int
+    wanted: Wanted,
+    model: ModelBytes,
+    room: DeviceRoom,
+    memory_bytes: int,
+    vectors_bytes: int,
+    attending_rows: int,
 ) -> Plan | Misfit | NoRoomThere:
     spec = wanted.spec
-    plan = _through(wanted, with_head_there(model, spec), room, vectors_bytes)
+    plan = _through(wanted, with_head_there(model, spec), room, vectors_bytes, attending_rows)
     if isinstance(plan, NoRoomThere):
         return plan
     if plan.peak_bytes > memory_bytes:
@@ -75,12 +84,15 @@ def _passing(
 
 
 def _through(
-    wanted: Wanted, blocks: Mapping[BlockId, int], room: DeviceRoom, vectors_bytes: int
+    wanted: Wanted,
+    blocks: Mapping[BlockId, int],
+    room: DeviceRoom,
+    vectors_bytes: int,
+    attending_rows: int,
 ) -> Plan | NoRoomThere:
     """All blocks but the embedding pass through the device, except the head and what else there is room for: experts of
     the same numbers in all layers; of a dense model the feed-forward blocks of some layers, as far apart as can be."""
-    spec, scratch = wanted.spec, device_scratch_bytes(wanted, room._replace(gathers=False))
-    scratch += _asking_bytes(wanted) + vectors_bytes  # the CPU attends, so nothing is gathered there for that
+    spec, scratch = wanted.spec, passing_scratch_bytes(wanted, room, attending_rows) + vectors_bytes
     layers = len(spec.layers)
     most = spec.moe.experts if spec.moe else layers
 
@@ -98,33 +110,52 @@ def _through(
             for block, nbytes in blocks.items()
         ]
         plan = plan_of(wanted, placed, least_kv_pages(wanted), host_scratch(wanted, placed))
-        return replace(plan, device_scratch_bytes=scratch)
+        return replace(
+            plan,
+            device_scratch_bytes=scratch,
+            attending_rows=attending_rows,
+        )
 
     least = made(0)
     if least.device_bytes > room.free_bytes:
-        return NoRoomThere(least.device_bytes)
+        return (
+            _through(wanted, blocks, room, vectors_bytes, 0)
+            if attending_rows
+            else NoRoomThere(least.device_bytes)
+        )
     # Of a mixture some experts have to pass.
     counts = range(1, most if spec.moe else most + 1)
     return made(bisect_left(counts, True, key=lambda count: made(count).device_bytes > room.free_bytes))
 
 
 def plan_passing_from_disk(
-    contexts: Sequence[Wanted], model: ModelBytes, room: DeviceRoom, *, memory_bytes: int, kv_share: int
+    contexts: Sequence[Wanted],
+    model: ModelBytes,
+    room: DeviceRoom,
+    *,
+    memory_bytes: int,
+    kv_share: int,
+    attending_rows: int = 0,
 ) -> Plan | Misfit | NoRoomThere:
     """As `plan_passing`; what has no room in `memory_bytes` passes through a window in it first. K and V get one
     `kv_share`-th of that. model: as for `plan_beside_disk`."""
     return with_longer_steps(
         contexts,
-        room._replace(gathers=False),
+        room._replace(gathers=room.gathers and attending_rows > 0),
         memory_bytes,
-        lambda wanted: _from_disk(wanted, model, room, memory_bytes, kv_share),
+        lambda wanted: _from_disk(wanted, model, room, memory_bytes, kv_share, attending_rows),
     )
 
 
 def _from_disk(
-    wanted: Wanted, model: ModelBytes, room: DeviceRoom, memory_bytes: int, kv_share: int
+    wanted: Wanted,
+    model: ModelBytes,
+    room: DeviceRoom,
+    memory_bytes: int,
+    kv_share: int,
+    attending_rows: int,
 ) -> Plan | Misfit | NoRoomThere:
-    through = _through(wanted, model.blocks, room, model.vectors)
+    through = _through(wanted, model.blocks, room, model.vectors, attending_rows)
     if isinstance(through, NoRoomThere):
         return through
     passing = [it for it in through.blocks if it.passes]
@@ -176,8 +207,26 @@ def spread(blocks: Sequence[BlockPlan], room_bytes: int) -> frozenset[BlockId]:
     return frozenset(chosen)
 
 
+def passing_scratch_bytes(wanted: Wanted, room: DeviceRoom, attending_rows: int) -> int:
+    """What a step holds on the device besides weights, where those pass through it. Where it attends for no text,
+    nothing is gathered for that."""
+    spec, asking = wanted.spec, _asking_bytes(wanted)
+    if not attending_rows:
+        return device_scratch_bytes(wanted, room._replace(gathers=False)) + asking
+    page_bytes = kv_page_bytes(spec, wanted.kv_type) // len(spec.layers)
+    found = (
+        4 * _rows(wanted) * spec.heads * spec.head_dim
+    )  # before it is put together with what the CPU finds
+    lent = 2 * lent_pages(wanted.context_tokens, wanted.chunk_tokens) * page_bytes  # of both groups
+    return device_scratch_bytes(wanted, room) + asking + found + lent
+
+
 def _asking_bytes(wanted: Wanted) -> int:
     """What is on its way between queries and what the CPU finds: q, k and v once more, put together, and the latter."""
     spec = wanted.spec
-    rows = wanted.chunk_tokens + wanted.sequences + wanted.guesses
-    return 4 * rows * (2 * spec.heads + 2 * spec.kv_heads) * spec.head_dim
+    return 4 * _rows(wanted) * (2 * spec.heads + 2 * spec.kv_heads) * spec.head_dim
+
+
+def _rows(wanted: Wanted) -> int:
+    """Of a step, at most."""
+    return wanted.chunk_tokens + wanted.sequences + wanted.guesses

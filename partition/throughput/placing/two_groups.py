@@ -47,10 +47,33 @@ class Feeding(NamedTuple):
         )
 
 
+class LookingThere(NamedTuple):
+    """The device attends for some texts of a group, in seconds: the host puts together what they have of K and V, which
+    comes; then the device looks, and what has been added leaves and is put where it belongs. `joined_s`: what it found
+    is put together with what the host finds for others; `alone`: there are none."""
+
+    gathered_s: float
+    comes_s: float
+    looks_s: float
+    leaves_s: float
+    stored_s: float
+    joined_s: float = 0.0
+    alone: bool = False
+
+    def slower(self, host: float, device: float) -> LookingThere:
+        """If what the host does takes so many times as long, and computing on the device so many."""
+        return self._replace(
+            gathered_s=host * self.gathered_s,
+            looks_s=device * self.looks_s,
+            stored_s=host * self.stored_s,
+            joined_s=device * self.joined_s,
+        )
+
+
 class LayerTurn(NamedTuple):
     """One layer for one group, in seconds: the device asks (q, k and v), which leave; the host attends; what it found
     comes back, is multiplied by the layer's last matrix (`attended_s`) and added. `feeding`: of all layers but the
-    last, where all groups are fed together."""
+    last, where all groups are fed together. `looking`: for some of the rows the device attends."""
 
     asked_s: float
     leaves_s: float
@@ -59,6 +82,7 @@ class LayerTurn(NamedTuple):
     attended_s: float
     added_s: float
     feeding: Feeding | None = None
+    looking: LookingThere | None = None
 
     def slower(self, host: float, device: float) -> LayerTurn:
         """If attending takes so many times as long, and computing on the device so many."""
@@ -68,6 +92,7 @@ class LayerTurn(NamedTuple):
             attended_s=device * self.attended_s,
             added_s=device * self.added_s,
             feeding=self.feeding and self.feeding.slower(device),
+            looking=self.looking and self.looking.slower(host, device),
         )
 
 
@@ -206,14 +231,28 @@ class _Clock:
         last = number == len(self._layers[0].turns) - 1
         for place, layer in enumerate(self._layers):
             turn = layer.turns[number]
+            looking, kept_s, back_s = turn.looking, 0.0, 0.0
+            attends = looking is None or not looking.alone
             self._compute(turn.asked_s, max(self._entered_s, self._arrival(place, "attn")))
-            left_s = self._leave(turn.leaves_s)
+            left_s = self._leave(turn.leaves_s) if attends else 0.0
             yield
-            self._wait(left_s)
-            self._host(turn.attends_s)
-            self._compute(turn.attended_s, self._enter(turn.back_s))
+            if looking is not None:
+                self._host(looking.gathered_s)
+                came_s = self._enter(looking.comes_s) if looking.comes_s else 0.0
+                self._compute(looking.looks_s, came_s)
+                kept_s = self._leave(looking.leaves_s)
+            if attends:
+                self._wait(left_s)
+                self._host(turn.attends_s)
+                back_s = self._enter(turn.back_s)
+            if looking is not None:
+                self._compute(looking.joined_s)
+            self._compute(turn.attended_s, back_s)
             self._note_used(place, "attn", last=last)
             self._compute(turn.added_s)
+            if looking is not None:
+                self._wait(kept_s)
+                self._host(looking.stored_s)
             if turn.feeding is not None:
                 self._feed(place, turn.feeding, last=last)
 

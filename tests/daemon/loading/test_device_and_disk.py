@@ -55,7 +55,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("shoal.partition.throughput.placing.passing_plans.READING_BYTES", 1 << 18)
     monkeypatch.setattr("shoal.partition.throughput.placing.passing_plans.READ_AHEAD_BYTES", 1 << 20)
     monkeypatch.setattr("shoal.partition.placement.LOADING_BYTES", 1 << 18)
-    monkeypatch.setattr(device_ways, "batch_rate", lambda model, plan, host: 1.0 + plan.passes)
+    monkeypatch.setattr(device_ways, "mixed_rate", lambda model, plan, *_: 1.0 + plan.passes)
     yield
     opening._opened.clear()
 

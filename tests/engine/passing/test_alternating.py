@@ -3,6 +3,7 @@ bit, and nothing is read before it has come or overwritten while it is read."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from shoal.kernels import routing
 from shoal.kernels.arrays import Floats
 from shoal.kernels.homes import cpu
 from shoal.models.step import Step
+from shoal.partition.plan import Plan
 from shoal.partition.spec import BlockId
 
 # All mixtures, and of what is dense what has norms after blocks, clips, biases, windows and scaled embeddings.
@@ -59,9 +61,15 @@ def of(device: SimDevice, queue: str) -> list[Scheduled]:
     return [it for it in device.schedule if it.queue == queue]
 
 
+def with_texts_there(plan: Plan, rows: int = 16) -> Plan:
+    """The same plan; texts with so many rows in a step attend on the device."""
+    return replace(plan, attending_rows=rows)
+
+
+@pytest.mark.parametrize("attending_rows", [0, 16])
 @pytest.mark.parametrize("kept", [the_head, some_experts])
-def test_logits_are_those_of_the_cpu(running: Running, kept: Kept) -> None:
-    plan = with_blocks_passing(running.plan, kept)
+def test_logits_are_those_of_the_cpu(running: Running, kept: Kept, attending_rows: int) -> None:
+    plan = with_texts_there(with_blocks_passing(running.plan, kept), attending_rows)
     device, home = sim()
     executor = executor_of(running, plan, home)
     assert device.budget.held_bytes <= plan.device_weights_bytes + plan.passing_bytes + (1 << 20)
@@ -72,6 +80,88 @@ def test_logits_are_those_of_the_cpu(running: Running, kept: Kept) -> None:
     executor.let_go()
     del executor
     assert device.budget.held_bytes == 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("chunk_tokens", [1, 256])  # with room for a text, and for all
+def test_texts_attend_there_or_here(tmp_path: Path, seed: int, chunk_tokens: int) -> None:
+    """Prompts in parts of any length behind a common beginning, beside answers: logits are the CPU's to the bit, also
+    where there is not room for all of them, and what was computed there answers go on with here."""
+    tiny.save_hf(tiny.hf_model("qwen3_moe", max_position_embeddings=320), tmp_path / "m")
+    running = Running(tmp_path / "m", replace(FP32, kv_tokens=13 * 64, context_tokens=320))
+    source, here = random.Random(seed), running.executor
+    plan = with_texts_there(with_blocks_passing(running.plan), source.choice([1, 8, 30]))
+    there = executor_of(running, replace(plan, chunk_tokens=chunk_tokens), sim()[1])
+    ids = [source.randrange(running.spec.vocab) for _ in range(200)]
+    # The first page is everybody's; it is computed first.
+    texts = [([*ids, *source.choices(ids, k=120)], [0, *range(at, at + 4)]) for at in (1, 5, 9)]
+    done = [64] * len(texts)
+    segments = [(ids[:64], 0, [0], 64)]
+    while segments:
+        found = []
+        for executor in (here, there):
+            rows = sum(len(it[0]) for it in segments)
+            step = Step.build(segments, executor.plan.rows_together(rows), alike=executor.plan.passes)
+            found.append(executor.head(executor.forward(step)))
+        assert np.array_equal(*found)
+        segments = []
+        for place, (tokens, pages) in enumerate(texts):
+            count = min(source.choice([1, 1, 5, 20, 31, 64, 90]), len(tokens) - done[place])
+            if count:
+                segments.append((tokens[done[place] : done[place] + count], done[place], pages, count))
+                done[place] += count
+
+
+def test_pages_that_are_looked_at_before_they_have_come_are_poison(
+    mixture: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a text that goes on in the second group."""
+    device, home = sim()
+    executor = executor_of(mixture, with_texts_there(with_blocks_passing(mixture.plan), 1), home)
+    step = Step.build([([*range(1, 71)], 0, [0, 1], 70)], 40, alike=True)
+    expected = executor.head(executor.forward(step))
+    copy_in, compute = device.copy_in, device.compute
+    coming: list[object] = []
+
+    def noted(source: Any, *rest: Any) -> Any:
+        event = copy_in(source, *rest)
+        coming.extend([event] if source.dtype == np.uint8 else [])
+        return event
+
+    monkeypatch.setattr(device, "copy_in", noted)
+    monkeypatch.setattr(
+        device,
+        "compute",
+        lambda what, work, run, after: compute(what, work, run, [it for it in after if it not in coming]),
+    )
+    with np.errstate(invalid="ignore"):
+        found = executor.head(executor.forward(step))
+    assert len(coming) == len(mixture.spec.layers)
+    assert np.isfinite(expected).all()
+    assert np.isnan(found[40:]).all()
+
+
+def test_what_attends_there_leaves_before_it_is_looked_at(mixture: Running) -> None:
+    """K and V of a prompt that nobody waits for are poison to its answer."""
+    _, home = sim()
+    executor = executor_of(mixture, with_texts_there(with_blocks_passing(mixture.plan)), home)
+    prompt, answer = (
+        Step.build([(ids, at, [0, 1], 1)], 40, alike=True) for ids, at in ((range(70), 0), ([7], 70))
+    )
+    executor.forward(prompt)
+    expected = executor.head(executor.forward(answer))
+    fetch = home.fetch
+
+    def impatient(x: Any) -> Any:
+        return fetch(x) if x.dtype != np.uint8 else x.leaving.here
+
+    home.fetch = impatient  # type: ignore[method-assign]
+    executor.forward(prompt)
+    home.fetch = fetch  # type: ignore[method-assign]
+    with np.errstate(invalid="ignore"):
+        found = executor.head(executor.forward(answer))
+    assert np.isfinite(expected).all()
+    assert not np.array_equal(found, expected)
 
 
 def test_a_layers_experts_come_in_one_copy(mixture: Running) -> None:
@@ -92,16 +182,22 @@ def test_a_layers_experts_come_in_one_copy(mixture: Running) -> None:
 def test_types_of_kv(tmp_path: Path, kv_type: str) -> None:
     tiny.save_hf(tiny.hf_model("qwen3_moe"), tmp_path / "m")
     running = Running(tmp_path / "m", replace(FP32, kv_type=kv_type))  # type: ignore[arg-type]
-    for part_tokens in (33, 1 << 30):  # of more parts than two, each is a group
-        plan = replace(with_blocks_passing(running.plan), part_tokens=part_tokens)
+    # Of more parts than two, each is a group.
+    for part_tokens, attending_rows in ((33, 0), (1 << 30, 0), (33, 16), (1 << 30, 16)):
+        plan = with_texts_there(with_blocks_passing(running.plan), attending_rows)
+        plan = replace(plan, part_tokens=part_tokens)
         assert np.array_equal(logits(executor_of(running, plan, sim()[1])), logits(running.executor))
 
 
+@pytest.mark.parametrize("attending_rows", [0, 16])
 @pytest.mark.parametrize("stored", ["F32", "Q4_0"])
-def test_in_torch_they_are_the_same_but_for_rounding(tmp_path: Path, stored: str) -> None:
+def test_in_torch_they_are_the_same_but_for_rounding(
+    tmp_path: Path, stored: str, attending_rows: int
+) -> None:
     model, path = tiny.hf_model("qwen2_moe"), tmp_path / "m.gguf"
     running = Running(tiny.save_hf(model, path) if stored == "F32" else tiny.save_gguf(model, path, stored))
-    found = logits(executor_of(running, with_blocks_passing(running.plan), torch_home()))
+    plan = with_texts_there(with_blocks_passing(running.plan), attending_rows)
+    found = logits(executor_of(running, plan, torch_home()))
     assert relative_error(found, logits(running.executor)) < (IN_TORCH if stored == "F32" else 1e-3)
 
 
@@ -118,7 +214,8 @@ class _Impatient(SimDevice):
 
 
 @pytest.mark.parametrize(
-    ("queue", "what"), [("stage", "experts"), ("stage", "linears"), ("stage", "scores"), ("in", "linears")]
+    ("queue", "what"),
+    [("stage", "experts"), ("stage", "linears"), ("stage", "scores"), ("in", "linears")],
 )
 def test_what_is_read_before_it_has_come_is_poisoned(mixture: Running, queue: str, what: str) -> None:
     home = DeviceHome(_Impatient(queue, what), SimKernels(cpu()))

@@ -27,6 +27,7 @@ from shoal.partition.throughput.placing.two_groups import (
     Feeding,
     Layer,
     LayerTurn,
+    LookingThere,
     PassingPiece,
     Tail,
     alternate,
@@ -141,19 +142,33 @@ def measured(
     enters_s = took.copies("in")
     asked: list[tuple[float, float]] = []
     turns: list[list[LayerTurn]] = [[] for _ in range(LAYERS)]
+    alone = plan.attending_rows == ALL_THERE  # each group has a text that goes on
 
     def ask() -> None:
-        asked.append((took.of("compute", "linears", *norms, "join"), took.copies("out")))
+        asked_s = took.of("compute", "linears", *norms, *([] if alone else ["join"]))
+        asked.append((asked_s, took.copies("out", 0 if alone else 1)))
+
+    def looked(layer: int) -> LookingThere | None:
+        """Pages of a text that goes on come, and for the first layer their numbers and two tables of angles."""
+        if not plan.attending_rows:
+            return None
+        comes_s = took.copies("in", alone + (0 if layer else 3))
+        looks_s, leaves_s = took.of("compute", "attention"), took.copies("out")
+        joined_s = 0.0 if alone else took.of("compute", "zeros", "add")
+        return LookingThere(0.0, comes_s, looks_s, leaves_s, 0.0, joined_s, alone)
 
     ask()
     ask()
     for layer in range(LAYERS):
         for _ in range(2):
             asked_s, leaves_s = asked.pop(0)
-            back_s, attended_s = took.copies("in"), took.of("compute", "linears")
+            looking = looked(layer)
+            back_s = took.copies("in", 0 if alone else 1)
+            attended_s = took.of("compute", *(["add"] if looking and not alone else []), "linears")
             added_s = took.of("compute", *after, "add")
             feeding = fed() if layer < LAYERS - 1 else None
-            turns[layer].append(LayerTurn(asked_s, leaves_s, attends_s, back_s, attended_s, added_s, feeding))
+            turn = LayerTurn(asked_s, leaves_s, attends_s, back_s, attended_s, added_s, feeding, looking)
+            turns[layer].append(turn)
             if layer < LAYERS - 1:
                 ask()
     ids_s, picked_s = took.copies("in"), took.of("compute", "rows")
@@ -198,22 +213,26 @@ CASES = {  # bytes per second of the link, of its arithmetic, seconds of attenti
 }
 
 
+ALL_THERE, PROMPTS_THERE = 1, 16
+
+
+@pytest.mark.parametrize("attending_rows", [0, PROMPTS_THERE, ALL_THERE])
 @pytest.mark.parametrize("longest", CASES)
 def test_steps_take_what_the_schedule_says(
-    running: Running, longest: str, monkeypatch: pytest.MonkeyPatch
+    running: Running, longest: str, attending_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     link, flops, attends_s = CASES[longest]
     monkeypatch.setattr(sim_device, "SIM_FLOPS", flops)
     monkeypatch.setattr(sim_device, "PACKET_BYTES", 1)  # what small copies wait for packets
     device, home = sim(link_bytes_per_s=link)
-    plan = with_blocks_passing(running.plan)
+    plan = replace(with_blocks_passing(running.plan), attending_rows=attending_rows)
     found = ends(executor_of(running, plan, home, Attending(device, attends_s)), device)
     layers, tail, enters_s = measured(running, plan, device, attends_s)
     assert found == pytest.approx(step_ends(layers, tail, enters_s, STEPS), rel=1e-5)
     passage = alternate(layers, tail, enters_s)
     assert passage.step_s == pytest.approx(found[-1] - found[-2], rel=1e-5)
     busy = {"weights": passage.weights_s, "device": passage.device_s, "host": passage.host_s}
-    if longest in busy:
+    if longest in busy and not attending_rows:
         assert busy[longest] == max(busy.values())
         assert 0.999 * busy[longest] < passage.step_s < 1.15 * busy[longest]
 
