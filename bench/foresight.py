@@ -7,7 +7,7 @@
 `predict` measures profiles (a minute each for all threads, half of them and one), with the floors of memory and disk
 probed before and after, since a machine changes its speed within minutes. What running has taught (`corrections`) is
 left out. It lists cells that take less than `CELL_S` each, in an order in which any first part has some of every kind,
-and makes the packs that they need. What sums take ranks that share processors is tried (`harness/taking_turns.py`).
+and makes the packs that they need. What sums take ranks of one machine is tried (`harness/taking_turns.py`).
 `measure` goes on where it was ended: cells that `--out` has are not measured again, unless they were void. A cell is
 `shoal bench` in a fresh process, or a group of two or four daemons on loopback, floors probed before and after.
 Nothing else should run.
@@ -196,9 +196,7 @@ def group_foretold(cell: Cell, path: Path, profile: Profile, turns: float, waits
     choice = groups.of(cell.ranks)
     if isinstance(choice, NoGroup):
         return None
-    found = groups.cost(choice)
-    if turns > 1:
-        found = in_turns(found, choice, profile, model, job, turns, waits)
+    found = in_turns(groups.cost(choice), choice, profile, model, job, turns, waits)
     return Way(f"group of {cell.ranks}", model.weights_bytes, lambda rounds, disk: found)
 
 
@@ -207,7 +205,7 @@ def foretell(models: Path) -> list[Foretold]:
     largest = max((it for it in models.rglob("*") if it.is_file()), key=lambda it: it.stat().st_size)
     threads, half = processors(), half_of(processors())
     every = list(cells(models, threads))
-    waits = {ranks: tried(ranks, threads) for ranks in {it.ranks for it in every} if ranks > threads}
+    waits = {ranks: tried(ranks, threads) for ranks in sorted({it.ranks for it in every} - {1})}
     known = {count: profile_of(count, largest) for count in sorted({1, half, threads})}
     link = loopback(half)
     found: list[Foretold] = []
@@ -217,7 +215,7 @@ def foretell(models: Path) -> list[Foretold]:
             if cell.ranks > 1:
                 ranks = group_profile(cell, known[half].profile, known[threads].profile, link)
                 turns = ranks_a_processor(cell, known[threads].profile)
-                made = group_foretold(cell, path, ranks, turns, waits.get(cell.ranks, {}))
+                made = group_foretold(cell, path, ranks, turns, waits[cell.ranks])
             else:
                 made = alone_foretold(cell, path, known[cell.threads].profile)
         except DaemonError as error:  # it has few bits already

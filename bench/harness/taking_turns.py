@@ -1,7 +1,9 @@
-"""What a sum takes ranks of one machine that are more than its processors, by what each computes between two.
+"""What a sum takes ranks of one machine, by what each computes between two.
 
-They take turns: a sum waits until the last rank has had a processor, and for the hub to get one. No link tells how long
-that is, so it is tried, by ranks that multiply weights as they come from memory and add a small row, again and again.
+They pass bytes on through memory and are awake when those come, which no probe of a link is: it tells 52 to 70 µs where
+a sum takes some 60. More ranks than processors take turns: a sum waits until the last rank has had a processor, and for
+the hub to get one. So it is tried, by ranks that multiply weights as they come from memory and add a small row, again
+and again.
 """
 
 from __future__ import annotations
@@ -90,7 +92,7 @@ def tried(ranks: int, processors: int) -> SumWaits:
                 if process.pid is not None:
                     process.kill()
                     process.join()
-    turns = ranks / processors
+    turns = max(1.0, ranks / processors)
     computed = [found[count, ""] if count else 0.0 for count in PRODUCTS]  # by all, as they take turns
     waits = {}
     for topology in TOPOLOGIES:
@@ -116,9 +118,9 @@ def in_turns(
     turns: float,
     waits: SumWaits,
 ) -> Prediction:
-    """What is predicted of a group, if each processor has so many of its ranks: its sums take what was tried instead of
-    what links and messages would; but for a prompt that is read in halves or in several steps, whose sums are others.
-    `usual`: what links and laws tell."""
+    """What is predicted of a group, if each processor has so many of its ranks (at least one): its sums take what was
+    tried instead of what links and messages would. Those of a prompt have many rows, so only waiting for a turn counts;
+    and where it is read in halves or in several steps, they are others. `usual`: what links and laws tell."""
     machines = machines_of(profile, model, "f16", job.distinct)
     sums, plain = sums_of(model.spec), 2 * len(model.spec.layers)  # and those that are of hidden states
     network = Network(machines, links_of(profile), range(len(machines)))
@@ -135,7 +137,7 @@ def in_turns(
         return sums * waits[means.topology].after(computing_s / (sums * turns)) - usual_s
 
     first_s = 0.0
-    if job.prompt_tokens < min(figures.overlap_rows, 1 + figures.chunk_tokens):
+    if turns > 1 and job.prompt_tokens < min(figures.overlap_rows, 1 + figures.chunk_tokens):
         first_s = further_s(usual.ttft_s, figures.prompt, job.prompt_tokens)
     token_s = usual.token_s + further_s(usual.token_s, figures.decode, 1)
     slower = token_s / usual.token_s

@@ -220,8 +220,8 @@ def passing_bytes_per_s(its: Accelerator) -> float:
 
 
 def together(device: Device, computing: float, reading: float) -> tuple[float, float]:
-    """How many times longer computing takes, and reading, if they do so for these shares of a time: whatever one does
-    while the other works takes longer."""
+    """How many times longer computing takes, and reading, if they do so for these shares of the other's time: whatever
+    one does while the other works takes longer."""
     keeps = device.contention
     return longer(keeps.compute_keeps, reading), longer(keeps.disk_keeps, computing)
 

@@ -23,7 +23,7 @@ from .laws import (
     together,
 )
 from .profile import Device
-from .schedule import Experts, expert_waits, guessed_right, ring_s
+from .schedule import Experts, expert_waits, guessed_right, ring_s, shares
 from .weights_of import LayerKind, Product, Weighed, queried
 
 _MORE_ROWS = 256  # of a prompt; fixed costs go with rows on a line
@@ -122,7 +122,8 @@ class RankLaws:
             least_s = passing_s + disk_s
             reading_s = held.streamed_bytes / speed + disk_s
             step_s = max(slower * computing_s + stall_s, least_s, 1e-9)
-            slower, waiting = together(self._device, slower * computing_s / step_s, reading_s / step_s)
+            waited_s = max(0.0, step_s - slower * computing_s)
+            slower, waiting = together(self._device, *shares(step_s, waited_s, reading_s))
         return DiskTimes(least_s, slower, stall_s)
 
     def _experts(

@@ -180,13 +180,14 @@ def contended(
     slower = 1.0, 1.0
     for _ in range(_ROUNDS):
         computed, read = slower
-        contended, experts_disk_s = [], 0.0
+        contended, experts_disk_s, experts_stall_s = [], 0.0, 0.0
         for place, use in enumerate(uses):
             waited_s = 0.0
             if (its := mixtures.get(place)) is not None:
                 speed = block_bytes_per_s(device, its.nbytes) / (disk * read)
                 waited_s, disk_s = expert_waits(its.slower(computed), speed)
                 experts_disk_s += disk_s
+                experts_stall_s += waited_s
             contended.append(use._replace(compute_s=use.compute_s * computed + waited_s))
         passing = lap(
             contended,
@@ -196,5 +197,13 @@ def contended(
             _BESIDE_BYTES,
         )
         found = passing._replace(disk_s=passing.disk_s + experts_disk_s)
-        slower = together(device, compute_s * computed / found.step_s, found.disk_s / found.step_s)
+        slower = together(device, *shares(found.step_s, passing.stall_s + experts_stall_s, found.disk_s))
     return found
+
+
+def shares(step_s: float, stall_s: float, disk_s: float) -> tuple[float, float]:
+    """(of the time in which the disk reads, how much of it something is computed; of that in which something is, how
+    much of it the disk reads), in a step in which the processor waits for the disk for `stall_s` and the disk reads for
+    `disk_s`. While the processor waits the disk reads, so what it reads besides it reads beside computing."""
+    both_s = max(0.0, disk_s - stall_s)
+    return both_s / max(disk_s, 1e-12), both_s / max(step_s - stall_s, 1e-12)

@@ -73,6 +73,9 @@ def test_what_a_sum_takes_goes_with_what_each_rank_computes_before_it() -> None:
     assert two.token_s - flat.token_s == pytest.approx(0.5 * computed_s / 2)
     assert four.token_s - flat.token_s == pytest.approx(0.5 * computed_s / 4)
     assert two.ttft_s - flat.ttft_s == pytest.approx(0.5 * (flat.ttft_s - SUMS * 1e-3) / 2)
+    alone = in_turns(usual, choice, profile, MODEL, JOB, 1.0, waits(1e-3, 0.5))
+    assert alone.token_s - flat.token_s == pytest.approx(0.5 * computed_s)
+    assert alone.ttft_s == usual.ttft_s, "sums of many rows are what links tell"
 
 
 def test_a_rank_that_dies_or_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

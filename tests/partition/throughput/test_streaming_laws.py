@@ -19,7 +19,7 @@ from shoal.partition.throughput.laws import NOTHING, Rows, block_bytes_per_s, ri
 from shoal.partition.throughput.prediction import Job
 from shoal.partition.throughput.profile import ANY, Contention, Overheads, Profile, ReadLaw, RingLaw, RowsLaw
 from shoal.partition.throughput.profile_checks import check_profile
-from shoal.partition.throughput.schedule import Experts, Use, lap
+from shoal.partition.throughput.schedule import Experts, Use, contended, lap
 from shoal.partition.throughput.step_pieces import Pieces
 
 DENSE = weighed(spec())
@@ -54,6 +54,40 @@ def test_a_step_reads_as_fast_as_its_ring_is_filled() -> None:
         return cost(DENSE, plan, machine, Job()).token_s
 
     assert token_s(plan.window_bytes - 1) > 1.5 * token_s(plan.window_bytes)
+
+
+KEEPS = replace(device(), contention=Contention(0.8, 0.8))
+
+
+def test_what_is_read_while_the_processor_waits_slows_nothing() -> None:
+    """A window that holds one block is filled when that has been computed, and nothing is computed meanwhile."""
+    uses = [Use(0.010, 20 * MB)] * 6
+    one, many = (contended(KEEPS, window, uses, {}, 0.0) for window in (20 * MB, 80 * MB))
+    assert one.step_s == pytest.approx(6 * (0.010 + 0.020))
+    # Where there is room for more, the disk never rests: for a block it has 12.5 ms at 0.8 of its speed, as computing
+    # takes so long then, and the rest of its 20 ms of work alone.
+    assert many.step_s == pytest.approx(6 * (0.0125 + 0.020 - 0.8 * 0.0125), rel=0.01)
+
+
+@given(
+    st.lists(st.tuples(st.floats(1e-4, 0.05), st.integers(0, 30)), min_size=2, max_size=12),
+    st.integers(0, 60),
+    st.floats(0.2, 1.0),
+    st.floats(0.2, 1.0),
+)
+def test_contention_lies_between_none_and_all_of_the_time(
+    blocks: list[tuple[float, int]], spare: int, compute_keeps: float, disk_keeps: float
+) -> None:
+    uses = [Use(seconds, megabytes * MB) for seconds, megabytes in blocks]
+    window = max(use.nbytes for use in uses) + spare * MB
+    none, some = (
+        contended(replace(device(), contention=Contention(*keeps)), window, uses, {}, 0.0)
+        for keeps in ((1.0, 1.0), (compute_keeps, disk_keeps))
+    )
+    slowest = [use._replace(compute_s=use.compute_s / compute_keeps) for use in uses]
+    slow_disk = replace(device(), disk_bytes_per_s=device().disk_bytes_per_s * disk_keeps)
+    all_ = contended(replace(slow_disk, contention=Contention(1.0, 1.0)), window, slowest, {}, 0.0)
+    assert none.step_s * (1 - 1e-9) <= some.step_s <= max(all_.step_s, none.step_s) * (1 + 1e-9)
 
 
 def test_rows_of_an_embedding_on_disk_are_read_one_by_one() -> None:
