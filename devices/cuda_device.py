@@ -187,6 +187,10 @@ class CudaDevice:
         begin = bound(self._copy, self._coming, ends, tuple(after))
         return begin() if self.pinned_bytes else self._begun_by(self._copies_arrive, begin)
 
+    def bring_in(self, parts: Sequence[StagedPart], after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
+        ends = [CopyEnds(torch.from_numpy(it.source), it.target.inside) for it in parts]
+        return self._begun_by(self._copies_arrive, bound(self._copy, self._coming, ends, tuple(after)))
+
     def stage_in(
         self,
         parts: Sequence[StagedPart],

@@ -231,6 +231,11 @@ class OpenDevice(Protocol):
         may change the source or look at the target."""
         ...
 
+    def bring_in(self, parts: Sequence[StagedPart], after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
+        """As `copy_in` of each part, one after the other, whose arrays may have any number of dimensions. Who asks for
+        it goes on at once, however much it is."""
+        ...
+
     def stage_in(
         self,
         parts: Sequence[StagedPart],

@@ -125,12 +125,16 @@ class DeviceHome(ComputeHome):
         target = self.device.within(pages.memory, self._kernels.part(pages.inside, number))
         self._arrived(page, target)
 
-    def lent_pages(self, source: Bytes, count: int) -> Any:
-        made = self.device.allocate((count, *source.shape[1:]), UINT8)
-        if len(source):
-            first = self.device.within(made.memory, self._kernels.part(made.inside, slice(0, len(source))))
-            made.memory.ready = self.device.copy_in(np.ascontiguousarray(source), first, _events([made]))
-        return made
+    def lent_pages(self, shape: tuple[int, int, int]) -> Any:
+        return self.device.allocate(shape, UINT8)
+
+    def pages_in(self, pages: Any, sources: Sequence[Bytes]) -> None:
+        memory, part = pages.memory, self._kernels.part
+        parts = [
+            StagedPart(source, self.device.within(memory, part(pages.inside, number)))
+            for number, source in enumerate(sources)
+        ]
+        memory.ready = self.device.bring_in(parts, _events([pages]))
 
     # --- hidden states ---------------------------------------------------------------------------------------
 

@@ -197,10 +197,14 @@ class ComputeHome(HomeMemory, Protocol):
         """
         ...
 
-    def lent_pages(self, source: Bytes, count: int) -> Bytes:
-        """K and V of one layer for a moment, uint8 (count, kv_heads, head_bytes), for `KvPages`. The first n are those
-        of `source` (n, kv_heads, head_bytes) on the host, as by `place`; in the others is anything. `rows` of them can
-        be fetched."""
+    def lent_pages(self, shape: tuple[int, int, int]) -> Bytes:
+        """K and V of one layer for a moment, uint8 (pages, kv_heads, head_bytes), for `KvPages`, with anything in them.
+        `rows` of them can be fetched."""
+        ...
+
+    def pages_in(self, pages: Bytes, sources: Sequence[Bytes]) -> None:
+        """Begin to bring pages (kv_heads, head_bytes) of the host into the first of those that were lent. Nobody may
+        change them there until something that was computed with them has been fetched."""
         ...
 
     def scores(self, x: Hidden, router: Linears) -> Hidden:

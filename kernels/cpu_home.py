@@ -80,10 +80,12 @@ class CpuHome(ComputeHome, Protocol):
         if not np.may_share_memory(page, pages):  # what `page_out` gave is there already
             pages[number] = page
 
-    def lent_pages(self, source: Bytes, count: int) -> Bytes:
-        pages = np.empty((count, *source.shape[1:]), np.uint8)
-        pages[: len(source)] = source
-        return pages
+    def lent_pages(self, shape: tuple[int, int, int]) -> Bytes:
+        return np.empty(shape, np.uint8)
+
+    def pages_in(self, pages: Bytes, sources: Sequence[Bytes]) -> None:
+        for page, source in zip(pages, sources, strict=False):
+            page[...] = source
 
     def place(self, rows: Floats) -> Floats:
         return rows

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 
 from shoal.kernels import ComputeHome
-from shoal.kernels.arrays import Hidden
+from shoal.kernels.arrays import Bytes, Hidden
 from shoal.kernels.attention_operands import KvPages, Rotation
 from shoal.kernels.compute_home import carried
 from shoal.models.step import Part, Step
@@ -92,18 +92,25 @@ class Alternating:
             for_host = [[self.home.rows(x, its.rows) for x in asked] for its in looks.here]
             for each in for_host:
                 self.home.prefetch(*each)
+            kv = self._kv.layers[attention.layer]
+            # Room is taken now, as the device is busy for less time than when they come.
+            lent = [self.home.lent_pages((its.held, *kv.data.shape[1:])) for its in looks.there]
             yield
-            found, leaving = [], None
-            if looks.there is not None:
-                mixed, leaving = self._look_there(attention.layer, there, asked, looks.there)
-                found.append((looks.there.rows, mixed))
-            for its, each in zip(looks.here, for_host, strict=True):
-                found.append((its.rows, self._look_here(attention, each, its)))
-            mixed = self._joined(asked[0], found)
+            self._bring(kv, looks.there, lent)
+            found_here = [
+                (its.rows, self._look_here(attention, each, its))
+                for its, each in zip(looks.here, for_host, strict=True)
+            ]
+            found = [
+                (its.rows, self._look_there(attention.layer, there, asked, its, pages))
+                for its, pages in zip(looks.there, lent, strict=True)
+            ]
+            leaving = [self._leaving(its, pages) for its, pages in zip(looks.there, lent, strict=True)]
+            mixed = self._joined(asked[0], [*found, *found_here])
             self._add(hidden, there, self._model.attended(self.home, attention.layer, there, mixed))
             self._passing.lent(attention)
-            if looks.there is not None:
-                self._kv.layers[attention.layer].data[looks.there.leaving] = self.home.fetch(leaving)
+            self._keep(kv, looks.there, leaving)
+            del asked, for_host, lent, found_here, found, leaving, mixed  # what comes now has their room
             if blocks is not self._layers[-1]:
                 self._feed(blocks, hidden)
                 self._passing.lent(*feeding)
@@ -117,18 +124,30 @@ class Alternating:
         return carried(mixed, self._cpu, self.home)
 
     def _look_there(
-        self, layer: int, weights: Weights, asked: Sequence[Hidden], its: RowsThere
-    ) -> tuple[Hidden, Hidden]:
-        """What the group asked (T, …) → what the device found for these rows, (t, H*D), and pages that leave, both in
-        its home."""
+        self, layer: int, weights: Weights, asked: Sequence[Hidden], its: RowsThere, pages: Bytes
+    ) -> Hidden:
+        """What the group asked (T, …), and pages of these rows' texts → what the device finds for them, (t, H*D)."""
         home, kv = self.home, self._kv.layers[layer]
-        pages = home.lent_pages(kv.data[its.coming], its.held)
         q, k, v = (home.rows(x, its.rows) for x in asked)
         lent = KvPages(kv.layout, kv.heads, pages)
-        mixed = self._model.look_back(home, layer, weights, q, k, v, its.segments, its.rotations, lent)
-        leaving = home.rows(pages, slice(its.held - len(its.leaving), its.held))
-        home.prefetch(leaving)
-        return mixed, leaving
+        return self._model.look_back(home, layer, weights, q, k, v, its.segments, its.rotations, lent)
+
+    def _bring(self, kv: KvPages, texts: Sequence[RowsThere], lent: Sequence[Bytes]) -> None:
+        """What these texts have of K and V begins to come."""
+        for its, pages in zip(texts, lent, strict=True):
+            if len(its.coming):
+                self.home.pages_in(pages, [kv.data[page] for page in its.coming])
+
+    def _leaving(self, its: RowsThere, pages: Bytes) -> Hidden:
+        """Those of them that leave, on their way."""
+        leaving = self.home.rows(pages, slice(its.held - len(its.leaving), its.held))
+        self.home.prefetch(leaving)
+        return leaving
+
+    def _keep(self, kv: KvPages, texts: Sequence[RowsThere], leaving: Sequence[Hidden]) -> None:
+        """What has left, where it belongs on the host."""
+        for its, pages in zip(texts, leaving, strict=True):
+            kv.data[its.leaving] = self.home.fetch(pages)
 
     def _joined(self, asked: Hidden, found: Sequence[tuple[slice, Hidden]]) -> Hidden:
         """(T, H*D) of parts that are all of its rows."""

@@ -9,6 +9,7 @@ Knows rows and pages; computes nothing.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
@@ -43,10 +44,10 @@ class RowsThere(NamedTuple):
 
 
 class Looks(NamedTuple):
-    """All rows of a group, each once. There may be none for one of both."""
+    """All rows of a group, each once: at most two parts here, and one there, between them or beside."""
 
     here: list[RowsHere]
-    there: RowsThere | None
+    there: list[RowsThere]
 
 
 class _Text(NamedTuple):
@@ -63,14 +64,14 @@ def dealt(part: Part, rotations: list[Rotation], least_rows: int, most_pages: in
     texts = [*_texts(segments)]
     chosen = _chosen(texts, least_rows, most_pages) if least_rows else range(0)
     if not chosen:
-        return Looks([RowsHere(slice(0, segments.tokens), segments, rotations)], None)
+        return Looks([RowsHere(slice(0, segments.tokens), segments, rotations)], [])
     here = []
     for which in (range(chosen.start), range(chosen.stop, len(texts))):
         if which:
             rows = _rows(segments, which)
             its = Segments.build(texts[place] for place in which)
             here.append(RowsHere(rows, its, _cut(rotations, rows)))
-    return Looks(here, _there(segments, texts, chosen, rotations))
+    return Looks(here, [_there(segments, texts, chosen, rotations)])
 
 
 def _texts(segments: Segments) -> Iterator[_Text]:
@@ -88,11 +89,12 @@ def _chosen(texts: Sequence[_Text], least_rows: int, most_pages: int) -> range:
         return range(0)
     run = max(found, key=lambda run: sum(texts[place].rows for place in run))
     begin, end = run[0], run[-1] + 1
-    while sum(len(texts[place].pages) for place in range(begin, end)) > most_pages:
-        if texts[begin].rows < texts[end - 1].rows:
-            begin += 1
-        else:
-            end -= 1
+    # Texts may share what they have before.
+    users = Counter(page for place in range(begin, end) for page in texts[place].pages)
+    while len(users) > most_pages:
+        fewest = begin if texts[begin].rows < texts[end - 1].rows else end - 1
+        begin, end = (begin + 1, end) if fewest == begin else (begin, end - 1)
+        users -= Counter(texts[fewest].pages)
     return range(begin, end)
 
 

@@ -261,13 +261,11 @@ class _Passing:
             it.alike * attention(self._there, spec, kv_type, it.rows, it.before, kind.window).seconds
             for it in its
         )
-        moved_s = 2 / self._host.memory_bytes_per_s  # of a byte that the host copies
         return LookingThere(
-            gathered_s=moved_s * coming,
             comes_s=self._copied_s(coming) if coming else 0.0,
             looks_s=looks_s / groups,
             leaves_s=self._copied_s(leaving),
-            stored_s=moved_s * leaving,
+            stored_s=leaving / self._host.laid_out_bytes_per_s,  # by one thread
             alone=not self._looks_here,
         )
 

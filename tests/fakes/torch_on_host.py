@@ -31,6 +31,9 @@ class TorchOnHost(SimDevice):
     def copy_in(self, source: Array, target: DeviceArray, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
         return self._copy("in", [(source, target.inside.numpy())], after)
 
+    def bring_in(self, parts: Sequence[StagedPart], after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
+        return self._copy("in", [(it.source, it.target.inside.numpy()) for it in parts], after)
+
     def stage_in(
         self,
         parts: Sequence[StagedPart],

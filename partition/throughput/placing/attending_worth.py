@@ -42,5 +42,5 @@ def _gain_s(
     there_s = attention(there.computing, spec, kv_type, rows, before, kind.window).seconds
     kv_bytes = (before + rows) * kv_token_bytes(spec, kv_type)
     asked_bytes = 4 * rows * 2 * (spec.heads + spec.kv_heads) * spec.head_dim
-    copied_s = (kv_bytes - asked_bytes) / there.host_bytes_per_s + 2 * kv_bytes / host.memory_bytes_per_s
-    return here_s - there_s - copied_s
+    stored_s = rows * kv_token_bytes(spec, kv_type) / host.laid_out_bytes_per_s
+    return here_s - there_s - (kv_bytes - asked_bytes) / there.host_bytes_per_s - stored_s

@@ -48,22 +48,22 @@ class Feeding(NamedTuple):
 
 
 class LookingThere(NamedTuple):
-    """The device attends for some texts of a group, in seconds: the host puts together what they have of K and V, which
-    comes; then the device looks, and what has been added leaves and is put where it belongs. `joined_s`: what it found
-    is put together with what the host finds for others; `alone`: there are none."""
+    """The device attends for some texts of a group, in seconds: what they have of K and V comes, and once the host has
+    attended for others, where it lies there (`told_s`, in a step's first layer); then the device looks, and what has
+    been added leaves and is put where it belongs. `joined_s`: what it found is put together with what the host has
+    found; `alone`: there are no others."""
 
-    gathered_s: float
     comes_s: float
     looks_s: float
     leaves_s: float
     stored_s: float
+    told_s: float = 0.0
     joined_s: float = 0.0
     alone: bool = False
 
     def slower(self, host: float, device: float) -> LookingThere:
         """If what the host does takes so many times as long, and computing on the device so many."""
         return self._replace(
-            gathered_s=host * self.gathered_s,
             looks_s=device * self.looks_s,
             stored_s=host * self.stored_s,
             joined_s=device * self.joined_s,
@@ -236,16 +236,15 @@ class _Clock:
             self._compute(turn.asked_s, max(self._entered_s, self._arrival(place, "attn")))
             left_s = self._leave(turn.leaves_s) if attends else 0.0
             yield
-            if looking is not None:
-                self._host(looking.gathered_s)
-                came_s = self._enter(looking.comes_s) if looking.comes_s else 0.0
-                self._compute(looking.looks_s, came_s)
-                kept_s = self._leave(looking.leaves_s)
+            came_s = self._enter(looking.comes_s) if looking is not None and looking.comes_s else 0.0
             if attends:
                 self._wait(left_s)
                 self._host(turn.attends_s)
                 back_s = self._enter(turn.back_s)
             if looking is not None:
+                told_s = self._enter(looking.told_s) if looking.told_s else 0.0
+                self._compute(looking.looks_s, max(came_s, told_s))
+                kept_s = self._leave(looking.leaves_s)
                 self._compute(looking.joined_s)
             self._compute(turn.attended_s, back_s)
             self._note_used(place, "attn", last=last)

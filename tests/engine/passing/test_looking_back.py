@@ -11,13 +11,13 @@ from shoal.kernels.attention_operands import Rotation, Segments
 from shoal.models.step import Part, Step
 from shoal.partition.memory_layout import PAGE_TOKENS
 
-POOL = 400
+POOL = 2000
 Text = tuple[int, int]  # rows, and the position of the first
 
 
 def part_of(texts: list[Text], shared: int = 0) -> Part:
     """A group of texts with pages of their own, but for so many that all begin with."""
-    numbers = iter(np.random.default_rng(1).permutation(np.arange(10, POOL)).tolist())
+    numbers = iter(np.random.default_rng(1).permutation(np.arange(100, POOL)).tolist())
     segments = []
     for rows, start in texts:
         count, common = -(-(start + rows) // PAGE_TOKENS), min(shared, start // PAGE_TOKENS)
@@ -41,7 +41,7 @@ texts = st.lists(st.tuples(st.integers(1, 150), st.integers(0, 200)), min_size=1
 def test_each_row_is_in_one_place(texts: list[Text], least_rows: int, most_pages: int, shared: int) -> None:
     part = part_of(texts, shared)
     looks = looks_of(part, least_rows, most_pages)
-    its = [*looks.here, *([looks.there] if looks.there else [])]
+    its = [*looks.here, *looks.there]
     table, pages = part.segments.table, part.segments.pages
     seen = []
     for one in its:
@@ -58,10 +58,10 @@ def test_each_row_is_in_one_place(texts: list[Text], least_rows: int, most_pages
                 one.segments.pages[page : page + count].tolist()
                 == pages[whole[3] : whole[3] + count].tolist()
             )
-    if looks.there is not None:
-        assert looks.there.held <= most_pages
-        assert (looks.there.segments.table[:, 1] >= least_rows).all()
-        comes_and_goes(part.segments, looks.there)
+    for there in looks.there:
+        assert there.held <= most_pages
+        assert (there.segments.table[:, 1] >= least_rows).all()
+        comes_and_goes(part.segments, there)
 
 
 def comes_and_goes(whole: Segments, there: RowsThere) -> None:
@@ -91,7 +91,7 @@ def comes_and_goes(whole: Segments, there: RowsThere) -> None:
 def there_of(texts: list[Text], least_rows: int, most_pages: int) -> list[int]:
     """Rows of each text that attends there."""
     looks = looks_of(part_of(texts), least_rows, most_pages)
-    return looks.there.segments.table[:, 1].tolist() if looks.there else []
+    return [rows for there in looks.there for rows in there.segments.table[:, 1].tolist()]
 
 
 def test_those_with_most_rows_have_the_room() -> None:
@@ -101,3 +101,9 @@ def test_those_with_most_rows_have_the_room() -> None:
     assert there_of([(128, 0), (64, 0)], 16, 1) == []
     assert there_of([(128, 0), (64, 0)], 0, 9) == []
     assert there_of([(50, 0), (1, 80), (60, 0)], 16, 9) == [60]
+
+
+def test_what_texts_share_takes_room_once() -> None:
+    part = part_of([(40, 3072)] * 20, shared=48)
+    (there,) = looks_of(part, 16, 48 + 20).there
+    assert (there.held, len(there.segments.table), len(there.coming)) == (68, 20, 48)

@@ -148,22 +148,23 @@ def measured(
         asked_s = took.of("compute", "linears", *norms, *([] if alone else ["join"]))
         asked.append((asked_s, took.copies("out", 0 if alone else 1)))
 
-    def looked(layer: int) -> LookingThere | None:
-        """Pages of a text that goes on come, and for the first layer their numbers and two tables of angles."""
+    def looked(layer: int, comes_s: float) -> LookingThere | None:
+        """Pages of texts that go on have come; for the first layer also where they are, and two tables of angles."""
         if not plan.attending_rows:
             return None
-        comes_s = took.copies("in", alone + (0 if layer else 3))
+        told_s = took.copies("in", 0 if layer else 3)
         looks_s, leaves_s = took.of("compute", "attention"), took.copies("out")
         joined_s = 0.0 if alone else took.of("compute", "zeros", "add")
-        return LookingThere(0.0, comes_s, looks_s, leaves_s, 0.0, joined_s, alone)
+        return LookingThere(comes_s, looks_s, leaves_s, 0.0, told_s, joined_s, alone)
 
     ask()
     ask()
     for layer in range(LAYERS):
         for _ in range(2):
             asked_s, leaves_s = asked.pop(0)
-            looking = looked(layer)
+            comes_s = took.copies("in", 1 if alone else 0)
             back_s = took.copies("in", 0 if alone else 1)
+            looking = looked(layer, comes_s)
             attended_s = took.of("compute", *(["add"] if looking and not alone else []), "linears")
             added_s = took.of("compute", *after, "add")
             feeding = fed() if layer < LAYERS - 1 else None
