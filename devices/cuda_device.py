@@ -79,9 +79,8 @@ class CudaDevice:
             _probe(torch.device("cuda", number))
             usable = int(OF_FREE_MEMORY * torch.cuda.mem_get_info(number)[0])
             limit_bytes = usable if limit_bytes is None else min(usable, limit_bytes)
-            self._computing, self._coming, self._staging, self._going = (
-                _cuda.Stream(number) for _ in range(4)
-            )
+            streams = (_cuda.Stream(number) for _ in range(4))
+            self._computing, self._coming, self._staging, self._going = streams
         except (RuntimeError, AssertionError) as error:  # a driver that is too old, no kernels for the card
             why = f"device {name} cannot be used: {one_line(error)}"
             raise (LostOpening(why) if isinstance(error, Stuck) else NoSuchDevice(why)) from error
@@ -203,9 +202,8 @@ class CudaDevice:
             self._look()
             with lent:
                 begun = self._copy(self._staging, ends, tuple(after), PACKET_BYTES)
-                if (
-                    lent is not HERE and not self.pinned_bytes
-                ):  # nobody says when a driver has read other memory
+                # Nobody says when a driver has read other memory.
+                if lent is not HERE and not self.pinned_bytes:
                     self._ended(begun)
                 return begun
 
@@ -215,9 +213,8 @@ class CudaDevice:
         self._finish(self._pinned)
 
     def copy_out(self, source: DeviceArray, target: Array, after: Sequence[DeviceEvent] = ()) -> DeviceEvent:
-        begin = bound(
-            self._copy, self._going, [CopyEnds(source.inside, torch.from_numpy(target))], tuple(after)
-        )
+        ends = [CopyEnds(source.inside, torch.from_numpy(target))]
+        begin = bound(self._copy, self._going, ends, tuple(after))
         # Of more packets whoever asks would have to wait for the first, and so for all that it was computed from.
         at_once = self.pinned_bytes and target.nbytes <= PACKET_BYTES
         return begin() if at_once else self._begun_by(self._copies_leave, begin)

@@ -32,9 +32,7 @@ PACKED_BYTES = 80  # … of which a group takes this much at most
 HUGE_BYTES = 2 << 20  # of a page of the system in which weights and KV lie
 SPAN_TOKENS = 256  # attention to a long context is computed in spans of this many tokens …
 SPANS_BYTES = 16 << 20  # … whose results take at most this much
-SCORES_TOGETHER = (
-    1 << 25
-)  # of queries with what they see, that attention in torch has at once, or those of one row
+SCORES_TOGETHER = 1 << 25  # of queries, that attention in torch has at once; a row has all of its own
 
 
 class KvFormat(NamedTuple):

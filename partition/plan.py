@@ -31,7 +31,7 @@ Tier = Literal["gpu", "ram", "disk"]
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """Where one block lives and is computed. K and V of a layer lie in the memory that its attention's weights have."""
+    """Where one block lives and is computed. K and V of a layer lie where its attention's weights do."""
 
     block: BlockId
     nbytes: int
@@ -250,7 +250,7 @@ class Plan:
             passing = format_bytes(sum(it.nbytes for it in self.blocks if it.passes))
             disk = f", {format_bytes(self.cyclic_bytes)} of them from disk" if self.cyclic_bytes else ""
             there = f"{weights} of weights on {self.device}, {passing} pass through it in every step"
-            rows = f", but for {self.attending_rows} tokens of a text or more in a step"
+            rows = f" (but for texts of {self.attending_rows} tokens or more in a step)"
             return f"{there}{disk} while the cpu attends" + rows * (self.attending_rows > 0)
         there = f"{self.there} on {self.device} with {weights} of weights and {pages} of KV"
         if self.staged_experts:

@@ -46,11 +46,12 @@ def batch_rate(model: Weighed, plan: Plan, machine: Device) -> float:
 
 
 def mixed_rate(model: Weighed, plan: Plan, machine: Device, context_tokens: int) -> float:
-    """The same, if as many requests are as long as a context as are of usual length: a batch has a context for its
-    longest one."""
+    """The same, if one request in four is as long as the context, which in a batch is made for its longest one: what
+    is a third slower with those of usual length may be many times as fast with those."""
     usual = usual_job(context_tokens)
     longest = usual._replace(prompt_tokens=max(usual.prompt_tokens, context_tokens - usual.new_tokens))
-    return harmonic_mean(batch_tokens_per_s(model, plan, machine, job) for job in (usual, longest))
+    rates = [batch_tokens_per_s(model, plan, machine, job) for job in (usual, longest)]
+    return harmonic_mean(rates, (3, 1))
 
 
 def plan_with_device(
@@ -126,10 +127,7 @@ def ways_through_device(
             vectors_bytes=model.vectors_bytes,
             attending_rows=rows,
         )
-        if isinstance(made, NoRoomThere):
-            return
-        plan = made.plan if isinstance(made, Misfit) else made
-        if plan.attending_rows == rows:  # else there is no room for that
+        if not isinstance(made, NoRoomThere):
             yield Way(f"through {room.name}{_WHERE_PROMPTS_ATTEND if rows else ''}", 6, made)
 
 
@@ -164,7 +162,7 @@ def ways_from_disk(
             contexts, sizes, room, memory_bytes=memory_bytes, kv_share=share, attending_rows=attending
         )
         if isinstance(passing, NoRoomThere):
-            return
+            continue
         plan = passing.plan if isinstance(passing, Misfit) else passing
         if (key := (plan.kv.pages, plan.attending_rows)) in known:
             continue
@@ -230,36 +228,32 @@ def with_device_or_alone(
     if streaming and not there:
         found = [*ways_from_disk(model, contexts, room, memory_bytes, here)]
         there = [way for way in found if isinstance(way.made, Plan)]
-    if isinstance(alone, Misfit) or not there:
-        if there:
-            plan = there[0].made
-            assert isinstance(plan, Plan)
-            return replace(
-                plan, why=f"{room.name} computes with the processor, whose memory alone is too small"
-            )
+    if not there:
         if isinstance(alone, Plan):
             alone = replace(alone, why=f"the processor alone: {room.name} has no room for a layer")
         return alone
-    ways = [Way("the processor alone", 0, alone), *there]
-    context = min(way.made.context_tokens for way in ways if isinstance(way.made, Plan))
+    ways = [Way("the processor alone", 0, alone)] if isinstance(alone, Plan) else []
+    plans = {way.name: way.made for way in (*ways, *there) if isinstance(way.made, Plan)}
+    context = min(plan.context_tokens for plan in plans.values())
     job = usual_job(context)
 
-    def seconds(way: Way) -> float:
-        assert isinstance(way.made, Plan)
+    def seconds(plan: Plan) -> float:
         if many:
-            return job.new_tokens / mixed_rate(model, way.made, here, context)
-        return cost(model, way.made, here, job).total_s(job)
+            return job.new_tokens / mixed_rate(model, plan, here, context)
+        return cost(model, plan, here, job).total_s(job)
 
-    chosen = best(ways, lambda way: way.order, seconds)
-    others = ways[1:] if chosen is ways[0] else ways[:1]
-    other = min(others, key=seconds)
-    assert isinstance(chosen.made, Plan)
-    prompts = f"a prompt of {job.prompt_tokens} tokens"
-    if many and context > job.context_tokens:
-        prompts = f"many prompts of {job.prompt_tokens} and {context - job.new_tokens} tokens"
-    elif many:
-        prompts = f"many prompts of {job.prompt_tokens} tokens"
-    each = ", each" if many else ""
-    said = f"{prompts} and an answer of {job.new_tokens} are predicted to take{each}"
-    why = f"{chosen.name}: {said} {seconds(chosen):.2g} s, {seconds(other):.2g} s with {other.name}"
-    return replace(chosen.made, why=why)
+    took = {name: seconds(plan) for name, plan in plans.items()}
+    if not ways:
+        plan = plans[min(took, key=took.__getitem__)]
+        return replace(plan, why=f"{room.name} computes with the processor, whose memory alone is too small")
+    chosen = best([*ways, *there], lambda way: way.order, lambda way: took[way.name]).name
+    other = min(took.keys() - {chosen} if chosen == ways[0].name else [ways[0].name], key=took.__getitem__)
+    said = f"a prompt of {job.prompt_tokens} tokens and an answer of {job.new_tokens} are predicted to take"
+    if many:
+        longest = f" (some of {context - job.new_tokens})" if context > job.context_tokens else ""
+        said = (
+            f"prompts of {job.prompt_tokens} tokens{longest} and answers of {job.new_tokens}, many together, "
+            "are predicted to take for each"
+        )
+    why = f"{chosen}: {said} {took[chosen]:.2g} s, {took[other]:.2g} s with {other}"
+    return replace(plans[chosen], why=why)

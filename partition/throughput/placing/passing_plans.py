@@ -1,4 +1,5 @@
-"""Plans in which all layers pass through a device in every step, while the CPU attends to K and V in its own memory.
+"""Plans in which all layers pass through a device in every step, while the CPU attends to K and V in its own memory; or
+the device for texts with many rows in a step.
 
 Weights come from memory, or from disk through a window in memory. What stays on the device besides the head are, of a
 mixture, experts; of a dense model feed-forward blocks. Pure.
@@ -54,7 +55,7 @@ def plan_passing(
     """All layers in `memory_bytes` of this machine's memory, K and V, too; their weights pass through the device in
     every step. Of experts as many stay there as there is room for, of every layer the same ones. contexts: as for
     `plan_on_device`; the longest that fits is taken. `vectors_bytes`: of all norms and biases, which stay.
-    `attending_rows`: texts with so many rows in a step should attend there (0: none), if there is room for that."""
+    `attending_rows`: texts with so many rows in a step attend there (0: none)."""
     tried = [
         _passing(wanted, model, room, memory_bytes, vectors_bytes, attending_rows) for wanted in contexts
     ]
@@ -109,20 +110,13 @@ def _through(
             else BlockPlan(block, nbytes, "gpu" if stays(block, count) else "ram", room.name)
             for block, nbytes in blocks.items()
         ]
-        plan = plan_of(wanted, placed, least_kv_pages(wanted), host_scratch(wanted, placed))
-        return replace(
-            plan,
-            device_scratch_bytes=scratch,
-            attending_rows=attending_rows,
-        )
+        here = host_scratch(wanted, placed) + _left_bytes(wanted, attending_rows)
+        plan = plan_of(wanted, placed, least_kv_pages(wanted), here)
+        return replace(plan, device_scratch_bytes=scratch, attending_rows=attending_rows)
 
     least = made(0)
     if least.device_bytes > room.free_bytes:
-        return (
-            _through(wanted, blocks, room, vectors_bytes, 0)
-            if attending_rows
-            else NoRoomThere(least.device_bytes)
-        )
+        return NoRoomThere(least.device_bytes)
     # Of a mixture some experts have to pass.
     counts = range(1, most if spec.moe else most + 1)
     return made(bisect_left(counts, True, key=lambda count: made(count).device_bytes > room.free_bytes))
@@ -161,7 +155,7 @@ def _from_disk(
     passing = [it for it in through.blocks if it.passes]
     largest = max(it.nbytes for it in passing)
     ahead = ahead_bytes(passing)
-    beside = scratch_bytes(wanted) + READING_BYTES + model.vectors
+    beside = scratch_bytes(wanted) + READING_BYTES + model.vectors + _left_bytes(wanted, attending_rows)
 
     def made(memory_bytes: int) -> Plan | None:
         pages, page_bytes = through.kv.pages, kv_page_bytes(wanted.spec, wanted.kv_type)
@@ -213,12 +207,20 @@ def passing_scratch_bytes(wanted: Wanted, room: DeviceRoom, attending_rows: int)
     spec, asking = wanted.spec, _asking_bytes(wanted)
     if not attending_rows:
         return device_scratch_bytes(wanted, room._replace(gathers=False)) + asking
-    page_bytes = kv_page_bytes(spec, wanted.kv_type) // len(spec.layers)
     found = (
         4 * _rows(wanted) * spec.heads * spec.head_dim
     )  # before it is put together with what the CPU finds
-    lent = 2 * lent_pages(wanted.context_tokens, wanted.chunk_tokens) * page_bytes  # of both groups
-    return device_scratch_bytes(wanted, room) + asking + found + lent
+    return device_scratch_bytes(wanted, room) + asking + found + 2 * _lent_bytes(wanted)  # of both groups
+
+
+def _left_bytes(wanted: Wanted, attending_rows: int) -> int:
+    """Pages of a group that have left the device and are not in the pool yet, at most."""
+    return _lent_bytes(wanted) if attending_rows else 0
+
+
+def _lent_bytes(wanted: Wanted) -> int:
+    page_bytes = kv_page_bytes(wanted.spec, wanted.kv_type) // len(wanted.spec.layers)
+    return lent_pages(wanted.context_tokens, wanted.chunk_tokens) * page_bytes
 
 
 def _asking_bytes(wanted: Wanted) -> int:

@@ -3,6 +3,8 @@ last moment, so nothing may be read before it has come, nor changed or given bac
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from fakes import tiny
 from fakes.cuda_on_host import LOCKED, card
@@ -33,10 +35,10 @@ def some_experts(block: BlockId) -> bool:
     return block.kind == "head" or (block.kind == "expert" and block.expert in (0, 2, 3))
 
 
-def test_weights_that_pass(mixture: Running, device: CudaDevice) -> None:
-    executor = executor_of(
-        mixture, with_blocks_passing(mixture.plan, some_experts), DeviceHome(device, TorchKernels())
-    )
+@pytest.mark.parametrize("attending_rows", [0, 16, 1])  # with 1 texts go on there, whose pages come
+def test_weights_that_pass(mixture: Running, device: CudaDevice, attending_rows: int) -> None:
+    plan = replace(with_blocks_passing(mixture.plan, some_experts), attending_rows=attending_rows)
+    executor = executor_of(mixture, plan, DeviceHome(device, TorchKernels()))
     assert bool(device.locked_bytes) == bool(device.pinned_bytes)
     assert relative_error(logits(executor), logits(mixture.executor)) < IN_TORCH
     executor.let_go()

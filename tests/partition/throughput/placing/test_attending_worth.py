@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from shoal.partition.plan import Plan
 from shoal.partition.spec import MoeSpec
 from shoal.partition.throughput.cost import batch_tokens_per_s
-from shoal.partition.throughput.laws import attention
+from shoal.partition.throughput.laws import Rows, attention
 from shoal.partition.throughput.placing.attending_worth import LEAST_ROWS, attends_from
 from shoal.partition.throughput.placing.device_ways import (
     expert_of,
@@ -24,7 +24,7 @@ from shoal.partition.throughput.placing.device_ways import (
 from shoal.partition.throughput.prediction import Job
 from shoal.partition.throughput.profile import Accelerator, Overheads
 from shoal.partition.throughput.weights_of import Weighed
-from shoal.partition.throughput.with_device import room_of
+from shoal.partition.throughput.with_device import _Passing, room_of
 
 MODEL = weighed(spec(moe=MoeSpec(64, 4, 1024, True), ffn=0))
 MACHINE = replace(device(), overheads=Overheads(0.0, 0.0, 0.0, 0.0), measured=True)
@@ -94,6 +94,28 @@ def test_long_prompts_are_many_times_as_quick() -> None:
     assert streams > layers * one.seconds / 64
 
 
+def test_what_comes_and_leaves_by_hand() -> None:
+    """A prompt of 128 rows behind 1,000 others, beside 64 answers behind 500: two groups of a layer."""
+    there, plan = card(copy_s=0.0), passing(card())[1]
+    rows = [Rows(64, 1, 500.0), Rows(2, 128, 1000.0)]
+    step = _Passing(MODEL, plan, MACHINE, there, rows, 66, None)
+    turn = step._turn(MODEL.kind_of(0), (64 + 256) / 2, 2, fed=False)
+    looking, link = turn.looking, there.host_bytes_per_s
+    assert looking is not None
+    page_bytes = 2 * 4 * 64 * 64 * 2  # K and V of 4 heads of 64 for 64 tokens
+    assert looking.comes_s == pytest.approx(16 * page_bytes / link)  # of one of both prompts
+    assert looking.leaves_s == pytest.approx(2 * page_bytes / link)
+    assert looking.stored_s == pytest.approx(2 * page_bytes / MACHINE.laid_out_bytes_per_s)
+    each = attention(there.computing, MODEL.spec, "f16", 128, 1000.0, None).seconds
+    assert looking.looks_s == pytest.approx(each)
+    assert turn.leaves_s == pytest.approx(4 * 32 * (16 + 2 * 4) * 64 / link)  # of 32 answers
+    assert turn.back_s == pytest.approx(4 * 32 * 16 * 64 / link)
+    assert turn.attends_s == pytest.approx(32 * attention(MACHINE, MODEL.spec, "f16", 1, 500.0, None).seconds)
+    only = _Passing(MODEL, plan, MACHINE, there, rows[1:], 2, None)._turn(MODEL.kind_of(0), 128, 2, fed=False)
+    assert only.looking is not None
+    assert only.looking.alone
+
+
 def test_an_answers_row_is_the_hosts() -> None:
     there = card()
     plain, attending = (replace(passing(there)[1], attending_rows=rows) for rows in (0, 64))
@@ -113,10 +135,11 @@ def test_who_chooses_takes_what_is_predicted_to_be_quicker() -> None:
         found = plan_with_device(MODEL, [ASKED], room_of(there, expert_of(MODEL)), MEMORY, MACHINE, many=True)
         assert isinstance(found, Plan)
         rates = [mixed_rate(MODEL, plan, here, 4096) for plan in plans]
-        assert found == (plans[rates.index(max(rates))] if found.passes else found)
-        chosen.append(found.passes and found.attending_rows > 0)
-    assert chosen[0], "it is much quicker than the processor"
-    assert not chosen[-1]
+        if found.passes:
+            assert found == plans[rates.index(max(rates))]
+        chosen.append((found.passes, found.attending_rows > 0))
+    assert chosen[0] == (True, True), "it is much quicker than the processor"
+    assert not chosen[-1][1]
 
 
 def test_a_device_without_room_for_it_leaves_it_to_the_processor() -> None:
