@@ -24,9 +24,7 @@ from shoal import kernels
 from shoal.comm.home import Home
 from shoal.daemon.throughput.own_machine import profile_file
 from shoal.daemon.throughput.profiling import machine_profile, rounds_of_tables
-from shoal.kernels import WEIGHT_TYPES, Linears, Matrix
-from shoal.kernels.huge_pages import mapped
-from shoal.partition.memory_layout import BAND_ROWS
+from shoal.kernels import Linears
 from shoal.partition.throughput.profile import (
     Corrections,
     Device,
@@ -37,11 +35,11 @@ from shoal.partition.throughput.profile import (
 )
 
 from .cells import Cell, Floors
+from .weights import COLUMNS, weights
 
 RANKS = "one", "two", "three", "four"
 PORT = 27651
-KIND = next(kind for kind in WEIGHT_TYPES if kind.name == "Q8_0")  # which no kernel computes with for longer
-COLUMNS, MATRIX_BYTES = 4096, 8 << 20
+MATRIX_BYTES = 8 << 20
 LEAST_READ_BYTES, PROBES = 512 << 20, 12
 SAMPLES, SHORTER = 3, 4  # of floors in each round of a profile's tables, with so many times fewer probes
 COMPUTED_ROWS, COMPUTED, STRETCHES = 64, 32, 8  # rows, products in a stretch: a second in all
@@ -103,13 +101,7 @@ def compute_gflops(threads: int, stretches: int = STRETCHES) -> float:
 
 @functools.cache
 def _weights() -> list[Linears]:
-    """As they lie in models, as many as no cache holds."""
-    memory = mapped(max(ROUND_BYTES))
-    memory[:] = 0x11  # a number in every type; each page has to be there
-    rows = MATRIX_BYTES // KIND.matrix_bytes(BAND_ROWS, COLUMNS) * BAND_ROWS
-    used = KIND.matrix_bytes(rows, COLUMNS)
-    starts = range(0, len(memory) - MATRIX_BYTES + 1, MATRIX_BYTES)
-    return [Linears((Matrix(KIND, memory[at : at + used], rows, COLUMNS),)) for at in starts]
+    return weights(max(ROUND_BYTES), MATRIX_BYTES)
 
 
 def nearest_round(nbytes: float) -> int:

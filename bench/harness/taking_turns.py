@@ -28,10 +28,7 @@ from shoal.comm.group.channel import Channel
 from shoal.comm.group.node_identity import NodeIdentity
 from shoal.comm.group.sums.manners import Manner, Manners, SumTopology
 from shoal.comm.group.sums.star import Hub, Spoke
-from shoal.kernels import WEIGHT_TYPES, Linears, Matrix
-from shoal.kernels.huge_pages import mapped
 from shoal.partition.group_choice import Choice
-from shoal.partition.memory_layout import BAND_ROWS
 from shoal.partition.sum_cost import Means, Network, sent_s, sums_of
 from shoal.partition.throughput.group_plans import links_of, machines_of
 from shoal.partition.throughput.laws import interpolated
@@ -39,8 +36,9 @@ from shoal.partition.throughput.prediction import Job, Prediction
 from shoal.partition.throughput.profile import Profile
 from shoal.partition.throughput.weights_of import Weighed
 
-KIND = next(kind for kind in WEIGHT_TYPES if kind.name == "Q8_0")
-COLUMNS, MATRIX_BYTES, WEIGHTS_BYTES = 4096, 1 << 20, 256 << 20
+from .weights import COLUMNS, weights
+
+MATRIX_BYTES, WEIGHTS_BYTES = 1 << 20, 256 << 20
 PRODUCTS = (0, 1, 2, 4, 8, 16, 32, 64)  # between two sums
 CASE_S, SUMS, TRIALS = 0.2, (20, 300), 3
 TRIED_S = 240.0  # at most, in all
@@ -212,12 +210,7 @@ def _work(seed: int) -> Callable[[int], None]:
     """Multiplies a row by so many matrices that no cache has."""
     kernels.set_threads(1)
     home, source = kernels.home_of("cpu"), random.Random(seed)
-    memory = mapped(WEIGHTS_BYTES)
-    memory[:] = 0x11
-    rows = MATRIX_BYTES // KIND.matrix_bytes(BAND_ROWS, COLUMNS) * BAND_ROWS
-    used = KIND.matrix_bytes(rows, COLUMNS)
-    starts = range(0, len(memory) - MATRIX_BYTES + 1, MATRIX_BYTES)
-    each = [Linears((Matrix(KIND, memory[at : at + used], rows, COLUMNS),)) for at in starts]
+    each = weights(WEIGHTS_BYTES, MATRIX_BYTES)
     x = home.place(np.ones((1, COLUMNS), np.float32))
     order: list[int] = []
 

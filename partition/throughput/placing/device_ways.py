@@ -247,7 +247,8 @@ def with_device_or_alone(
         plan = plans[min(took, key=took.__getitem__)]
         return replace(plan, why=f"{room.name} computes with the processor, whose memory alone is too small")
     chosen = best([*ways, *there], lambda way: way.order, lambda way: took[way.name]).name
-    other = min(took.keys() - {chosen} if chosen == ways[0].name else [ways[0].name], key=took.__getitem__)
+    others = [name for name in took if name != chosen] if chosen == ways[0].name else [ways[0].name]
+    other = min(others, key=took.__getitem__)
     said = f"a prompt of {job.prompt_tokens} tokens and an answer of {job.new_tokens} are predicted to take"
     if many:
         longest = f" (some of {context - job.new_tokens})" if context > job.context_tokens else ""
