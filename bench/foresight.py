@@ -4,10 +4,11 @@
     python bench/foresight.py measure predictions.json --models DIR --out measured.json [--only TEXT] [--limit-s 840]
     python bench/foresight.py report predictions.json measured.json
 
-`predict` measures profiles (a minute each for all threads, half of them and one), with the floors of memory and disk
-probed before and after, since a machine changes its speed within minutes. What running has taught (`corrections`) is
-left out. It lists cells that take less than `CELL_S` each, in an order in which any first part has some of every kind,
-and makes the packs that they need. What sums take ranks of one machine is tried (`harness/taking_turns.py`).
+`predict` measures profiles (a minute each for all threads, half of them and one), with the floors of memory and
+computing probed meanwhile, of the disk before and after, since a machine changes its speed within minutes. What running
+has taught (`corrections`) is left out. It lists cells that take less than `CELL_S` each, in an order in which any first
+part has some of every kind, and makes the packs that they need. What sums take ranks of one machine is tried
+(`harness/taking_turns.py`).
 `measure` goes on where it was ended: cells that `--out` has are not measured again, unless they were void. A cell is
 `shoal bench` in a fresh process, or a group of two or four daemons on loopback, floors probed before and after.
 Nothing else should run.

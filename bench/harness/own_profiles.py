@@ -110,7 +110,7 @@ def nearest_round(nbytes: float) -> int:
 
 
 class Known(NamedTuple):
-    """A profile, and floors before and after it was measured, by the bytes that come round."""
+    """A profile, and floors while it was measured (of the disk before and after), by the bytes that come round."""
 
     profile: Profile
     floors: dict[int, Floors]
@@ -139,6 +139,8 @@ def profile_of(threads: int, file: Path) -> Known:
     assert found is not None
     disk.append(disk_gb_per_s(file))
     profile = Profile((replace(found.head, corrections=Corrections()),))
+    if not all(samples[:2]):
+        raise SystemExit("no floors were probed in the first two rounds of tables: something else computes")
     found_floors = {}
     for nbytes in ROUND_BYTES:
         each = [_middle([its[nbytes] for its in probed]) for probed in samples if probed]

@@ -89,11 +89,9 @@ class Alternating:
             attention, *feeding = blocks
             there = self._passing.lend(attention)
             asked = self._model.asked(self.home, there, hidden, lambda x: x)
-            for_host = [[self.home.rows(x, its.rows) for x in asked] for its in looks.here]
-            for each in for_host:
-                self.home.prefetch(*each)
+            for_host = [self._for_host(asked, its) for its in looks.here]
             kv = self._kv.layers[attention.layer]
-            # Room is taken now, as the device is busy for less time than when they come.
+            # Taken before it gives way, so that copies need not wait for what the other group begins.
             lent = [self.home.lent_pages((its.held, *kv.data.shape[1:])) for its in looks.there]
             yield
             self._bring(kv, looks.there, lent)
@@ -114,6 +112,12 @@ class Alternating:
             if blocks is not self._layers[-1]:
                 self._feed(blocks, hidden)
                 self._passing.lent(*feeding)
+
+    def _for_host(self, asked: Sequence[Hidden], its: RowsHere) -> list[Hidden]:
+        """What these rows of a group asked, on its way to the host."""
+        rows = [self.home.rows(x, its.rows) for x in asked]
+        self.home.prefetch(*rows)
+        return rows
 
     def _look_here(self, attention: BlockId, asked: Sequence[Hidden], its: RowsHere) -> Hidden:
         """What these rows asked (t, …) → what the host found, (t, H*D) in the device's home."""

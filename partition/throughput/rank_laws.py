@@ -27,7 +27,7 @@ from .schedule import Experts, expert_waits, guessed_right, ring_s, shares
 from .weights_of import LayerKind, Product, Weighed, queried
 
 _MORE_ROWS = 256  # of a prompt; fixed costs go with rows on a line
-_ROUNDS = 2  # how contention is found, which depends on what it changes
+_ROUNDS = 5  # how contention is found, which depends on what it changes
 
 
 class RankLaws:
@@ -108,13 +108,13 @@ class RankLaws:
         slower = waiting = 1.0
         stall_s = least_s = 0.0
         for _ in range(_ROUNDS):
-            stall_s = disk_s = 0.0
+            stall_s = disk_s = leases_s = 0.0
             if held.missing_experts:
                 its = self._experts(portion, held, rows, crowd, own)
                 speed = block_bytes_per_s(self._device, its.nbytes) / waiting
                 waits = expert_waits(its.slower(slower), speed)
-                calls_s = LEASE_CALLS * self._device.overheads.mixture_s * its.goes
-                stall_s, disk_s = mixtures * (waits.stall_s + calls_s), mixtures * waits.disk_s
+                leases_s = mixtures * LEASE_CALLS * self._device.overheads.mixture_s * its.goes
+                stall_s, disk_s = mixtures * waits.stall_s + leases_s, mixtures * waits.disk_s
             speed = ring_bytes_per_s(self._device, held.window_bytes) / waiting
             passing_s = ring_s(
                 held.streamed_bytes, held.block_bytes, held.window_bytes, slower * block_s, speed
@@ -122,8 +122,9 @@ class RankLaws:
             least_s = passing_s + disk_s
             reading_s = held.streamed_bytes / speed + disk_s
             step_s = max(slower * computing_s + stall_s, least_s, 1e-9)
-            waited_s = max(0.0, step_s - slower * computing_s)
-            slower, waiting = together(self._device, *shares(step_s, waited_s, reading_s))
+            waited_s = max(0.0, step_s - slower * computing_s - leases_s)
+            now = together(self._device, *shares(step_s, waited_s, reading_s))
+            slower, waiting = (slower + now[0]) / 2, (waiting + now[1]) / 2
         return DiskTimes(least_s, slower, stall_s)
 
     def _experts(

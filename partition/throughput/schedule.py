@@ -19,7 +19,8 @@ _LAPS = 3  # the first fill the ring
 _BESIDE_BYTES = READ_PIECE_BYTES  # of two reads at a time, which begin together and end together
 GUESSED_RIGHT = 0.85  # of guesses which experts the next layer will choose (0.85 to 0.9: docs/LOG.md)
 _GUESSING = 8  # rounds: what is guessed depends on the time that it leaves
-_ROUNDS = 3  # how contention is found, which depends on what it changes
+_ROUNDS = 10  # at most, how contention is found, which depends on what it changes …
+_SETTLED = 5e-3  # … until it changes by no more than this
 _PIECES = 1000  # of a lap, about, at most: larger pieces tell as much
 
 
@@ -197,7 +198,11 @@ def contended(
             _BESIDE_BYTES,
         )
         found = passing._replace(disk_s=passing.disk_s + experts_disk_s)
-        slower = together(device, *shares(found.step_s, passing.stall_s + experts_stall_s, found.disk_s))
+        now = together(device, *shares(found.step_s, passing.stall_s + experts_stall_s, found.disk_s))
+        if all(abs(one / other - 1) < _SETTLED for one, other in zip(now, slower, strict=True)):
+            break
+        # From one round to the next it swings about where it settles.
+        slower = now if slower == (1.0, 1.0) else ((now[0] + computed) / 2, (now[1] + read) / 2)
     return found
 
 

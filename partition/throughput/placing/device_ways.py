@@ -46,8 +46,8 @@ def batch_rate(model: Weighed, plan: Plan, machine: Device) -> float:
 
 
 def mixed_rate(model: Weighed, plan: Plan, machine: Device, context_tokens: int) -> float:
-    """The same, if one request in four is as long as the context, which in a batch is made for its longest one: what
-    is a third slower with those of usual length may be many times as fast with those."""
+    """The same, if one request in four is as long as the context, which in a batch is made for its longest one: a plan
+    that is a third slower with usual requests may be many times as fast with long ones."""
     usual = usual_job(context_tokens)
     longest = usual._replace(prompt_tokens=max(usual.prompt_tokens, context_tokens - usual.new_tokens))
     rates = [batch_tokens_per_s(model, plan, machine, job) for job in (usual, longest)]
@@ -232,9 +232,10 @@ def with_device_or_alone(
         if isinstance(alone, Plan):
             alone = replace(alone, why=f"the processor alone: {room.name} has no room for a layer")
         return alone
-    ways = [Way("the processor alone", 0, alone)] if isinstance(alone, Plan) else []
-    plans = {way.name: way.made for way in (*ways, *there) if isinstance(way.made, Plan)}
-    context = min(plan.context_tokens for plan in plans.values())
+    alone_way = [Way("the processor alone", 0, alone)] if isinstance(alone, Plan) else []
+    ways = [*alone_way, *there]
+    plans = [way.made for way in ways if isinstance(way.made, Plan)]
+    context = min(plan.context_tokens for plan in plans)
     job = usual_job(context)
 
     def seconds(plan: Plan) -> float:
@@ -242,19 +243,19 @@ def with_device_or_alone(
             return job.new_tokens / mixed_rate(model, plan, here, context)
         return cost(model, plan, here, job).total_s(job)
 
-    took = {name: seconds(plan) for name, plan in plans.items()}
-    if not ways:
-        plan = plans[min(took, key=took.__getitem__)]
+    took = [seconds(plan) for plan in plans]
+    places = range(len(ways))
+    if not alone_way:
+        plan = plans[min(places, key=took.__getitem__)]
         return replace(plan, why=f"{room.name} computes with the processor, whose memory alone is too small")
-    chosen = best([*ways, *there], lambda way: way.order, lambda way: took[way.name]).name
-    others = [name for name in took if name != chosen] if chosen == ways[0].name else [ways[0].name]
-    other = min(others, key=took.__getitem__)
+    chosen = best(places, lambda place: ways[place].order, took.__getitem__)
+    other = 0 if chosen else min(places[1:], key=took.__getitem__)
     said = f"a prompt of {job.prompt_tokens} tokens and an answer of {job.new_tokens} are predicted to take"
     if many:
         longest = f" (some of {context - job.new_tokens})" if context > job.context_tokens else ""
         said = (
             f"prompts of {job.prompt_tokens} tokens{longest} and answers of {job.new_tokens}, many together, "
-            "are predicted to take for each"
+            "are predicted to take, each,"
         )
-    why = f"{chosen}: {said} {took[chosen]:.2g} s, {took[other]:.2g} s with {other}"
+    why = f"{ways[chosen].name}: {said} {took[chosen]:.2g} s, {took[other]:.2g} s with {ways[other].name}"
     return replace(plans[chosen], why=why)

@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from ...memory_layout import kv_page_bytes, lent_pages
+from ...memory_layout import PAGE_TOKENS, kv_page_bytes, lent_pages
 from ...placement import (
     DeviceRoom,
     ModelBytes,
@@ -214,13 +214,21 @@ def passing_scratch_bytes(wanted: Wanted, room: DeviceRoom, attending_rows: int)
 
 
 def _left_bytes(wanted: Wanted, attending_rows: int) -> int:
-    """Pages of a group that have left the device and are not in the pool yet, at most."""
-    return _lent_bytes(wanted) if attending_rows else 0
+    """Pages of a group that have left the device and are not in the pool yet, at most: those that its rows fill, and of
+    each of its texts one that was begun and one that is."""
+    if not attending_rows:
+        return 0
+    texts = min(wanted.sequences, -(-wanted.chunk_tokens // attending_rows))
+    pages = wanted.chunk_tokens // PAGE_TOKENS + 2 * texts
+    return min(pages * _layers_page_bytes(wanted), _lent_bytes(wanted))
 
 
 def _lent_bytes(wanted: Wanted) -> int:
-    page_bytes = kv_page_bytes(wanted.spec, wanted.kv_type) // len(wanted.spec.layers)
-    return lent_pages(wanted.context_tokens, wanted.chunk_tokens) * page_bytes
+    return lent_pages(wanted.context_tokens, wanted.chunk_tokens) * _layers_page_bytes(wanted)
+
+
+def _layers_page_bytes(wanted: Wanted) -> int:
+    return kv_page_bytes(wanted.spec, wanted.kv_type) // len(wanted.spec.layers)
 
 
 def _asking_bytes(wanted: Wanted) -> int:

@@ -13,6 +13,7 @@ from shoal.partition.errors import ProfileError
 from shoal.partition.plan import Plan, plan_in_ram
 from shoal.partition.spec import BlockId, MoeSpec
 from shoal.partition.streamed_plan import plan_streamed
+from shoal.partition.throughput import schedule
 from shoal.partition.throughput.cost import cost
 from shoal.partition.throughput.explain import with_faster_disk
 from shoal.partition.throughput.laws import NOTHING, Rows, block_bytes_per_s, ring_bytes_per_s
@@ -88,6 +89,24 @@ def test_contention_lies_between_none_and_all_of_the_time(
     slow_disk = replace(device(), disk_bytes_per_s=device().disk_bytes_per_s * disk_keeps)
     all_ = contended(replace(slow_disk, contention=Contention(1.0, 1.0)), window, slowest, {}, 0.0)
     assert none.step_s * (1 - 1e-9) <= some.step_s <= max(all_.step_s, none.step_s) * (1 + 1e-9)
+
+
+@given(
+    st.floats(0.5, 1.0),
+    st.floats(0.5, 1.0),
+    st.sampled_from([0.25, 0.5, 0.8, 1.0, 1.3, 2.0, 4.0]),
+    st.booleans(),
+)
+def test_contention_is_found(compute_keeps: float, disk_keeps: float, ratio: float, roomy: bool) -> None:
+    """More rounds would change a step by less than a hundredth, also where both take as long."""
+    keeps = replace(device(), contention=Contention(compute_keeps, disk_keeps))
+    uses = [Use(ratio * 0.020, 20 * MB)] * 12
+    window = (80 if roomy else 30) * MB
+    found = contended(keeps, window, uses, {}, 0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schedule, "_ROUNDS", 60)
+        patch.setattr(schedule, "_SETTLED", 1e-9)
+        assert found.step_s == pytest.approx(contended(keeps, window, uses, {}, 0.0).step_s, rel=0.01)
 
 
 def test_rows_of_an_embedding_on_disk_are_read_one_by_one() -> None:
