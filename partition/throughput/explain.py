@@ -69,10 +69,9 @@ def runner_up(found: Solved) -> Candidate | None:
 
 
 def _compared(other: Candidate, chosen: Candidate, found: Solved) -> str:
-    low, high = chosen.prediction.band
-    theirs = other.prediction.band
     times = other.prediction.total_s(found.job) / chosen.prediction.total_s(found.job)
-    unsure = ", less than predictions can tell apart" if theirs[1] >= low and high >= theirs[0] else ""
+    mine, theirs = (it.prediction.band[1] / it.prediction.tokens_per_s for it in (chosen, other))
+    unsure = ", less than predictions can tell apart" if 1 / times <= mine * theirs >= times else ""
     if times < 1:
         return f"{other.name} would take {1 - times:.0%} less time and is less simple{unsure}"
     return f"{other.name} would take {times - 1:.0%} more time{unsure}"

@@ -67,6 +67,20 @@ def test_the_runner_up_gives_the_same_texts() -> None:
     assert "would take" not in reason(alone)
 
 
+@pytest.mark.parametrize(("times", "unsure"), [(0.9, True), (1.05, True), (3.0, False)])
+def test_plans_that_differ_by_more_than_their_bands_can_be_told_apart(times: float, unsure: bool) -> None:
+    """Also where a token takes both as long, as a long prompt may not."""
+    found = solved([DENSE], one(0.6 * DENSE.weights_bytes))
+    chosen, second = found.chosen, runner_up(found)
+    assert chosen is not None
+    assert second is not None
+    its = chosen.prediction
+    later = replace(its, ttft_s=its.ttft_s + (times - 1) * its.total_s(found.job))
+    said = reason(found._replace(candidates=(chosen, replace(second, prediction=later))))
+    assert f"{second.name} would take" in said
+    assert ("less than predictions can tell apart" in said) is unsure
+
+
 def test_bits_are_not_taken_unasked() -> None:
     found = solved([DENSE, FEWER], one(0.6 * DENSE.weights_bytes))
     assert found.chosen is not None
