@@ -4,8 +4,8 @@
     python bench/foresight.py measure predictions.json --models DIR --out measured.json [--only TEXT] [--limit-s 840]
     python bench/foresight.py report predictions.json measured.json
 
-`predict` measures profiles (a minute each for all threads, half of them and one), with the floors of memory and
-computing probed meanwhile, of the disk before and after, since a machine changes its speed within minutes. What running
+`predict` measures profiles (a minute each for all threads, half of them and one), with the floors of memory, computing
+and calls probed meanwhile, of the disk before and after, since a machine changes its speed within minutes. What running
 has taught (`corrections`) is left out. It lists cells that take less than `CELL_S` each, in an order in which any first
 part has some of every kind, and makes the packs that they need. What sums take ranks of one machine is tried
 (`harness/taking_turns.py`).

@@ -75,20 +75,29 @@ def attend_tensors(
         together = max(1, SCORES_TOGETHER // (queries.shape[1] * (start + rows)))
         for part in range(first, first + rows, together):
             looking = queries[part : min(part + together, first + rows)]
-            before, count = start + part - first, len(looking)
-            mask = torch.ones(count, before + count, dtype=torch.bool, device=q.device).tril_(before)
-            if window is not None:
-                mask.triu_(before - window + 1)
-            mixed = F.scaled_dot_product_attention(
-                looking.transpose(0, 1)[None],  # (1, heads, rows, head_dim)
-                all_keys[None, :, : before + count],
-                all_values[None, :, : before + count],
-                mask,
-                scale=scale,
-                enable_gqa=True,
+            seen = start + part - first + len(looking)
+            out[part : part + len(looking)] = _look(
+                looking, all_keys[:, :seen], all_values[:, :seen], scale, window
             )
-            out[part : part + count] = mixed[0].transpose(0, 1)
     return out.view(tokens, -1)
+
+
+def _look(queries: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
+    """What the last positions find, (rows, heads, head_dim). `queries`: theirs, of that shape; `keys`, `values`: of all
+    positions, (kv_heads, length, head_dim). Heads that share K and V look as so many rows do, so that nothing is there
+    once for each of them."""
+    rows, heads = queries.shape[:2]
+    kv_heads, length = keys.shape[:2]
+    group = heads // kv_heads
+    mask = None  # the last position sees all
+    if rows > 1 or window is not None:
+        mask = torch.ones(rows, length, dtype=torch.bool, device=queries.device).tril_(length - rows)
+        if window is not None:
+            mask.triu_(length - rows - window + 1)
+        mask = mask.repeat(group, 1)
+    looking = queries.reshape(rows, kv_heads, group, -1).permute(1, 2, 0, 3).flatten(1, 2)
+    found = F.scaled_dot_product_attention(looking[None], keys[None], values[None], mask, scale=scale)[0]
+    return found.reshape(kv_heads, group, rows, -1).permute(2, 0, 1, 3).flatten(1, 2)
 
 
 class PagesIn(NamedTuple):

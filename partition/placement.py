@@ -118,13 +118,12 @@ def device_scratch_bytes(wanted: Wanted, room: DeviceRoom) -> int:
     if spec.moe:  # what goes to experts of the CPU: scores, and these together with a block's input
         numbers += rows * (spec.hidden + 2 * spec.moe.experts)
     if room.gathers:
-        # K and V, then either these and K with its scale for all heads, or V for all heads, scores, their softmax,
-        # where it is NaN, and the softmax without that.
-        context, heads = wanted.context_tokens, spec.heads * spec.head_dim
+        # K and V, K with its scale; scores, with their softmax and where it is NaN; and what a position sees, as
+        # numbers and as bytes, for all heads that share K and V.
+        context, kv_heads = wanted.context_tokens, spec.kv_heads
         of_row = context * spec.heads
         scores = min(min(rows, wanted.chunk_tokens) * of_row, max(SCORES_TOGETHER, of_row))
-        most = max(3 * heads * context, heads * context + 7 * scores // 2)
-        numbers += 2 * context * spec.kv_heads * spec.head_dim + most
+        numbers += 3 * context * kv_heads * spec.head_dim + 5 * scores // 2 + 5 * scores // (4 * kv_heads)
     return 4 * numbers + OPERANDS_BYTES + room.kernel_bytes
 
 

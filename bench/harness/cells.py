@@ -62,11 +62,13 @@ class Cell(NamedTuple):
 @dataclass
 class Floors:
     """How fast the machine is just now: GB/s of memory on all threads, where as much comes round as in a step of the
-    cell, and of direct reads; GFLOP/s of rows multiplied by weights that caches hold (0: not probed)."""
+    cell, and of direct reads; GFLOP/s of rows multiplied by weights; calls a second of kernels that have next to
+    nothing to multiply (0: not probed)."""
 
     dram_gb_per_s: float
     disk_gb_per_s: float
     compute_gflops: float = 0.0
+    calls_per_s: float = 0.0
 
     def mean(self, other: Floors) -> Floors:
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
@@ -117,8 +119,8 @@ class Foretold:
         return abs(one - other) > VOID * max(one, other)
 
     def token_times(self, now: Floors) -> float:
-        """How many times longer than predicted a token takes with these floors. Reading memory and disk and computing
-        go with theirs; fixed costs do not."""
+        """How many times longer than predicted a token takes with these floors. Reading memory and disk, computing
+        and fixed costs go with theirs; what machines send each other does not."""
         disks = {its.times: its.token_s for its in self.disks}
         return self._times(now, self.parts or {self.binding: 1.0}, disks)
 
@@ -129,14 +131,15 @@ class Foretold:
         return self._times(now, self.prompt_parts, {its.times: its.ttft_s for its in self.disks})
 
     def _times(self, now: Floors, parts: Mapping[str, float], disks: Mapping[float, float]) -> float:
-        dram, compute = (
-            then / its if its else 1.0
-            for then, its in (
-                (self.floors.dram_gb_per_s, now.dram_gb_per_s),
-                (self.floors.compute_gflops, now.compute_gflops),
+        then = self.floors
+        beside = {
+            part: before / its if its else 1.0
+            for part, before, its in (
+                ("memory", then.dram_gb_per_s, now.dram_gb_per_s),
+                ("compute", then.compute_gflops, now.compute_gflops),
+                ("overhead", then.calls_per_s, now.calls_per_s),
             )
-        )
-        beside = {"memory": dram, "compute": compute}
+        }
         computing = {part: seconds for part, seconds in parts.items() if part != "disk"}
         whole_s = sum(computing.values())
         now_s = sum(s * beside.get(part, 1.0) for part, s in computing.items())

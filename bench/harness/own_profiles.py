@@ -22,6 +22,7 @@ from cluster import attached
 
 from shoal import kernels
 from shoal.comm.home import Home
+from shoal.daemon.throughput.fixed_costs import FIXED_COSTS
 from shoal.daemon.throughput.own_machine import profile_file
 from shoal.daemon.throughput.profiling import machine_profile, rounds_of_tables
 from shoal.kernels import Linears
@@ -35,7 +36,7 @@ from shoal.partition.throughput.profile import (
 )
 
 from .cells import Cell, Floors
-from .weights import COLUMNS, weights
+from .weights import COLUMNS, FEW_COLUMNS, few_weights, weights
 
 RANKS = "one", "two", "three", "four"
 PORT = 27651
@@ -43,14 +44,16 @@ MATRIX_BYTES = 8 << 20
 LEAST_READ_BYTES, PROBES = 512 << 20, 12
 SAMPLES, SHORTER = 3, 4  # of floors in each round of a profile's tables, with so many times fewer probes
 COMPUTED_ROWS, COMPUTED, STRETCHES = 64, 32, 8  # rows, products in a stretch: a second in all
+CALLS, SWEPT_TIMES = 10, 200  # of a layer, about, behind so many sweeps: a tenth of a second …
+CALLS_EVERY = 8  # … at one in so many steps of a profile that measure fixed costs
 SAMPLE_BYTES, SWEEPS = 512 << 20, 3  # of a file
 ROUND_BYTES = tuple(it << 20 for it in (64, 96, 128, 192, 256, 384, 512, 1024))  # with which memory is probed
 
 
 def floors(threads: int, file: Path, round_bytes: int) -> Floors:
-    """Of memory, of the disk and of computing, now."""
+    """Of memory, of the disk, of computing and of calls, now."""
     memory = weights_gb_per_s(threads, round_bytes)
-    return Floors(memory, disk_gb_per_s(file), compute_gflops(threads))
+    return Floors(memory, disk_gb_per_s(file), compute_gflops(threads), calls_per_s(threads))
 
 
 def disk_gb_per_s(file: Path) -> float:
@@ -99,6 +102,23 @@ def compute_gflops(threads: int, stretches: int = STRETCHES) -> float:
     return 2 * COMPUTED * COMPUTED_ROWS * each[0].matrices[0].rows * COLUMNS / median(took[1:]) / 1e9
 
 
+def calls_per_s(threads: int) -> float:
+    """Of kernels that have next to nothing to multiply, some in a row, behind weights from memory that swept the
+    interpreter out of the caches, as in a layer; the median of many such rows."""
+    kernels.set_threads(threads)
+    home = kernels.home_of("cpu")
+    wide, narrow = (home.place(np.ones((1, cols), np.float32)) for cols in (COLUMNS, FEW_COLUMNS))
+    each, few = _weights(), few_weights()
+    took = []
+    for number in random.Random(0).choices(range(len(each)), k=SWEPT_TIMES):
+        home.linears(wide, each[number])
+        began_s = time.perf_counter()
+        for _ in range(CALLS):
+            home.linears(narrow, few)
+        took.append(time.perf_counter() - began_s)
+    return CALLS / median(took)
+
+
 @functools.cache
 def _weights() -> list[Linears]:
     return weights(max(ROUND_BYTES), MATRIX_BYTES)
@@ -120,12 +140,15 @@ def profile_of(threads: int, file: Path) -> Known:
     """This machine on so many threads, measured by itself, and its floors meanwhile. What tables say was true of the
     moments in which they were made: floors of just before and afterwards were off by a twentieth, and those of all of
     the profile by a tenth where the machine was slower in two rounds of three. So floors are probed in the rounds, and
-    the middle round counts, as it does for tables."""
+    the middle round counts, as it does for tables; those of calls while fixed costs are measured."""
     disk = [disk_gb_per_s(file)]
     rounds = rounds_of_tables()
     samples: list[list[dict[int, Floors]]] = [[] for _ in rounds]
+    calls: list[float] = []
 
-    def sampled(_: str, at: int, steps: int) -> None:
+    def sampled(what: str, at: int, steps: int) -> None:
+        if what == FIXED_COSTS and not at % CALLS_EVERY:
+            calls.append(calls_per_s(threads))
         for its, probed in zip(rounds, samples, strict=True):
             if at in its and (at - its.start) * SAMPLES >= len(its) * len(probed):
                 computed = compute_gflops(threads, STRETCHES // SHORTER)
@@ -144,8 +167,9 @@ def profile_of(threads: int, file: Path) -> Known:
     found_floors = {}
     for nbytes in ROUND_BYTES:
         each = [_middle([its[nbytes] for its in probed]) for probed in samples if probed]
-        found_floors[nbytes] = replace(_middle(each), disk_gb_per_s=sum(disk) / 2)
+        found_floors[nbytes] = replace(_middle(each), disk_gb_per_s=sum(disk) / 2, calls_per_s=median(calls))
     said = ", ".join(f"{it.dram_gb_per_s:.1f} GB/s and {it.compute_gflops:.0f} GFLOP/s" for it in each)
+    said += f"; {median(calls):,.0f} calls/s"
     print(f"{threads} threads, in each round of tables: {said}", flush=True)
     return Known(profile, found_floors)
 

@@ -43,8 +43,14 @@ ROWS = (
     Row("streams-moe", "olmoe-half", scenarios.speed, Sizes(prompt=128, new=16, streams=16)),
     Row("streams-llama-3b", "llama-3b-q4_k_m", scenarios.speed, Sizes(prompt=128, new=8, streams=16)),
     Row("batch", DEFAULT_MODEL, batch_scenarios.offline, Sizes(prompt=97, new=32, streams=32, requests=500)),
-    Row(
-        "batch-moe", "olmoe-half", batch_scenarios.offline, Sizes(prompt=97, new=32, streams=32, requests=500)
+    *(
+        Row(
+            f"batch-moe{type}",
+            f"olmoe-half{type}",
+            batch_scenarios.offline,
+            Sizes(prompt=97, new=32, streams=32, requests=500),
+        )
+        for type in ("", "-q8_0", "-bf16")  # the first is Q4_K_M
     ),
     Row("turns", DEFAULT_MODEL, scenarios.chat_turns, Sizes(prompt=2000, new=32)),
     Row("interference", DEFAULT_MODEL, scenarios.interference, Sizes(prompt=4000, new=128)),

@@ -4,12 +4,15 @@ computes with for longer than it is read.
 
 from __future__ import annotations
 
+import numpy as np
+
 from shoal.kernels import WEIGHT_TYPES, Linears, Matrix
 from shoal.kernels.huge_pages import mapped
 from shoal.partition.memory_layout import BAND_ROWS
 
 KIND = next(kind for kind in WEIGHT_TYPES if kind.name == "Q8_0")
 COLUMNS = 4096
+FEW_COLUMNS = 32
 
 
 def weights(nbytes: int, matrix_bytes: int) -> list[Linears]:
@@ -20,3 +23,9 @@ def weights(nbytes: int, matrix_bytes: int) -> list[Linears]:
     used = KIND.matrix_bytes(rows, COLUMNS)
     starts = range(0, len(memory) - matrix_bytes + 1, matrix_bytes)
     return [Linears((Matrix(KIND, memory[at : at + used], rows, COLUMNS),)) for at in starts]
+
+
+def few_weights() -> Linears:
+    """Next to nothing to multiply by."""
+    nbytes = KIND.matrix_bytes(BAND_ROWS, FEW_COLUMNS)
+    return Linears((Matrix(KIND, np.full(nbytes, 0x11, np.uint8), BAND_ROWS, FEW_COLUMNS),))

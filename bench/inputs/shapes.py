@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-Mix = Literal["F32", "BF16", "Q4_1", "Q4_K_M", "Q5_K_M"]
+Mix = Literal["F32", "BF16", "Q8_0", "Q4_1", "Q4_K_M", "Q5_K_M"]
 
 _FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # if rows are not whole blocks of 256
 
@@ -126,6 +126,23 @@ _LLAMA_3B = Shape(
     tied=True,
 )
 
+_OLMOE_HALF = Shape(
+    name="olmoe-half",  # OLMoE-1B-7B with 8 of its 16 layers
+    arch="olmoe",
+    mix="Q4_K_M",
+    layers=8,
+    hidden=2048,
+    heads=16,
+    kv_heads=16,
+    ffn=1024,
+    vocab=50304,
+    context=4096,
+    rope_base=10000.0,
+    qk_norm="all",
+    experts=64,
+    active=8,
+)
+
 SHAPES = {
     shape.name: shape
     for shape in (
@@ -197,22 +214,9 @@ SHAPES = {
             tied=True,
             biases=True,
         ),
-        Shape(
-            name="olmoe-half",  # OLMoE-1B-7B with 8 of its 16 layers
-            arch="olmoe",
-            mix="Q4_K_M",
-            layers=8,
-            hidden=2048,
-            heads=16,
-            kv_heads=16,
-            ffn=1024,
-            vocab=50304,
-            context=4096,
-            rope_base=10000.0,
-            qk_norm="all",
-            experts=64,
-            active=8,
-        ),
+        _OLMOE_HALF,
+        replace(_OLMOE_HALF, name="olmoe-half-q8_0", mix="Q8_0"),
+        replace(_OLMOE_HALF, name="olmoe-half-bf16", mix="BF16"),
         Shape(
             name="smollm2-bf16",  # SmolLM2-135M
             arch="llama",

@@ -46,6 +46,7 @@ from .kernel_laws import Pool, usual_s
 if TYPE_CHECKING:
     from shoal.devices.device_home import DeviceHome
 
+FIXED_COSTS = "fixed costs"  # what is measured, in a word
 FEW, MANY = 2, 14  # layers
 STREAMS = 16
 ANSWER_TOKENS = 24  # of each stream, in …
@@ -95,7 +96,7 @@ def overheads(pool: Pool, done: Callable[[str], None]) -> Overheads:
     speed meanwhile. `done` is called before each is made and before each turn of it, `turns()` times."""
 
     def made(layers: int, sweep: _Sweep = NO_SWEEP, streams: int = 1, moe: MoeSpec | None = None) -> _Steps:
-        done("fixed costs")
+        done(FIXED_COSTS)
         return _Steps(layers, sweep, pool, streams, moe)
 
     sweeps = (*(_long(pool, seconds) for seconds in LONG_S), *SWEEPS)
@@ -109,7 +110,7 @@ def overheads(pool: Pool, done: Callable[[str], None]) -> Overheads:
         tokens = len(range(turn, ANSWER_TOKENS, TURNS))
         for steps in everything:
             if turn < (LONG_TURNS if steps.long else TURNS):
-                done("fixed costs")
+                done(FIXED_COSTS)
                 steps.turn(LONG_TOKENS if steps.long else tokens)
     warm_s = _layer_s(*warm)
     swept = sorted((_passing_s(*pair), max(0.0, _layer_s(*pair) - warm_s)) for pair in dense)

@@ -1,7 +1,7 @@
 """What a plan takes on one machine: time to the first token, time of each further one, memory, and what binds.
 
-Which steps there are is said here; `step_time` has what one takes, `with_device` one through which weights come to an
-accelerator. Pure. docs/throughput-model.md has the formulas with their units, sources and limits.
+Which steps there are is said here; `step_time` has what one takes, `placing.passing_step` one in which weights come to
+an accelerator. Pure. docs/throughput-model.md has the formulas with their units, sources and limits.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import NamedTuple
 from ..plan import Plan
 from .laws import DISTINCT_SHARE, Rows, fresh_pages, kv_token_bytes
 from .peak import host_kv_share, peak_bytes
+from .placing.passing_step import passing_step
 from .prediction import Binding, Job, Prediction, uncertainty
 from .profile import Device
 from .step_time import StepTime, and_overhead, staying_step
 from .weights_of import Weighed
-from .with_device import passing_step
 
 _CACHES = 0.6, 1.6  # times as much is kept by a cache that others share, within minutes
 _SAMPLES = 4  # chunks of a long prompt that are worked out; the others lie between

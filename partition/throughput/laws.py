@@ -219,18 +219,6 @@ def passing_bytes_per_s(its: Accelerator) -> float:
     return its.locked_bytes_per_s or its.host_bytes_per_s
 
 
-def together(device: Device, computing: float, reading: float) -> tuple[float, float]:
-    """How many times longer computing takes, and reading, if they do so for these shares of the other's time: whatever
-    one does while the other works takes longer."""
-    keeps = device.contention
-    return longer(keeps.compute_keeps, reading), longer(keeps.disk_keeps, computing)
-
-
-def longer(keeps: float, share: float) -> float:
-    """How many times longer something takes that keeps so much of its speed for this share of the time."""
-    return 1 / (1 - (1 - keeps) * min(1.0, share))
-
-
 def distinct_experts(experts: int, active: int, rows: float, share: float | None = None) -> float:
     """How many experts of a layer are chosen by `rows` tokens. Independent, uniform choices would make it
     N(1 − (1 − k/N)^n), which is an upper bound: real routers prefer some experts and neighbours choose alike. `share`

@@ -13,6 +13,7 @@ from ..machines import BlockTimes, DiskTimes, FixedCosts, RankHolds, RankShares
 from ..spec import BlockId
 from ..streamed_plan import experts_together
 from ..sum_cost import sums_of
+from .contention import Slower, settled, shares, together
 from .laws import (
     LEASE_CALLS,
     attention,
@@ -20,14 +21,12 @@ from .laws import (
     distinct_experts,
     products,
     ring_bytes_per_s,
-    together,
 )
 from .profile import Device
-from .schedule import Experts, expert_waits, guessed_right, ring_s, shares
+from .schedule import Experts, expert_waits, guessed_right, ring_s
 from .weights_of import LayerKind, Product, Weighed, queried
 
 _MORE_ROWS = 256  # of a prompt; fixed costs go with rows on a line
-_ROUNDS = 5  # how contention is found, which depends on what it changes
 
 
 class RankLaws:
@@ -105,27 +104,28 @@ class RankLaws:
         layers, mixtures = len(self._model.spec.layers), sum(layer.moe for layer in self._model.spec.layers)
         computing_s = own.attn_s + own.ffn_s + own.head_s
         block_s = max(own.attn_s, own.ffn_s) / layers
-        slower = waiting = 1.0
-        stall_s = least_s = 0.0
-        for _ in range(_ROUNDS):
+
+        def gone_through(slower: Slower) -> tuple[DiskTimes, Slower]:
+            computed, read = slower
             stall_s = disk_s = leases_s = 0.0
             if held.missing_experts:
                 its = self._experts(portion, held, rows, crowd, own)
-                speed = block_bytes_per_s(self._device, its.nbytes) / waiting
-                waits = expert_waits(its.slower(slower), speed)
+                speed = block_bytes_per_s(self._device, its.nbytes) / read
+                waits = expert_waits(its.slower(computed), speed)
                 leases_s = mixtures * LEASE_CALLS * self._device.overheads.mixture_s * its.goes
                 stall_s, disk_s = mixtures * waits.stall_s + leases_s, mixtures * waits.disk_s
-            speed = ring_bytes_per_s(self._device, held.window_bytes) / waiting
+            speed = ring_bytes_per_s(self._device, held.window_bytes) / read
             passing_s = ring_s(
-                held.streamed_bytes, held.block_bytes, held.window_bytes, slower * block_s, speed
+                held.streamed_bytes, held.block_bytes, held.window_bytes, computed * block_s, speed
             )
             least_s = passing_s + disk_s
             reading_s = held.streamed_bytes / speed + disk_s
-            step_s = max(slower * computing_s + stall_s, least_s, 1e-9)
-            waited_s = max(0.0, step_s - slower * computing_s - leases_s)
-            now = together(self._device, *shares(step_s, waited_s, reading_s))
-            slower, waiting = (slower + now[0]) / 2, (waiting + now[1]) / 2
-        return DiskTimes(least_s, slower, stall_s)
+            step_s = max(computed * computing_s + stall_s, least_s, 1e-9)
+            waited_s = max(0.0, step_s - computed * computing_s - leases_s)
+            found = DiskTimes(least_s, computed, stall_s)
+            return found, together(self._device, *shares(step_s, waited_s, reading_s))
+
+        return settled(gone_through, 2)
 
     def _experts(
         self, portion: RankShares, held: RankHolds, rows: int, crowd: float, own: BlockTimes

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from .laws import READ_PIECE_BYTES, block_bytes_per_s, ring_bytes_per_s, together
+from .contention import Slower, settled, shares, together
+from .laws import READ_PIECE_BYTES, block_bytes_per_s, ring_bytes_per_s
 from .profile import Device
 from .ring import waits_for
 
@@ -19,8 +20,6 @@ _LAPS = 3  # the first fill the ring
 _BESIDE_BYTES = READ_PIECE_BYTES  # of two reads at a time, which begin together and end together
 GUESSED_RIGHT = 0.85  # of guesses which experts the next layer will choose (0.85 to 0.9: docs/LOG.md)
 _GUESSING = 8  # rounds: what is guessed depends on the time that it leaves
-_ROUNDS = 10  # at most, how contention is found, which depends on what it changes …
-_SETTLED = 5e-3  # … until it changes by no more than this
 _PIECES = 1000  # of a lap, about, at most: larger pieces tell as much
 
 
@@ -174,14 +173,12 @@ def contended(
     """The step as the window and the cache of experts make it, while disk and processor take speed from each other as
     long as both work. `mixtures`: experts on disk, by the place of the use that waits for them;
     `disk`: how many times longer that takes than it was measured to."""
-    compute_s = sum(use.compute_s for use in uses)
-    found = Lap(compute_s + between_s, 0.0, 0.0)
     if not (mixtures or any(use.nbytes for use in uses)):
-        return found
-    slower = 1.0, 1.0
-    for _ in range(_ROUNDS):
+        return Lap(sum(use.compute_s for use in uses) + between_s, 0.0, 0.0)
+
+    def gone_through(slower: Slower) -> tuple[Lap, Slower]:
         computed, read = slower
-        contended, experts_disk_s, experts_stall_s = [], 0.0, 0.0
+        slowed, experts_disk_s, experts_stall_s = [], 0.0, 0.0
         for place, use in enumerate(uses):
             waited_s = 0.0
             if (its := mixtures.get(place)) is not None:
@@ -189,26 +186,11 @@ def contended(
                 waited_s, disk_s = expert_waits(its.slower(computed), speed)
                 experts_disk_s += disk_s
                 experts_stall_s += waited_s
-            contended.append(use._replace(compute_s=use.compute_s * computed + waited_s))
-        passing = lap(
-            contended,
-            window_bytes,
-            ring_bytes_per_s(device, window_bytes) / (disk * read),
-            between_s,
-            _BESIDE_BYTES,
-        )
+            slowed.append(use._replace(compute_s=use.compute_s * computed + waited_s))
+        speed = ring_bytes_per_s(device, window_bytes) / (disk * read)
+        passing = lap(slowed, window_bytes, speed, between_s, _BESIDE_BYTES)
         found = passing._replace(disk_s=passing.disk_s + experts_disk_s)
-        now = together(device, *shares(found.step_s, passing.stall_s + experts_stall_s, found.disk_s))
-        if all(abs(one / other - 1) < _SETTLED for one, other in zip(now, slower, strict=True)):
-            break
-        # From one round to the next it swings about where it settles.
-        slower = now if slower == (1.0, 1.0) else ((now[0] + computed) / 2, (now[1] + read) / 2)
-    return found
+        waiting_s = passing.stall_s + experts_stall_s
+        return found, together(device, *shares(found.step_s, waiting_s, found.disk_s))
 
-
-def shares(step_s: float, stall_s: float, disk_s: float) -> tuple[float, float]:
-    """(of the time in which the disk reads, how much of it something is computed; of that in which something is, how
-    much of it the disk reads), in a step in which the processor waits for the disk for `stall_s` and the disk reads for
-    `disk_s`. While the processor waits the disk reads, so what it reads besides it reads beside computing."""
-    both_s = max(0.0, disk_s - stall_s)
-    return both_s / max(disk_s, 1e-12), both_s / max(step_s - stall_s, 1e-12)
+    return settled(gone_through, 2)

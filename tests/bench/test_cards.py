@@ -19,9 +19,9 @@ from fakes.throughput.throughput_cases import device, spec, wanted, weighed
 from shoal.partition.plan import Plan
 from shoal.partition.spec import MoeSpec
 from shoal.partition.throughput.placing.device_ways import ways_through_device
+from shoal.partition.throughput.placing.rooms import room_of
 from shoal.partition.throughput.prediction import Job
 from shoal.partition.throughput.profile import Accelerator
-from shoal.partition.throughput.with_device import room_of
 
 SPEEDS = {"first_s": 0.1, "tokens_per_s": 60.0}
 RESULTS: dict[str, Any] = {

@@ -52,6 +52,16 @@ def test_only_what_reads_goes_with_the_floors() -> None:
     assert verdict(found, slower).ttft == pytest.approx(-0.5)
 
 
+def test_fixed_costs_go_with_calls_where_these_were_probed() -> None:
+    found = replace(FORETOLD, parts={"memory": 0.05, "overhead": 0.05}, floors=Floors(40, 2, 0, 30e3))
+    slower = measured(0.15, 40, 40)
+    assert verdict(found, slower).token == pytest.approx(0.5)
+    now = Floors(40, 2, 0, 15e3)
+    assert verdict(found, replace(slower, before=now, after=now)).token == pytest.approx(0)
+    assert not found.void(replace(slower, before=now, after=now))
+    assert found.void(replace(slower, before=now, after=Floors(40, 2, 0, 30e3)))
+
+
 def test_a_cell_that_streams_goes_with_the_disk_as_predicted() -> None:
     """Reading and computing go on beside each other: a token takes the longer."""
     disks = [WithDisk(times, max(2.0, 1.6 / times), max(0.1, 0.08 / times)) for times in (0.5, 0.8, 1.0, 2.0)]

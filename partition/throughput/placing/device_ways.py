@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from statistics import harmonic_mean
+from typing import NamedTuple
 
 from ...hardware_guesses import KV_SHARE
 from ...placement import DeviceRoom, ModelBytes, NoRoomThere, plan_beside_disk, plan_on_device
@@ -14,9 +15,9 @@ from ..alone import AS_QUICK, Way, best, best_plan, usual_job
 from ..cost import batch_tokens_per_s, cost
 from ..profile import Accelerator, Device
 from ..weights_of import Product, Weighed
-from ..with_device import accelerator
 from .attending_worth import attends_from
 from .passing_plans import plan_passing, plan_passing_from_disk
+from .rooms import accelerator
 from .staging_worth import at_least_fast, staged_from
 
 _WHERE_PROMPTS_ATTEND = ", where prompts attend"
@@ -186,7 +187,7 @@ def ways_with_device(
     for order, expert in enumerate((room.expert, None)):
         made = plan_with_device(model, contexts, room._replace(expert=expert), memory_bytes, machine)
         if isinstance(made, NoRoomThere):
-            return
+            continue
         plan = made.plan if isinstance(made, Misfit) else made
         if (key := (plan.device_weights_bytes, plan.staged_tokens, plan.context_tokens)) not in known:
             known.add(key)
@@ -222,40 +223,57 @@ def with_device_or_alone(
     assert room.laws is not None
     alone = best_plan(model, contexts, memory_bytes, machine, streaming=streaming)
     here = _equipped(machine, room.laws)
-    found = [*ways_with_device(model, contexts, room, memory_bytes, machine)]
-    found += ways_through_device(model, contexts, room, memory_bytes, here) if many else ()
-    there = [way for way in found if isinstance(way.made, Plan)]
-    if streaming and not there:
-        found = [*ways_from_disk(model, contexts, room, memory_bytes, here)]
-        there = [way for way in found if isinstance(way.made, Plan)]
-    if not there:
-        if isinstance(alone, Plan):
-            alone = replace(alone, why=f"the processor alone: {room.name} has no room for a layer")
-        return alone
-    alone_way = [Way("the processor alone", 0, alone)] if isinstance(alone, Plan) else []
-    ways = [*alone_way, *there]
-    plans = [way.made for way in ways if isinstance(way.made, Plan)]
-    context = min(plan.context_tokens for plan in plans)
-    job = usual_job(context)
-
-    def seconds(plan: Plan) -> float:
-        if many:
-            return job.new_tokens / mixed_rate(model, plan, here, context)
-        return cost(model, plan, here, job).total_s(job)
-
-    took = [seconds(plan) for plan in plans]
-    places = range(len(ways))
-    if not alone_way:
-        plan = plans[min(places, key=took.__getitem__)]
-        return replace(plan, why=f"{room.name} computes with the processor, whose memory alone is too small")
-    chosen = best(places, lambda place: ways[place].order, took.__getitem__)
-    other = 0 if chosen else min(places[1:], key=took.__getitem__)
-    said = f"a prompt of {job.prompt_tokens} tokens and an answer of {job.new_tokens} are predicted to take"
+    there = _fitting(ways_with_device(model, contexts, room, memory_bytes, machine))
     if many:
-        longest = f" (some of {context - job.new_tokens})" if context > job.context_tokens else ""
-        said = (
+        there += _fitting(ways_through_device(model, contexts, room, memory_bytes, here))
+    if streaming and not there:
+        there = _fitting(ways_from_disk(model, contexts, room, memory_bytes, here))
+    if not there:
+        no_room = f"the processor alone: {room.name} has no room for a layer"
+        return replace(alone, why=no_room) if isinstance(alone, Plan) else alone
+    choice = _Choice(model, here, many, min(plan.context_tokens for _, plan in there))
+    if not isinstance(alone, Plan):
+        too_small = f"{room.name} computes with the processor, whose memory alone is too small"
+        return replace(min((plan for _, plan in there), key=choice.seconds), why=too_small)
+    choice = choice._replace(context=min(choice.context, alone.context_tokens))
+    return choice.quickest([(Way("the processor alone", 0, alone), alone), *there])
+
+
+def _fitting(ways: Iterable[Way]) -> list[tuple[Way, Plan]]:
+    return [(way, way.made) for way in ways if isinstance(way.made, Plan)]
+
+
+class _Choice(NamedTuple):
+    """Among plans whose contexts have `context` tokens at least, for one request or for `many`."""
+
+    model: Weighed
+    machine: Device
+    many: bool
+    context: int
+
+    def seconds(self, plan: Plan) -> float:
+        """Of a request."""
+        job = usual_job(self.context)
+        if self.many:
+            return job.new_tokens / mixed_rate(self.model, plan, self.machine, self.context)
+        return cost(self.model, plan, self.machine, job).total_s(job)
+
+    def quickest(self, ways: Sequence[tuple[Way, Plan]]) -> Plan:
+        """The first is simpler than the others; it comes before some of them that are hardly quicker."""
+        took = [self.seconds(plan) for _, plan in ways]
+        places = range(len(ways))
+        chosen = best(places, lambda place: ways[place][0].order, took.__getitem__)
+        other = 0 if chosen else min(places[1:], key=took.__getitem__)
+        (way, plan), (rival, _) = ways[chosen], ways[other]
+        times = f"{took[chosen]:.2g} s, {took[other]:.2g} s with {rival.name}"
+        return replace(plan, why=f"{way.name}: {self._asked()} {times}")
+
+    def _asked(self) -> str:
+        job = usual_job(self.context)
+        if not self.many:
+            return f"a prompt of {job.prompt_tokens} tokens and an answer of {job.new_tokens} are predicted to take"
+        longest = f" (some of {self.context - job.new_tokens})" if self.context > job.context_tokens else ""
+        return (
             f"prompts of {job.prompt_tokens} tokens{longest} and answers of {job.new_tokens}, many together, "
             "are predicted to take, each,"
         )
-    why = f"{ways[chosen].name}: {said} {took[chosen]:.2g} s, {took[other]:.2g} s with {ways[other].name}"
-    return replace(plans[chosen], why=why)

@@ -13,7 +13,7 @@ from shoal.partition.errors import ProfileError
 from shoal.partition.plan import Plan, plan_in_ram
 from shoal.partition.spec import BlockId, MoeSpec
 from shoal.partition.streamed_plan import plan_streamed
-from shoal.partition.throughput import schedule
+from shoal.partition.throughput import contention
 from shoal.partition.throughput.cost import cost
 from shoal.partition.throughput.explain import with_faster_disk
 from shoal.partition.throughput.laws import NOTHING, Rows, block_bytes_per_s, ring_bytes_per_s
@@ -104,8 +104,8 @@ def test_contention_is_found(compute_keeps: float, disk_keeps: float, ratio: flo
     window = (80 if roomy else 30) * MB
     found = contended(keeps, window, uses, {}, 0.0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(schedule, "_ROUNDS", 60)
-        patch.setattr(schedule, "_SETTLED", 1e-9)
+        patch.setattr(contention, "_ROUNDS", 60)
+        patch.setattr(contention, "_SETTLED", 1e-9)
         assert found.step_s == pytest.approx(contended(keeps, window, uses, {}, 0.0).step_s, rel=0.01)
 
 

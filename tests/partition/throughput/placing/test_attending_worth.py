@@ -21,10 +21,11 @@ from shoal.partition.throughput.placing.device_ways import (
     plan_with_device,
     ways_through_device,
 )
+from shoal.partition.throughput.placing.passing_step import _Passing
+from shoal.partition.throughput.placing.rooms import room_of
 from shoal.partition.throughput.prediction import Job
 from shoal.partition.throughput.profile import Accelerator, Overheads
 from shoal.partition.throughput.weights_of import Weighed
-from shoal.partition.throughput.with_device import _Passing, room_of
 
 MODEL = weighed(spec(moe=MoeSpec(64, 4, 1024, True), ffn=0))
 MACHINE = replace(device(), overheads=Overheads(0.0, 0.0, 0.0, 0.0), measured=True)

@@ -23,10 +23,10 @@ from shoal.partition.throughput.placing.device_ways import (
     ways_with_device,
     with_device_or_alone,
 )
+from shoal.partition.throughput.placing.rooms import room_of
 from shoal.partition.throughput.prediction import Job
 from shoal.partition.throughput.profile import Accelerator, Corrections, Device, Overheads
 from shoal.partition.throughput.weights_of import Weighed
-from shoal.partition.throughput.with_device import room_of
 
 FREE = Overheads(0.0, 0.0, 0.0, 0.0)
 DENSE = weighed(spec())

@@ -23,6 +23,7 @@ from shoal.partition.throughput.placing.device_ways import (
     ways_through_device,
     with_device_or_alone,
 )
+from shoal.partition.throughput.placing.rooms import room_of
 from shoal.partition.throughput.prediction import Job
 from shoal.partition.throughput.profile import (
     ANY,
@@ -38,7 +39,6 @@ from shoal.partition.throughput.profile import (
 )
 from shoal.partition.throughput.solve import asks, solve
 from shoal.partition.throughput.weights_of import Weighed
-from shoal.partition.throughput.with_device import room_of
 
 FREE = Overheads(0.0, 0.0, 0.0, 0.0)
 DENSE = weighed(spec(layers=24))

@@ -14,10 +14,10 @@ from shoal.partition.streamed_plan import plan_streamed
 from shoal.partition.throughput.cost import step_of
 from shoal.partition.throughput.laws import Rows, gathered_s
 from shoal.partition.throughput.placing.device_ways import ways_from_disk
+from shoal.partition.throughput.placing.rooms import room_of
 from shoal.partition.throughput.profile import Accelerator, Corrections, Device, Overheads, SweptLaw
 from shoal.partition.throughput.step_time import staying_step
 from shoal.partition.throughput.weights_of import Weighed
-from shoal.partition.throughput.with_device import room_of
 
 OWN = Overheads(
     4e-4, 8e-5, 2e-4, 4e-10, 4e-6, 3e-5, 6e-6, 8e-10, SweptLaw((2e-4, 2e-3, 2e-2), (5e-5, 4e-4, 9e-4))

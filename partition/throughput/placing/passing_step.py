@@ -1,5 +1,4 @@
-"""What a step takes in which weights pass through a device while the CPU attends (`two_groups` has the schedule), and
-what is known of devices.
+"""What a step takes in which weights pass through a device while the CPU attends (`two_groups` has the schedule).
 
 Host and device are known by their laws, the link by its speed. Pure.
 """
@@ -11,24 +10,26 @@ from functools import cached_property
 from math import ceil, inf
 from typing import NamedTuple
 
-from ..memory_layout import PAGE_TOKENS, kv_page_bytes
-from ..placement import FEW_ROWS, MANY_ROWS, DeviceRoom, ExpertTimes
-from ..plan import BlockPlan, Plan
-from ..spec import BlockId
-from .laws import (
+from ...memory_layout import PAGE_TOKENS, kv_page_bytes
+from ...plan import BlockPlan, Plan
+from ...spec import BlockId
+from ..contention import Slower, longer, settled, together
+from ..laws import (
     Rows,
     as_it_ran,
     attention,
     distinct_experts,
     embedded_s,
-    longer,
     passing_bytes_per_s,
     product,
     products,
     ring_bytes_per_s,
-    together,
 )
-from .placing.two_groups import (
+from ..prediction import Binding
+from ..profile import Accelerator, Device
+from ..step_time import NUMBER_BYTES, StepTime
+from ..weights_of import LayerKind, Weighed
+from .two_groups import (
     Alternation,
     ComingBlock,
     Disk,
@@ -40,49 +41,10 @@ from .placing.two_groups import (
     Tail,
     alternate,
 )
-from .prediction import Binding
-from .profile import Accelerator, Device
-from .step_time import NUMBER_BYTES, StepTime
-from .weights_of import LayerKind, Product, Weighed
 
 _ROUTE_BYTES = 8 + NUMBER_BYTES  # of each expert that a row chose: its number and a factor
 _GROUPS = 2  # of rows, that take turns
-_ROUNDS = 4  # how contention is found, which depends on what it changes; where much is, two swing too far
-_SETTLED = 1e-3
 _PIECES = 1000  # of a step's reads, about, at most: larger pieces tell as much
-
-
-def accelerator(room: DeviceRoom, expert: Sequence[Product]) -> Accelerator | None:
-    """A device as it was found to be, or to compute with these matrices of an expert; None if neither was tried."""
-    if room.laws is not None:
-        return room.laws
-    its = room.expert
-    if its is None or not its.many_rows or not expert:
-        return None
-    numbers = sum(it.rows * it.cols for it in expert)
-    return Accelerator(
-        room.name,
-        room.limit_bytes,
-        memory_bytes_per_s=its.nbytes / its.computed_s,
-        flops=2 * numbers * its.many_rows / its.many_s,
-        host_bytes_per_s=its.nbytes / its.come_s,
-        layer_s=0.0,
-        mixture_s=0.0,
-        copy_s=0.0,
-        locked_bytes_per_s=its.nbytes / its.locked_s if its.locked_s else 0.0,
-    )
-
-
-def room_of(its: Accelerator, expert: Sequence[Product]) -> DeviceRoom:
-    """The inverse: all of its memory, and what it should take for an expert with these matrices."""
-    times, nbytes = None, sum(it.nbytes for it in expert)
-    if expert:
-        flops = 2 * sum(it.rows * it.cols for it in expert)
-        few_s = max(nbytes / its.memory_bytes_per_s, FEW_ROWS * flops / its.flops)
-        many_s = max(few_s, MANY_ROWS * flops / its.flops)
-        times = ExpertTimes(nbytes, nbytes / its.host_bytes_per_s, FEW_ROWS, few_s, MANY_ROWS, many_s)
-    memory_bytes = int(its.memory_bytes)
-    return DeviceRoom(its.name, memory_bytes, int(its.scratch_bytes), True, memory_bytes, times, its)
 
 
 def passing_step(
@@ -138,12 +100,7 @@ class _Passing:
         return sum(it.alike for it in self._segments) - 1
 
     def step(self) -> StepTime:
-        slower = _Slower()
-        for _ in range(_ROUNDS):
-            found, calls_s, own_s = self._alternation(slower)
-            before, slower = slower, self._contended(found, own_s)
-            if max(abs(now - then) for now, then in zip(slower, before, strict=True)) < _SETTLED:
-                break
+        found, calls_s = settled(self._gone_through, len(_Slower._fields))
         parts = self._parts
         parts["link"], parts["compute"] = found.weights_s, found.device_s
         parts["memory"], parts["overhead"] = max(0.0, found.host_s - calls_s), calls_s
@@ -155,6 +112,10 @@ class _Passing:
     @cached_property
     def _read_bytes(self) -> int:
         return self._plan.cyclic_bytes
+
+    def _gone_through(self, slower: Slower) -> tuple[tuple[Alternation, float], Slower]:
+        found, calls_s, own_s = self._alternation(_Slower(*slower))
+        return (found, calls_s), self._contended(found, own_s)
 
     def _contended(self, found: Alternation, own_s: float) -> _Slower:
         """If things go on beside each other as `found`. A processor that attends, a disk that reads and copies that
