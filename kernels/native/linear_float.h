@@ -4,6 +4,7 @@
 // several multiply tiles that were widened before; both compute exactly that, so batching, threads and tiling change no
 // bit.
 #pragma once
+#include "ahead.h"
 #include "blocks.h"
 #include "product.h"
 
@@ -88,7 +89,7 @@ void decode_float(const shoal::Weights& w, int64_t row, float* out) {
 }
 
 // Widened rows lie STRIDE floats apart: no power of two, or they would compete for cache lines.
-constexpr int64_t FLOAT_CHUNK = 1024;  // columns widened at once
+constexpr int64_t FLOAT_CHUNK = LANES == 8 ? 512 : 1024;  // columns widened at once, beside which inputs have room
 constexpr int64_t STRIDE = FLOAT_CHUNK + LANES;
 
 // Adds to the running sums of four widened rows and T tokens, which are zero at first.
@@ -128,20 +129,40 @@ struct alignas(64) FloatScratch {
     Sums sums[TILE_ROWS / ROWS][TILE_TOKENS];
 };
 
+// Weights that are widened next, asked for while others are multiplied: from memory they come as slowly as some tokens
+// are multiplied by them.
+struct Coming {
+    const uint8_t* from;
+    int64_t row_bytes, bytes;  // from row to row; of each
+
+    // The part `i` of `parts` of ROWS rows.
+    INLINE void fetch(int64_t i, int64_t parts) const {
+        const int64_t lines = ceil_div(bytes, LINE);
+        for (int64_t line = lines * i / parts; line < lines * (i + 1) / parts; line++) {
+            for (int r = 0; r < ROWS; r++) fetch_line(from + r * row_bytes + line * LINE);
+        }
+    }
+};
+
 template <class W>
 void many_tokens_float(const shoal::Weights& w, int64_t row0, int64_t rows, const Tokens& x, const Output& y,
                        char* memory) {
     FloatScratch& scratch = *reinterpret_cast<FloatScratch*>(memory);
-    const int64_t batches = ceil_div(x.count, TOKENS);
+    const int64_t batches = ceil_div(x.count, TOKENS), row_bytes = w.cols * W::bytes / LANES;
     for (int64_t k = 0; k < w.cols; k += FLOAT_CHUNK) {
         const int64_t cols = least(FLOAT_CHUNK, w.cols - k);
         for (int64_t r = 0; r < rows; r += ROWS) {
+            const bool below = r + ROWS < rows;  // else the first rows are next, with further columns
+            const int64_t ahead = below ? k : k + cols;
+            const Coming next{float_row<W>(w, row0 + (below ? r + ROWS : 0)) + ahead / LANES * W::bytes, row_bytes,
+                              least(FLOAT_CHUNK, w.cols - ahead) * W::bytes / LANES};
             for (int64_t i = 0; i < ROWS; i++) {  // after the last row that one again, for sums nobody reads
                 const uint8_t* row = float_row<W>(w, row0 + least(r + i, rows - 1)) + k / LANES * W::bytes;
                 float* out = scratch.rows + i * STRIDE;
                 widen_row<W>(row, cols, [&](int64_t at, vf v) INLINE_LAMBDA { store(out + at, v); });
             }
             for (int64_t i = 0; i < batches; i++) {
+                next.fetch(i, batches);
                 const int64_t from = x.count * i / batches, until = x.count * (i + 1) / batches;
                 const float* in[TOKENS];
                 for (int64_t t = from; t < until; t++) in[t - from] = reinterpret_cast<const float*>(x.packed[t]) + k;
