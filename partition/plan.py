@@ -143,10 +143,10 @@ class Plan:
     @property
     def passing_rooms(self) -> dict[tuple[str, int], int]:
         """Bytes of the device in which this block of any layer has room (`BlockId.place`)."""
-        rooms: dict[tuple[str, int], int] = {}
+        largest: dict[tuple[str, int], int] = {}
         for block, nbytes in ((it.block, it.nbytes) for it in self.blocks if it.passes):
-            rooms[block.place] = max(rooms.get(block.place, 0), staged_slot_bytes(nbytes))
-        return rooms
+            largest[block.place] = max(largest.get(block.place, 0), nbytes)
+        return {place: staged_slot_bytes(nbytes) for place, nbytes in largest.items()}
 
     @property
     def passing_bytes(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 from .errors import SpecError
@@ -251,11 +252,17 @@ class ModelSpec:
 
     def ffn_blocks(self, layer: int) -> tuple[BlockId, ...]:
         """The blocks of a layer's feed-forward part: one, or the router followed by the experts that are here."""
-        if not self.layers[layer].moe:
-            return (BlockId("ffn", layer),)
-        assert self.moe is not None
-        experts = (BlockId("expert", layer, e) for e in self.moe.own)
-        return (BlockId("router", layer), *experts)
+        return self._feeding[layer]
+
+    @cached_property  # planning asks thousands of times, and a mixture has thousands of blocks
+    def _feeding(self) -> tuple[tuple[BlockId, ...], ...]:
+        own = self.moe.own if self.moe is not None else ()
+        return tuple(
+            (BlockId("router", number), *(BlockId("expert", number, expert) for expert in own))
+            if layer.moe
+            else (BlockId("ffn", number),)
+            for number, layer in enumerate(self.layers)
+        )
 
     def blocks(self) -> tuple[BlockId, ...]:
         """Every block, in the order of a step."""
