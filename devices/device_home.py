@@ -261,7 +261,8 @@ class DeviceHome(ComputeHome):
     ) -> Hidden:
         there = segments.prepared.get(self)
         if there is None:
-            there = segments.prepared[self] = self._brought(segments.pages)
+            joined = np.concatenate((segments.pages, segments.table.reshape(-1)))
+            there = segments.prepared[self] = self._brought(joined)
         turning = scoring.rotation.prepared.get(self) or self._rotation(scoring.rotation)
         norms = scoring.norms
         if norms is not None:

@@ -8,16 +8,20 @@ seconds and a C compiler; Triton keeps what it has compiled.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
+from functools import partial
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from shoal.kernels.arrays import Floats
+from shoal.kernels.attention_operands import KvPages, Rotation, Scoring, Segments, kv_layout
 from shoal.kernels.errors import HomeFull, HomeLost
 from shoal.kernels.matrix import Linears, Matrix
 from shoal.kernels.stored_rows import from_stored
 from shoal.kernels.types import Q4_K, Q6_K, WeightType
+from shoal.partition.memory_layout import PAGE_TOKENS
 
 from .device import OpenDevice
 from .device_home import DeviceHome
@@ -27,11 +31,17 @@ from .on_device import OnDevice
 TRIED_KINDS = (Q4_K, Q6_K)
 TRIED_ROWS, TRIED_COLS = 4096, 2048
 FEW, SOME = 1, 64  # rows of inputs
+TRIED_KV = ("f16", "i8")
+TRIED_PAGES, TRIED_HEADS = 32, (32, 8, 128)  # of a text; heads of q, of K and V, and their numbers
 _CALLS = 8  # in a row, of which only the end is waited for
 _CLOSE = 2e-3  # of the largest number: more rows than one are rounded to float16
 
 
 VARIABLE = "SHOAL_DEVICE_KERNELS"
+
+
+Trial = Callable[[DeviceHome], tuple[Floats, float]]
+"""What is found there, and seconds."""
 
 
 class ChosenKernels(NamedTuple):
@@ -51,7 +61,7 @@ def chosen(device: OpenDevice) -> ChosenKernels:
     if asked == "torch":
         return ChosenKernels(TorchKernels(), f"{VARIABLE} says torch")
     try:
-        from .triton_kernels import TritonKernels, too_old
+        from .in_triton.triton_kernels import ATTENTION, MANY, ONE_ROW, WITH, TritonKernels, too_old
     except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: it finds no driver that it can use
         return ChosenKernels(TorchKernels(), f"triton cannot be imported: {_line(error)}")
     if asked:
@@ -59,27 +69,36 @@ def chosen(device: OpenDevice) -> ChosenKernels:
     if why := too_old():
         return ChosenKernels(TorchKernels(), why)
     torch = DeviceHome(device, TorchKernels())
+    trials = {ONE_ROW: _products(FEW), MANY: _products(SOME), ATTENTION: _looks()}
     used, said = [], []
-    for rows in (FEW, SOME):
-        kernels = TritonKernels()
-        lacks = _lacks(torch, DeviceHome(device, kernels), rows)
+    for use, tried in trials.items():
+        kernels = TritonKernels({use})
+        lacks = _lacks(torch, DeviceHome(device, kernels), tried)
         lacks = f"triton's kernels cannot be had: {kernels.refused}" if kernels.refused else lacks
-        used.append(not lacks)
-        said += [f"torch computes with {'one row' if rows == FEW else 'more rows'}: {lacks}"] if lacks else []
-    why = "; ".join(said)
-    return ChosenKernels(TritonKernels(*used) if any(used) else TorchKernels(), why)
+        used += [] if lacks else [use]
+        said += [f"torch computes {WITH[use]}: {lacks}"] if lacks else []
+    return ChosenKernels(TritonKernels(used) if used else TorchKernels(), "; ".join(said))
 
 
-def _lacks(torch: DeviceHome, triton: DeviceHome, rows: int) -> str:
-    """Why Triton's kernels are not for so many rows; "" if they are."""
+def _products(rows: int) -> dict[str, Trial]:
+    """Of weights of each type by so many rows."""
     x = np.random.default_rng(1).standard_normal((rows, TRIED_COLS), np.float32)
+    return {kind.name: partial(_tried, _matrix(kind), x) for kind in TRIED_KINDS}
+
+
+def _looks() -> dict[str, Trial]:
+    """Of answers' rows, over K and V of each type."""
+    return {f"{kind} K and V": partial(_looked, kind) for kind in TRIED_KV}
+
+
+def _lacks(torch: DeviceHome, triton: DeviceHome, trials: Mapping[str, Trial]) -> str:
+    """Why Triton's kernels are not for these; "" if they are."""
     theirs_s = ours_s = 0.0
-    for kind in TRIED_KINDS:
-        w = _matrix(kind)
+    for what, trial in trials.items():
         try:
-            true, took_s = _tried(torch, w, x)
+            true, took_s = trial(torch)
             theirs_s += took_s
-            found, took_s = _tried(triton, w, x)
+            found, took_s = trial(triton)
         except HomeLost:
             raise
         except HomeFull as error:
@@ -89,7 +108,7 @@ def _lacks(torch: DeviceHome, triton: DeviceHome, rows: int) -> str:
         ours_s += took_s
         off = float(np.abs(found - true).max() / np.abs(true).max())
         if not off <= _CLOSE:
-            return f"triton's are {off:.1e} away from it with {kind.name}"
+            return f"triton's are {off:.1e} away from it with {what}"
     if ours_s >= theirs_s:
         return f"it takes {theirs_s * 1e6:.0f} µs where triton takes {ours_s * 1e6:.0f}"
     return ""
@@ -108,16 +127,45 @@ def _matrix(kind: WeightType) -> Matrix:
     return from_stored(kind, TRIED_ROWS, TRIED_COLS, blocks)
 
 
-def _tried(home: DeviceHome, w: Matrix, x: Floats) -> tuple[Floats, float]:
+def _tried(w: Matrix, x: Floats, home: DeviceHome) -> tuple[Floats, float]:
     """The products, and how long they took, by the device's clock."""
-    device, all, there = home.device, Linears([home.keep_matrix(w)]), home.place(x)
-    found: Floats = home.fetch(home.linears(there, all)[0])  # the first time, kernels are made
+    all, there = Linears([home.keep_matrix(w)]), home.place(x)
+    return _timed(home, lambda: home.linears(there, all)[0])
+
+
+def _looked(kind: str, home: DeviceHome) -> tuple[Floats, float]:
+    """What two texts' rows find, one of which has TRIED_PAGES pages; and how long that took."""
+    heads, kv_heads, dim = TRIED_HEADS
+    layout, source = kv_layout(kind, dim), np.random.default_rng(3)
+    pages = home.pages((TRIED_PAGES + 1, 1, kv_heads, layout.head_bytes))
+    kv = KvPages(layout, heads, home.layer_of(pages, 0))
+    rows = 2 * PAGE_TOKENS  # of prompts, which torch stores
+    angles = source.standard_normal((2, rows, dim // 2), np.float32)
+
+    def attended(segments: Segments, rows: int) -> Any:
+        turning = Rotation(dim, False, *(np.ascontiguousarray(it[:rows]) for it in angles))
+        q, k, v = (
+            home.place(source.standard_normal((rows, its * dim), np.float32))
+            for its in (heads, kv_heads, kv_heads)
+        )
+        return lambda: home.attention(kv, segments, q, k, v, Scoring(turning, dim**-0.5))
+
+    for first in range(0, TRIED_PAGES, 2):
+        its = range(first + 2)
+        attended(Segments.build([(rows, first * PAGE_TOKENS, its)]), rows)()
+    last = TRIED_PAGES * PAGE_TOKENS - 1
+    answers = Segments.build([(1, last, range(TRIED_PAGES)), (1, 0, [TRIED_PAGES])])
+    return _timed(home, attended(answers, 2))
+
+
+def _timed(home: DeviceHome, call: Callable[[], Any]) -> tuple[Floats, float]:
+    found: Floats = home.fetch(call())  # the first time, kernels are made
     took = []
     for _ in range(3):
-        begun_s = device.now_s
-        made = [home.linears(there, all)[0] for _ in range(_CALLS)]
-        device.wait(made[-1].memory.ready)
-        took.append((device.now_s - begun_s) / _CALLS)
+        begun_s = home.device.now_s
+        made = [call() for _ in range(_CALLS)]
+        home.device.wait(made[-1].memory.ready)
+        took.append((home.device.now_s - begun_s) / _CALLS)
     return found, median(took)
 
 

@@ -65,14 +65,14 @@ class SimKernels:
         return self._cpu.scores(x, self._linears(router))
 
     def attention(
-        self, kv: KvPages, segments: Segments, used: Ids, q: Floats, k: Floats, v: Floats, scoring: Scoring
+        self, kv: KvPages, segments: Segments, places: Ids, q: Floats, k: Floats, v: Floats, scoring: Scoring
     ) -> Any:
         pages = kv.prepared.get(self)
         if pages is None:
             pages = kv.prepared[self] = replace(kv, data=kv.data.inside)  # type: ignore[attr-defined]
         rows = segments.prepared.get(self)
         if rows is None:
-            rows = segments.prepared[self] = replace(segments, pages=used)
+            rows = segments.prepared[self] = replace(segments, pages=places[: len(segments.pages)])
         turning = scoring.rotation.prepared.get(self) or self._rotation(scoring.rotation)
         return self._cpu.attention(pages, rows, q, k, v, scoring._replace(rotation=turning))
 

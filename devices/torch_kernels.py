@@ -133,7 +133,7 @@ class TorchKernels:
         self,
         kv: KvPages,
         segments: Segments,
-        pages: Tensor,
+        places: Tensor,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -143,7 +143,7 @@ class TorchKernels:
         angles = Angles(rotation.dims, rotation.interleaved, _inside(rotation.cos), _inside(rotation.sin))
         weights = norms and HeadWeights(norms.q, norms.k, norms.eps)  # type: ignore[arg-type]  # tensors here
         there, table = PagesIn(kv.layout, _inside(kv.data)), segments.table.tolist()
-        return attend_tensors(there, table, pages, q, k, v, angles, weights, scale, window)
+        return attend_tensors(there, table, places, q, k, v, angles, weights, scale, window)
 
 
 def _inside(handle: Any) -> Any:

@@ -124,6 +124,11 @@ class HeadWeights(NamedTuple):
     eps: float
 
 
+def numbers_of(kv: KvPages | PagesIn) -> Tensor:
+    """(pages, kv_heads, n): keys and values as they are stored, without scales; a view."""
+    return _tensor(kv.data)[..., : kv.layout.scales_at].view(_DTYPES[kv.layout.kind.name])
+
+
 def keys_of(kv: KvPages | PagesIn) -> Tensor:
     """(pages, kv_heads, head_dim, 64), a view."""
     return _part(kv, 0, kv.layout.values_at, kv.layout.head_dim)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from .hardware_guesses import KV_SHARE, SCRATCH_SHARE
 from .memory_layout import (
     LOADING_BYTES,
+    LOOKED_PAGES,
     PAGE_TOKENS,
     SCORES_TOGETHER,
     kv_page_bytes,
@@ -124,6 +125,9 @@ def device_scratch_bytes(wanted: Wanted, room: DeviceRoom) -> int:
         of_row = context * spec.heads
         scores = min(min(rows, wanted.chunk_tokens) * of_row, max(SCORES_TOGETHER, of_row))
         numbers += 3 * context * kv_heads * spec.head_dim + 5 * scores // 2 + 5 * scores // (4 * kv_heads)
+        # Of answers their queries, and what is found in each part of what they look at.
+        parts = -(-context // (LOOKED_PAGES * PAGE_TOKENS))
+        numbers += (wanted.sequences + wanted.guesses) * spec.heads * (parts + 1) * (spec.head_dim + 2)
     return 4 * numbers + OPERANDS_BYTES + room.kernel_bytes
 
 

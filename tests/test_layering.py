@@ -53,11 +53,14 @@ INNER = {
 IN_TORCH = {  # and with it 140 MB of memory
     "devices/cuda_device.py",
     "devices/torch_kernels.py",
-    "devices/triton_kernels.py",
+    "devices/in_triton/triton_kernels.py",
+    "devices/in_triton/triton_looks.py",
     "kernels/attention_reference.py",
     "kernels/reference.py",
 }
-IN_TRITON = {"devices/triton_kernels.py", "devices/triton_linears.py", "devices/triton_weights.py"}
+IN_TRITON = {
+    f"devices/in_triton/triton_{name}.py" for name in ("attention", "kernels", "linears", "looks", "weights")
+}
 OPTIONS_OF_OTHERS = {
     "daemon/library/package.py",
     "daemon/cluster/routes/surroundings.py",

@@ -26,8 +26,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from shoal.devices import triton_linears
-from shoal.devices.triton_kernels import COVERED, THREAD_GROUPS, TILE_INPUTS, step_of, tile_of
+from shoal.devices.in_triton import triton_linears
+from shoal.devices.in_triton.triton_kernels import COVERED, THREAD_GROUPS, TILE_INPUTS, step_of, tile_of
 from shoal.kernels.types import WEIGHT_TYPES
 
 COLS, FFN = 4096, 14336

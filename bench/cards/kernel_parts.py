@@ -66,7 +66,7 @@ def compared(name: str, *, dry: bool, seconds: float) -> dict[str, Any]:
 
 def _programs(home: Any, wrong: dict[str, str], ends_s: float) -> list[dict[str, Any]]:
     """One row by matrices of few rows, with columns split among more and more programs."""
-    from shoal.devices import triton_kernels
+    from shoal.devices.in_triton import triton_kernels
 
     products = []
     for cols in (4096, 14336):
@@ -87,7 +87,7 @@ def _torch() -> Any:
 
 
 def _triton() -> Any:
-    from shoal.devices.triton_kernels import TritonKernels
+    from shoal.devices.in_triton.triton_kernels import TritonKernels
 
     return TritonKernels()
 

@@ -236,7 +236,7 @@ def test_short_waits_are_not_rounded_up() -> None:
 def test_kernels_are_not_tried_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     device = card(monkeypatch, "much")
     monkeypatch.delenv(kernel_choice.VARIABLE, raising=False)
-    monkeypatch.setattr("shoal.devices.triton_kernels.too_old", lambda: "")
+    monkeypatch.setattr("shoal.devices.in_triton.triton_kernels.too_old", lambda: "")
     Event.hang = True
     error = in_time(lambda: kernel_choice.chosen(device))
     assert isinstance(error, DeviceLost)
@@ -286,7 +286,7 @@ def test_a_card_that_hangs_while_kernels_are_tried_is_no_device(monkeypatch: pyt
     device = card(monkeypatch, "much")
     monkeypatch.setattr(cuda_device, "CudaDevice", lambda *_: device)
     monkeypatch.delenv(kernel_choice.VARIABLE, raising=False)
-    monkeypatch.setattr("shoal.devices.triton_kernels.too_old", lambda: "")
+    monkeypatch.setattr("shoal.devices.in_triton.triton_kernels.too_old", lambda: "")
     Event.hang = True
     first, again = tried_twice("cuda:0")
     assert first == again

@@ -23,44 +23,59 @@ def device(monkeypatch: pytest.MonkeyPatch) -> TorchOnHost:
     monkeypatch.setattr(kernel_choice, "TRIED_KINDS", (Q4_K,))
     monkeypatch.setattr(kernel_choice, "TRIED_ROWS", 16)
     monkeypatch.setattr(kernel_choice, "TRIED_COLS", 256)
+    monkeypatch.setattr(kernel_choice, "TRIED_PAGES", 2)
+    monkeypatch.setattr(kernel_choice, "TRIED_HEADS", (2, 1, 8))
     monkeypatch.setattr(kernel_choice, "_CALLS", 1)
     return TorchOnHost("sim:test", 1 << 30)
 
 
 def taking(monkeypatch: pytest.MonkeyPatch, triton_s: dict[int, float], off: float = 0.0) -> None:
-    """Triton's kernels take so long by the number of rows, torch's 1 s; results are `off` times too large."""
-    real = kernel_choice._tried
+    """Triton's kernels take so long by the number of rows (0: to attend), torch's 1 s; results are `off` times too
+    large."""
+    products, looks = kernel_choice._tried, kernel_choice._looked
 
-    def tried(home: DeviceHome, w: Matrix, x: Floats) -> tuple[Floats, float]:
-        found, _ = real(home, w, x)
+    def taken(found: Floats, home: DeviceHome, rows: int) -> tuple[Floats, float]:
         ours = home.kernels.startswith("triton")
-        return (found * (1 + off), triton_s[len(x)]) if ours else (found, 1.0)
+        return (found * (1 + off), triton_s[rows]) if ours else (found, 1.0)
+
+    def tried(w: Matrix, x: Floats, home: DeviceHome) -> tuple[Floats, float]:
+        return taken(products(w, x, home)[0], home, len(x))
+
+    def looked(kind: str, home: DeviceHome) -> tuple[Floats, float]:
+        return taken(looks(kind, home)[0], home, 0)
 
     monkeypatch.setattr(kernel_choice, "_tried", tried)
+    monkeypatch.setattr(kernel_choice, "_looked", looked)
 
 
 def test_what_is_quicker(device: TorchOnHost, monkeypatch: pytest.MonkeyPatch) -> None:
     triton = pytest.importorskip("triton")
     monkeypatch.setattr(kernel_choice, "SOME", 2)
     with monkeypatch.context() as patch:
-        taking(patch, {1: 0.5, 2: 0.5})
+        taking(patch, {0: 0.5, 1: 0.5, 2: 0.5})
         kernels, why = chosen(device)
-        assert (kernels.name, why) == (f"triton {triton.__version__} (one row, many)", "")
+        assert (kernels.name, why) == (f"triton {triton.__version__} (one row, many, attention)", "")
     with monkeypatch.context() as patch:
-        taking(patch, {1: 0.5, 2: 1.5})
+        taking(patch, {0: 0.5, 1: 0.5, 2: 1.5})
         kernels, why = chosen(device)
-        assert kernels.name == f"triton {triton.__version__} (one row)"
+        assert kernels.name == f"triton {triton.__version__} (one row, attention)"
         assert why == "torch computes with more rows: it takes 1000000 µs where triton takes 1500000"
     with monkeypatch.context() as patch:
-        taking(patch, {1: 0.5, 2: 0.5}, off=0.1)
+        taking(patch, {0: 1.5, 1: 0.5, 2: 0.5})
+        kernels, why = chosen(device)
+        assert kernels.name == f"triton {triton.__version__} (one row, many)"
+        assert why == "torch computes attention: it takes 2000000 µs where triton takes 3000000"
+    with monkeypatch.context() as patch:
+        taking(patch, {0: 0.5, 1: 0.5, 2: 0.5}, off=0.1)
         kernels, why = chosen(device)
         assert kernels.name == "torch"
         assert "torch computes with one row: triton's are 1.0e-01 away from it with Q4_K" in why
+        assert "torch computes attention: triton's are 1.0e-01 away from it with f16 K and V" in why
 
 
 def test_a_compiler_that_fails(device: TorchOnHost, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    from shoal.devices import triton_kernels
+    from shoal.devices.in_triton import triton_kernels
 
     def fails(*_: Any, **__: Any) -> None:
         raise RuntimeError("Failed to find C compiler.\nPlease specify")
@@ -110,9 +125,9 @@ def test_a_card_that_is_lost_while_it_is_tried(device: TorchOnHost, monkeypatch:
 
 
 def test_without_triton(device: TorchOnHost, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.startswith("shoal.devices.triton_")]:
+    for name in [name for name in sys.modules if name.startswith("shoal.devices.in_triton.triton_")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr("shoal.devices.triton_kernels", raising=False)
+    monkeypatch.delattr("shoal.devices.in_triton.triton_kernels", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
     kernels, why = chosen(device)
     assert kernels.name == "torch"

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="triton is not installed (Linux on x86-64 only)")
 
-from shoal.devices import triton_kernels
 from shoal.devices.device_home import DeviceHome
 from shoal.devices.errors import DeviceFull, DeviceLost
+from shoal.devices.in_triton import triton_kernels
+from shoal.devices.in_triton.triton_kernels import ATTENTION, COVERED, ONE_ROW, TritonKernels, covers
+from shoal.devices.in_triton.triton_kernels import MANY as MANY_ROWS
 from shoal.devices.torch_kernels import TorchKernels
-from shoal.devices.triton_kernels import COVERED, TritonKernels, covers
 from shoal.kernels.arrays import Bytes, Floats
 from shoal.kernels.band_layout import to_bands
 from shoal.kernels.compute_home import Staged
@@ -152,7 +153,7 @@ def test_what_is_no_number_stays_none(kind: WeightType, home: DeviceHome) -> Non
 
 def test_one_row_is_what_the_reference_computes() -> None:
     """Norms, biases, layers and experts of every type, with all that is left to torch."""
-    assert disagreements(home_with(TritonKernels(many=False)), ReferenceHome(), bits=False) == []
+    assert disagreements(home_with(TritonKernels({ONE_ROW, ATTENTION})), ReferenceHome(), bits=False) == []
 
 
 @pytest.mark.skipif("SHOAL_TEST_DEVICE" not in os.environ, reason="an interpreter takes a minute for it")
@@ -251,7 +252,8 @@ def test_weights_lie_as_on_the_host_and_change_places(home: DeviceHome) -> None:
 
 @pytest.mark.parametrize(("one", "many"), [(True, False), (False, True), (False, False)])
 def test_torch_computes_what_triton_is_not_chosen_for(one: bool, many: bool) -> None:
-    home, (w, numbers) = home_with(TritonKernels(one, many)), made(KINDS[6], 40, 512)
+    uses = [use for use, used in ((ONE_ROW, one), (MANY_ROWS, many)) if used]
+    home, (w, numbers) = home_with(TritonKernels(uses)), made(KINDS[6], 40, 512)
     there = Linears([home.keep_matrix(w)])
     for tokens, chosen in ((1, one), (5, many)):
         x = inputs(tokens, 512)
@@ -305,5 +307,5 @@ def test_what_cannot_be_loaded_torch_computes(
         assert np.array_equal(compute(home), compute(torch))
     assert (len(tries), device.lost) == (1, "")
     assert kernels.refused == f"RuntimeError: Triton Error [CUDA]: {said}"
-    assert kernels.name.endswith("(many)" if rows == 1 else "(one row)")
+    assert kernels.name.endswith("(many, attention)" if rows == 1 else "(one row, attention)")
     assert len(caplog.records) == 1

@@ -1,4 +1,5 @@
-"""What a device computes in Triton: linears with quantised weights. All else, and what it does not cover, is torch's.
+"""What a device computes in Triton: linears with quantised weights, and attention of answers. All else, and what it
+does not cover, is torch's.
 
 Knows sizes of programs and which matrices go into one launch; `triton_linears` has the kernels. Weights lie on the
 device as they do on the host, in bands, so nothing is rearranged when they come. One row of inputs is multiplied as it
@@ -10,8 +11,9 @@ harm there: from then on torch computes that, too.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
@@ -19,12 +21,14 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from shoal.kernels.arrays import Bytes
+from shoal.kernels.attention_operands import KvPages, Scoring, Segments
 from shoal.kernels.matrix import FeedForward, Linears, Matrix
 from shoal.partition.memory_layout import BAND_ROWS
 
+from ..errors import one_line, says_not_loaded
+from ..torch_kernels import InBands, TorchKernels
 from . import triton_linears as launched
-from .errors import one_line, says_not_loaded
-from .torch_kernels import InBands, TorchKernels
+from .triton_looks import can_look, look
 from .triton_weights import GROUP, ONE
 
 log = logging.getLogger(__name__)
@@ -41,6 +45,14 @@ LEAST_CAPABILITY = (7, 0)
 THREAD_GROUPS = 8  # groups that the threads of a warp take side by side, four threads each
 
 
+Takes = Literal["one row", "many", "attention"]
+ONE_ROW: Takes = "one row"
+MANY: Takes = "many"
+ATTENTION: Takes = "attention"
+USES = ONE_ROW, MANY, ATTENTION
+WITH: Mapping[Takes, str] = {ONE_ROW: "with one row", MANY: "with more rows", ATTENTION: "attention"}
+
+
 class Arranged(NamedTuple):
     """Rows of inputs as kernels want them. `more`: sums of 16, or the scale of each row."""
 
@@ -49,17 +61,16 @@ class Arranged(NamedTuple):
 
 
 class TritonKernels(TorchKernels):
-    """Is an OnDevice. `one`, `many`: whether it computes with one row of inputs, and with more; else torch does.
-    `refused`: why not all that it was to, if something could not be compiled or loaded; or ""."""
+    """Is an OnDevice. `uses`: what it computes, else torch does. `refused`: why not all that it was to, if something
+    could not be compiled or loaded; or ""."""
 
-    def __init__(self, one: bool = True, many: bool = True) -> None:
-        self._use(one, many)
+    def __init__(self, uses: Collection[Takes] = USES) -> None:
+        self._use(uses)
         self.refused = ""
 
-    def _use(self, one: bool, many: bool) -> None:
-        self._one, self._many = one, many
-        uses = [name for name, used in (("one row", one), ("many", many)) if used]
-        self.name = f"triton {triton.__version__} ({', '.join(uses) or 'nothing'})"
+    def _use(self, uses: Collection[Takes]) -> None:
+        self._used = frozenset(uses)
+        self.name = f"triton {triton.__version__} ({', '.join(it for it in USES if it in uses) or 'nothing'})"
 
     def laid_out(self, w: Matrix) -> Bytes:
         return w.data if covers(w) else super().laid_out(w)
@@ -78,13 +89,19 @@ class TritonKernels(TorchKernels):
         return InBands(data) if covers(w) else data  # type: ignore[arg-type]  # a tensor then
 
     def linears(self, x: Tensor, all: Linears, norm: Tensor | None, eps: float) -> list[Tensor]:
-        own = [place for place, w in enumerate(all.matrices) if covers(w)] if self._uses(len(x)) else []
+        own = (
+            [place for place, w in enumerate(all.matrices) if covers(w)]
+            if _use_of(x) in self._used and len(x)
+            else []
+        )
         others = [place for place in range(len(all.matrices)) if place not in own]
         made: dict[int, Tensor] = {}
         if own:
             some = _some(all, own)
             theirs = super().linears
-            its = self._or(len(x), lambda: self._own(x, some, norm, eps), lambda: theirs(x, some, norm, eps))
+            its = self._or(
+                _use_of(x), lambda: self._own(x, some, norm, eps), lambda: theirs(x, some, norm, eps)
+            )
             made |= zip(own, its, strict=True)
         if others:
             made |= zip(others, super().linears(x, _some(all, others), norm, eps), strict=True)
@@ -92,12 +109,38 @@ class TritonKernels(TorchKernels):
 
     def feed_forward(self, x: Tensor, layer: FeedForward, norm: Tensor | None, eps: float) -> Tensor:
         matrices = *layer.enter.matrices, *layer.leave.matrices
-        fused = len(x) == 1 and self._one and all(map(covers, matrices))
+        fused = len(x) == 1 and ONE_ROW in self._used and all(map(covers, matrices))
         theirs = super().feed_forward
         if not fused:
             return theirs(x, layer, norm, eps)
-        fed: Tensor = self._or(1, lambda: self._fed(x, layer, norm, eps), lambda: theirs(x, layer, norm, eps))
+        fed: Tensor = self._or(
+            ONE_ROW, lambda: self._fed(x, layer, norm, eps), lambda: theirs(x, layer, norm, eps)
+        )
         return fed
+
+    def attention(
+        self,
+        kv: KvPages,
+        segments: Segments,
+        places: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scoring: Scoring,
+    ) -> Tensor:
+        alone = segments.table[:, 1] == 1
+        theirs = super().attention
+        if ATTENTION not in self._used or not alone.any() or not can_look(kv):
+            return theirs(kv, segments, places, q, k, v, scoring)
+
+        def ours() -> Tensor:
+            others = replace(segments, table=segments.table[~alone])
+            out = q.new_empty(q.shape) if alone.all() else theirs(kv, others, places, q, k, v, scoring)
+            look(kv, segments, places, q, k, v, scoring, out)
+            return out
+
+        made: Tensor = self._or(ATTENTION, ours, lambda: theirs(kv, segments, places, q, k, v, scoring))
+        return made
 
     def _fed(self, x: Tensor, layer: FeedForward, norm: Tensor | None, eps: float) -> Tensor:
         gate, up = layer.enter.matrices
@@ -112,23 +155,19 @@ class TritonKernels(TorchKernels):
         )  # fmt: skip
         return _one_row(inner, layer.leave)[0]
 
-    def _or(self, rows: int, ours: Callable[[], Any], theirs: Callable[[], Any]) -> Any:
-        """What our kernels make of so many rows, or, from the first time on that they cannot be had, torch's."""
+    def _or(self, use: Takes, ours: Callable[[], Any], theirs: Callable[[], Any]) -> Any:
+        """What our kernels make of it, or, from the first time on that they cannot be had, torch's."""
         try:
             return ours()
         except (RuntimeError, TritonError) as error:
             if not (isinstance(error, TritonError) or says_not_loaded(str(error))):
                 raise
             self.refused = f"{type(error).__name__}: {one_line(error)}"
-            self._use(self._one and rows != 1, self._many and rows == 1)
-            what = "one row" if rows == 1 else "more rows"
+            self._use(self._used - {use})
             log.warning(
-                "torch computes with %s, as a kernel of triton's cannot be had: %s", what, self.refused
+                "torch computes %s, as a kernel of triton's cannot be had: %s", WITH[use], self.refused
             )
         return theirs()
-
-    def _uses(self, rows: int) -> bool:
-        return self._one if rows == 1 else self._many and rows > 0
 
     def _own(self, x: Tensor, all: Linears, norm: Tensor | None, eps: float) -> list[Tensor]:
         if len(x) == 1:
@@ -144,6 +183,10 @@ class TritonKernels(TorchKernels):
             for w, bias, out in zip(all.matrices, all.biases, made, strict=True):
                 _many_rows(inputs, w, bias, out[part])
         return made
+
+
+def _use_of(x: Tensor) -> Takes:
+    return ONE_ROW if len(x) == 1 else MANY
 
 
 def too_old() -> str:

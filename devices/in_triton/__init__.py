@@ -1,0 +1,1 @@
+"""What a graphics card computes in Triton's language."""

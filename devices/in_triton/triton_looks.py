@@ -1,0 +1,93 @@
+"""Attention of texts that have one row in a step, launched: sizes of programs, and what they leave for each other.
+`triton_attention` has the kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+from torch import Tensor
+
+from shoal.kernels.attention_operands import KvPages, Scoring, Segments
+from shoal.kernels.attention_reference import PagesIn, numbers_of, scales_of
+from shoal.partition.memory_layout import LOOKED_PAGES, PAGE_TOKENS
+
+from . import triton_attention as launched
+
+NUMBERS = 8192  # of keys with queries, that a program has at once
+LEAST_TOKENS = 4
+MOST_TOKENS = 64  # of a page
+JOINED = 16  # parts of a text at once
+WARPS = 4
+
+
+def can_look(kv: KvPages) -> bool:
+    """Whether these kernels have room for its heads."""
+    return _tokens(kv) >= LEAST_TOKENS
+
+
+def look(
+    kv: KvPages,
+    segments: Segments,
+    places: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scoring: Scoring,
+    out: Tensor,
+) -> None:
+    """Into the rows of `out` (T, heads * head_dim) of texts that have one row. Arguments as of `OnDevice.attention`."""
+    rotation, scale, window, norms = scoring
+    layout, texts, kv_heads = kv.layout, len(segments.table), kv.kv_heads
+    there = PagesIn(layout, _there(kv.data))
+    pages, table = places, places[len(segments.pages) :]
+    numbers, scaled = numbers_of(there), layout.kind.scaled
+    scales = scales_of(there) if scaled else numbers
+    how = {
+        "HEADS": kv.heads, "KV_HEADS": kv_heads, "DIM": layout.head_dim, "WIDE": layout.wide,
+        "ROOM": triton.next_power_of_2(layout.wide), "SCALED": scaled,
+        "HEAD_STEP": numbers.stride(1), "SCALES_HEAD_STEP": scales.stride(1),
+    }  # fmt: skip
+    steps = numbers.stride(0), scales.stride(0)
+    turned = q.new_empty(texts, kv.heads, layout.head_dim)
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    none = q, q
+    cos, sin = _there(rotation.cos), _there(rotation.sin)
+    launched.stored[(texts, kv.heads + 2 * kv_heads)](
+        q, k, v, *((norms.q, norms.k) if norms else none), cos, sin,
+        table, pages, numbers, scales, turned, norms.eps if norms else 0.0, *steps,
+        DIMS=rotation.dims, INTERLEAVED=rotation.interleaved, NORMED=norms is not None, **how,
+        num_warps=1, num_stages=1,
+    )  # fmt: skip
+    parts = triton.cdiv(_most_pages(segments), LOOKED_PAGES)
+    found = out if parts == 1 else q.new_empty(texts, kv.heads, parts, layout.head_dim)
+    sums, largest = q.new_empty(2, texts, kv.heads, parts) if parts > 1 else (q, q)
+    launched.looked[(parts, kv_heads, texts)](
+        turned, table, pages, numbers, scales, found, sums, largest, scale, *steps, parts,
+        GROUP_ROOM=triton.next_power_of_2(kv.heads // kv_heads), SOME=_tokens(kv), EACH=LOOKED_PAGES,
+        WINDOW=window or 0, WHOLE=parts == 1, **how, num_warps=WARPS, num_stages=1,
+    )  # fmt: skip
+    if parts > 1:
+        launched.joined[(kv.heads, texts)](
+            found, sums, largest, table, out, parts, HEADS=kv.heads, DIM=layout.head_dim, ROOM=how["ROOM"],
+            PARTS_ROOM=triton.next_power_of_2(parts), SOME=JOINED, num_warps=WARPS, num_stages=1,
+        )  # fmt: skip
+
+
+def _there(handle: Any) -> Tensor:
+    inside: Tensor = handle.inside
+    return inside
+
+
+def _tokens(kv: KvPages) -> int:
+    """That a program looks at together: a power of 2."""
+    group, room = (triton.next_power_of_2(it) for it in (kv.heads // kv.kv_heads, kv.layout.wide))
+    tokens: int = min(MOST_TOKENS, NUMBERS // (group * room))
+    return tokens
+
+
+def _most_pages(segments: Segments) -> int:
+    """Of a text with one row."""
+    table = segments.table
+    last: int = table[table[:, 1] == 1, 2].max().item()
+    return last // PAGE_TOKENS + 1
