@@ -71,15 +71,27 @@ def attend_tensors(
         own = slice(first, first + rows)
         mine = pages[page:].long()
         _store(kv, mine, start, keys[own], values[own])
-        all_keys, all_values = _read(kv, mine, start + rows)
-        together = max(1, SCORES_TOGETHER // (queries.shape[1] * (start + rows)))
-        for part in range(first, first + rows, together):
-            looking = queries[part : min(part + together, first + rows)]
-            seen = start + part - first + len(looking)
-            out[part : part + len(looking)] = _look(
-                looking, all_keys[:, :seen], all_values[:, :seen], scale, window
-            )
+        _look_back(kv, mine, start, queries[own], scale, window, out[own])
     return out.view(tokens, -1)
+
+
+def _look_back(
+    kv: PagesIn,
+    pages: Tensor,
+    start: int,
+    queries: Tensor,
+    scale: float,
+    window: int | None,
+    out: Tensor,
+) -> None:
+    """One text's rows, from position `start` on. What is read of its pages goes before the next one's comes."""
+    rows, heads = queries.shape[:2]
+    keys, values = (_read(kv, pages, start + rows, which) for which in (0, 1))
+    together = max(1, SCORES_TOGETHER // (heads * (start + rows)))
+    for part in range(0, rows, together):
+        until = min(part + together, rows)
+        seen = start + until
+        out[part:until] = _look(queries[part:until], keys[:, :seen], values[:, :seen], scale, window)
 
 
 def _look(queries: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
@@ -190,15 +202,11 @@ def _to_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
     return whole.nan_to_num(0.0, 0.0, 0.0), scale[..., 0]
 
 
-def _read(kv: PagesIn, pages: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """K and V of positions [0, length), f32 (kv_heads, length, head_dim) each."""
-    size = keys_of(kv).shape[-1]
-    used = pages[: -(-length // size)]
-    dim = kv.layout.head_dim
-    both = []
-    for which, numbers in enumerate((keys_of(kv).transpose(2, 3), values_of(kv)[..., :dim])):
-        x = numbers[used].float()  # (pages, kv_heads, 64, head_dim)
-        if numbers.dtype == torch.int8:
-            x = x * scales_of(kv)[used, :, which, :, None]
-        both.append(x.transpose(0, 1).flatten(1, 2)[:, :length])
-    return both[0], both[1]
+def _read(kv: PagesIn, pages: Tensor, length: int, which: int) -> Tensor:
+    """K (0) or V (1) of positions [0, length), f32 (kv_heads, length, head_dim)."""
+    used = pages[: -(-length // PAGE_TOKENS)]
+    numbers = values_of(kv)[..., : kv.layout.head_dim] if which else keys_of(kv).transpose(2, 3)
+    x = numbers[used].float()  # (pages, kv_heads, 64, head_dim)
+    if numbers.dtype == torch.int8:
+        x = x * scales_of(kv)[used, :, which, :, None]
+    return x.transpose(0, 1).flatten(1, 2)[:, :length]

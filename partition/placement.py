@@ -119,8 +119,8 @@ def device_scratch_bytes(wanted: Wanted, room: DeviceRoom) -> int:
     if spec.moe:  # what goes to experts of the CPU: scores, and these together with a block's input
         numbers += rows * (spec.hidden + 2 * spec.moe.experts)
     if room.gathers:
-        # K and V, K with its scale; scores, with their softmax and where it is NaN; and what a position sees, as
-        # numbers and as bytes, for all heads that share K and V.
+        # K and V, and V before it lies in order or K with its scale; scores, with their softmax and where it is NaN;
+        # and what a position sees, as numbers and as bytes, for all heads that share K and V.
         context, kv_heads = wanted.context_tokens, spec.kv_heads
         of_row = context * spec.heads
         scores = min(min(rows, wanted.chunk_tokens) * of_row, max(SCORES_TOGETHER, of_row))

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,9 +26,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from shoal.devices.in_triton import triton_linears
+from shoal.devices.in_triton import triton_attention, triton_linears
 from shoal.devices.in_triton.triton_kernels import COVERED, THREAD_GROUPS, TILE_INPUTS, step_of, tile_of
+from shoal.devices.in_triton.triton_looks import JOINED, WARPS, tokens_of
 from shoal.kernels.types import WEIGHT_TYPES
+from shoal.partition.memory_layout import KV_FORMATS, LOOKED_PAGES, KvLayout
 
 COLS, FFN = 4096, 14336
 REGISTERS, THREADS = 1 << 16, 2048  # of a processor of the card
@@ -97,19 +99,53 @@ def cases(types: Sequence[str]) -> Iterator[Case]:
         yield Case("arranged, normed" if normed else "arranged", "", rows, triton_linears.arranged, how, 8, 0)
 
 
+KV = {"f32": "*fp32", "f16": "*fp16", "bf16": "*bf16", "i8": "*i8"}
+HEADS = (
+    (32, 8, 128),
+    (32, 4, 128),
+    (16, 16, 128),
+    (9, 3, 64),
+    (8, 1, 256),
+)  # of q, of K and V; their numbers
+
+
+def looks(kinds: Iterable[str] = KV) -> Iterator[Case]:
+    """Attention of answers."""
+    for kind in kinds:
+        layouts = [(its, KvLayout.of(KV_FORMATS[kind], its[2])) for its in HEADS]
+        for (heads, kv_heads, dim), layout in layouts if kind == "f16" else layouts[:1]:
+            step = layout.head_bytes // layout.kind.itemsize
+            how = {
+                "HEADS": heads, "KV_HEADS": kv_heads, "DIM": dim, "WIDE": layout.wide,
+                "ROOM": triton.next_power_of_2(layout.wide), "SCALED": layout.kind.scaled,
+                "HEAD_STEP": step, "SCALES_HEAD_STEP": layout.head_bytes // 4,
+            }  # fmt: skip
+            label = f"{kind} {heads}/{kv_heads}/{dim}"
+            turning = {"DIMS": dim, "INTERLEAVED": False, "NORMED": True}
+            yield Case("stored", label, 1, triton_attention.stored, how | turning, 1, 0)
+            group = triton.next_power_of_2(heads // kv_heads)
+            looking = {
+                "GROUP_ROOM": group, "SOME": tokens_of(group, how["ROOM"]), "EACH": LOOKED_PAGES, "WINDOW": 0,
+                "WHOLE": False,
+            }  # fmt: skip
+            yield Case("looked", label, 1, triton_attention.looked, how | looking, WARPS, 0)
+    joining = {"HEADS": 32, "DIM": 128, "ROOM": 128, "PARTS_ROOM": 64, "SOME": JOINED}
+    yield Case("joined", "", 1, triton_attention.joined, joining, WARPS, 0)
+
+
 POINTERS = {"w": "*u8", "gate": "*u8", "up": "*u8", "one": "i32", "eps": "fp32", "T": "i32", "rows": "i32"}
 
 
 def compiled(case: Case, card: int) -> Compiled:
     """For compute capability `card` / 10."""
     names, many = case.fn.arg_names, case.rows > 1
-    signature = {name: _type(name, case.kernel, many) for name in names} | dict.fromkeys(
+    signature = {name: _type(name, case.kernel, case.type, many) for name in names} | dict.fromkeys(
         case.constants, "constexpr"
     )
     wide = {
         (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(names)
-        if signature[name].startswith("*")
+        if signature[name].startswith("*") or name.endswith("_step")
     }
     constants = {(names.index(name),): value for name, value in case.constants.items()}
     source = ASTSource(case.fn, signature=signature, constexprs=constants, attrs=wide)
@@ -146,7 +182,16 @@ def _looped(listing: str) -> int:
     return max((at - to for to, at in jumps if to < at), default=0) // 16
 
 
-def _type(name: str, kernel: str, many: bool) -> str:
+def _type(name: str, kernel: str, type: str, many: bool) -> str:
+    if kernel in ("stored", "looked", "joined"):
+        kinds = {
+            "table": "*i32",
+            "pages": "*i32",
+            "eps": "fp32",
+            "scale": "fp32",
+            "numbers": KV[type.split()[0]] if type else "",
+        }
+        return kinds.get(name, "i32" if name in ("page_step", "scales_step", "parts") else "*fp32")
     stem = name.rstrip("012")
     if kernel.startswith("arranged"):
         return {"eps": "fp32", "out": "*fp16" if many else "*fp32"}.get(name, "*fp32")
@@ -191,7 +236,7 @@ def main() -> int:
     all = [
         compiled(case, card)
         for card in map(int, options.cards.split(","))
-        for case in cases(options.types.split(","))
+        for case in (*cases(options.types.split(",")), *looks())
     ]
     print("\n".join(lines(all, options.markdown)))
     spilled = [it for it in all if it.spilled_bytes]

@@ -133,7 +133,7 @@ class Foretold:
     def _times(self, now: Floors, parts: Mapping[str, float], disks: Mapping[float, float]) -> float:
         then = self.floors
         beside = {
-            part: before / its if its else 1.0
+            part: before / its if before and its else 1.0
             for part, before, its in (
                 ("memory", then.dram_gb_per_s, now.dram_gb_per_s),
                 ("compute", then.compute_gflops, now.compute_gflops),

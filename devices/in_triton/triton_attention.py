@@ -96,8 +96,8 @@ def stored(
         start = tl.load(table + 4 * text + 2)
         d = tl.arange(0, ROOM)
         if which < HEADS:
-            at = q + (row * HEADS + which) * DIM
-            its = _turned(at, norm_q, cos, sin, row, d, eps, DIM, DIMS, INTERLEAVED, NORMED)
+            asked = q + (row * HEADS + which) * DIM
+            its = _turned(asked, norm_q, cos, sin, row, d, eps, DIM, DIMS, INTERLEAVED, NORMED)
             tl.store(turned + (text * HEADS + which) * DIM + d, its, mask=d < DIM)
         else:
             page = tl.load(pages + tl.load(table + 4 * text + 3) + start // IN_PAGE).to(tl.int64)
@@ -108,8 +108,8 @@ def stored(
             if values:
                 its = tl.load(v + (row * KV_HEADS + head) * DIM + d, mask=d < DIM, other=0.0)
             else:
-                at = k + (row * KV_HEADS + head) * DIM
-                its = _turned(at, norm_k, cos, sin, row, d, eps, DIM, DIMS, INTERLEAVED, NORMED)
+                added = k + (row * KV_HEADS + head) * DIM
+                its = _turned(added, norm_k, cos, sin, row, d, eps, DIM, DIMS, INTERLEAVED, NORMED)
             if SCALED:
                 most = tl.max(tl.abs(its), 0)
                 some = most >= SMALLEST
@@ -180,18 +180,21 @@ def looked(
         mixed = tl.zeros((GROUP_ROOM, ROOM), tl.float32)
         for place in range(EACH):
             number = part * EACH + place
-            page = tl.load(its + number, mask=number * IN_PAGE <= start, other=0).to(tl.int64)
+            there = (
+                number * IN_PAGE <= start
+            )  # of a page all is read, and what is not seen is left out afterwards
+            page = tl.load(its + number, mask=there, other=0).to(tl.int64)
             at = numbers + page * page_step + head * HEAD_STEP
             scales_at = scales + page * scales_step + head * SCALES_HEAD_STEP
             for column in range(0, IN_PAGE, SOME):
                 t = column + tl.arange(0, SOME)
                 position = number * IN_PAGE + t
                 seen = (position <= start) & (position >= seen_from)
-                there = (d[:, None] < DIM) & seen[None, :]
-                keys = tl.load(at + d[:, None] * IN_PAGE + t[None, :], mask=there, other=0.0).to(tl.float32)
+                whole = there & (d[:, None] < DIM)
+                keys = tl.load(at + d[:, None] * IN_PAGE + t[None, :], mask=whole, other=0.0).to(tl.float32)
                 scores = tl.sum(q[:, :, None] * keys[None, :, :], 1)
                 if SCALED:
-                    scores *= tl.load(scales_at + t, mask=seen, other=0.0)[None, :]
+                    scores *= tl.load(scales_at + t, mask=there, other=0.0)[None, :]
                 scores = tl.where(seen[None, :], scores, float("-inf"))
                 now = tl.maximum(most, tl.max(scores, 1))
                 against = tl.where(now == float("-inf"), 0.0, now)  # nothing was seen so far
@@ -199,10 +202,12 @@ def looked(
                 kept = tl.exp(most - against)
                 total = total * kept + tl.sum(weights, 1)
                 if SCALED:
-                    weights *= tl.load(scales_at + IN_PAGE + t, mask=seen, other=0.0)[None, :]
+                    factors = tl.load(scales_at + IN_PAGE + t, mask=there, other=0.0)
+                    weights *= tl.where(seen, factors, 0.0)[None, :]
                 below = at + IN_PAGE * DIM + t[:, None] * WIDE + d[None, :]
-                there = seen[:, None] & (d[None, :] < DIM)
-                values = tl.load(below, mask=there, other=0.0).to(tl.float32)
+                whole = there & (d[None, :] < DIM)
+                values = tl.load(below, mask=whole, other=0.0).to(tl.float32)
+                values = tl.where(seen[:, None], values, 0.0)
                 mixed = mixed * kept[:, None] + tl.sum(weights[:, :, None] * values[None, :, :], 1)
                 most = now
         if WHOLE:

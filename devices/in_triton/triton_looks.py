@@ -14,8 +14,8 @@ from shoal.partition.memory_layout import LOOKED_PAGES, PAGE_TOKENS
 
 from . import triton_attention as launched
 
-NUMBERS = 8192  # of keys with queries, that a program has at once
-LEAST_TOKENS = 4
+NUMBERS = 4096  # of keys with queries, that a program has at once
+LEAST_TOKENS = 2
 MOST_TOKENS = 64  # of a page
 JOINED = 16  # parts of a text at once
 WARPS = 4
@@ -80,10 +80,12 @@ def _there(handle: Any) -> Tensor:
 
 
 def _tokens(kv: KvPages) -> int:
-    """That a program looks at together: a power of 2."""
-    group, room = (triton.next_power_of_2(it) for it in (kv.heads // kv.kv_heads, kv.layout.wide))
-    tokens: int = min(MOST_TOKENS, NUMBERS // (group * room))
-    return tokens
+    return tokens_of(*(triton.next_power_of_2(it) for it in (kv.heads // kv.kv_heads, kv.layout.wide)))
+
+
+def tokens_of(group: int, room: int) -> int:
+    """That a program looks at together, if so many heads share one of K and V, of so many numbers: a power of 2."""
+    return min(MOST_TOKENS, NUMBERS // (group * room))
 
 
 def _most_pages(segments: Segments) -> int:

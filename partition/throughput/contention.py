@@ -11,8 +11,8 @@ from typing import TypeVar
 
 from .profile import Device
 
-_ROUNDS = 10  # at most …
-_SETTLED = 5e-3  # … until nothing changes by more than this
+_ROUNDS = 20  # at most …
+_SETTLED = 2e-3  # … until nothing changes by more than this
 
 GoneThrough = TypeVar("GoneThrough")
 Slower = tuple[float, ...]

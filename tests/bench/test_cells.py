@@ -60,6 +60,8 @@ def test_fixed_costs_go_with_calls_where_these_were_probed() -> None:
     assert verdict(found, replace(slower, before=now, after=now)).token == pytest.approx(0)
     assert not found.void(replace(slower, before=now, after=now))
     assert found.void(replace(slower, before=now, after=Floors(40, 2, 0, 30e3)))
+    unprobed = replace(found, floors=Floors(40, 2))
+    assert verdict(unprobed, replace(slower, before=now, after=now)).token == pytest.approx(0.5)
 
 
 def test_a_cell_that_streams_goes_with_the_disk_as_predicted() -> None:
