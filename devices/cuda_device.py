@@ -49,7 +49,7 @@ from .device import (
 )
 from .errors import DeviceLost, LostOpening, NoSuchDevice, NotPageLocked, one_line, says_no_memory
 from .page_locked import LockedRanges, limit_on_locking
-from .pinned_ring import CopyEnds, PinnedRing, begin_copies, packets
+from .pinned_ring import CopyEnds, PinnedRing, begin_copies, bunched, packets
 from .waiting import SignsOfLife, Stuck
 
 DRIVER = Path("/proc/driver/nvidia/version")
@@ -301,8 +301,8 @@ class CudaDevice:
         all: Sequence[CopyEnds],
         after: Sequence[DeviceEvent],
     ) -> Any:
-        """Bytes by way of page-locked memory, in packets of PACKET_BYTES; waits where all of that is in use. What is
-        locked where it lies needs none of it, and what of that comes together is begun in one call."""
+        """Bytes by way of page-locked memory, PACKET_BYTES together; waits where all of that is in use. What is locked
+        where it lies needs none of it, and what of that comes together is begun in one call."""
         leaves = stream is self._going
         ended: Any = None
         cut = packets([CopyEnds(*map(_bytes, its)) for its in all], PACKET_BYTES)
@@ -311,14 +311,11 @@ class CudaDevice:
                 _, ended = self._on(stream, after, bound(begin_copies, [*some]))
                 after = ()
                 continue
-            for mine, theirs in some:
-                with pinned.room(len(mine), self._ended) as packet:
-                    if not leaves:
-                        packet.copy_(mine)
-                    way = CopyEnds(mine, packet) if leaves else CopyEnds(packet, theirs)
-                    _, ended = self._on(stream, after, bound(begin_copies, [way]))
-                    land = bound(theirs.copy_, packet) if leaves else bool
-                    pinned.take(len(mine), ended, land)
+            for bunch in bunched(some, PACKET_BYTES):
+                with pinned.room(bunch.nbytes, self._ended) as piece:
+                    ways, land = bunch.by_way_of(piece, leaves=leaves)
+                    _, ended = self._on(stream, after, bound(begin_copies, ways))
+                    pinned.take(bunch.nbytes, ended, land)
                 after = ()
         return ended
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -39,6 +39,46 @@ def packets(all: Sequence[CopyEnds], most_bytes: int) -> Iterator[CopyEnds]:
     for source, target in all:
         for start in range(0, len(source), most_bytes):
             yield CopyEnds(source[start : start + most_bytes], target[start : start + most_bytes])
+
+
+class Bunch(NamedTuple):
+    """Bytes that pass through one piece of the memory together, of `nbytes`, and where in it each of them begins."""
+
+    copies: list[CopyEnds]
+    starts: list[int]
+    nbytes: int
+
+    def by_way_of(self, piece: Any, *, leaves: bool) -> tuple[list[CopyEnds], Callable[[], object]]:
+        """The copies to begin, and what takes what came when they have ended. What does not leave is put there now."""
+        parts = [piece[at : at + len(its.source)] for its, at in zip(self.copies, self.starts, strict=True)]
+        both = [*zip(self.copies, parts, strict=True)]
+        if leaves:
+
+            def take() -> None:
+                for its, part in both:
+                    its.target.copy_(part)
+
+            return [CopyEnds(its.source, part) for its, part in both], take
+        for its, part in both:
+            part.copy_(its.source)
+        return [CopyEnds(part, its.target) for its, part in both], bool
+
+
+def bunched(all: Iterable[CopyEnds], most_bytes: int) -> Iterator[Bunch]:
+    """Packets that follow each other, as many together as have no more bytes: each that is begun costs who begins it as
+    much as copying a hundred kilobytes."""
+    copies: list[CopyEnds] = []
+    starts: list[int] = []
+    end = 0
+    for its in all:
+        if copies and end + len(its.source) > most_bytes:
+            yield Bunch(copies, starts, end)
+            copies, starts, end = [], [], 0
+        copies.append(its)
+        starts.append(end)
+        end += -(-len(its.source) // ALIGNMENT) * ALIGNMENT
+    if copies:
+        yield Bunch(copies, starts, end)
 
 
 class _Piece(NamedTuple):

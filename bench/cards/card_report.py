@@ -53,7 +53,7 @@ def _kernels(its: Mapping[str, Any], copies: Mapping[str, Any] | None) -> Iterat
     if late := its.get("no time for"):
         yield f"kernels: there was no time for {', '.join(late)}"
     within = copies["bytes_per_s"]["within"] if copies is not None else None
-    for it in (*its["products"], *its.get("programs", ())):
+    for it in (*its["products"], *its.get("programs", ()), *its.get("looks", ())):
         each = ", ".join(f"{name} {s * 1e6:.4g} µs" for name, s in it["seconds"].items())
         quickest = min(it["seconds"].values(), default=float("inf"))
         said = f"{it['type']} by {it['rows']}: {each}; {it['nbytes'] / quickest / 1e9:.4g} GB/s"

@@ -1,5 +1,5 @@
 """Triton's kernels against torch's operations on a graphics card, each alone: in a graph of CUDA, so the host's part of
-a call is not measured, over matrices that do not fit into the card's cache together.
+a call is not measured, over matrices, or K and V, that do not fit into the card's cache together.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from shoal.kernels.attention_operands import KvPages, Rotation, Scoring, Segments, kv_layout
 from shoal.kernels.matrix import Linears, Matrix
 from shoal.kernels.types import IQ4_NL, Q4_0, Q4_1, Q4_K, Q5_K, Q6_K, Q8_0, WeightType
+from shoal.partition.memory_layout import PAGE_TOKENS
 
 ROUNDS = 5
 KINDS = (Q4_K, Q6_K, Q5_K, Q4_0, Q8_0, Q4_1, IQ4_NL)  # what is wanted most comes first
@@ -30,8 +32,24 @@ class Tried(NamedTuple):
     kinds: tuple[WeightType, ...]
 
 
+class Answering(NamedTuple):
+    """Texts with one row each, as long as the other, in `layers` of K and V."""
+
+    texts: int
+    tokens: int
+    kind: str
+    layers: int
+
+
 REAL = Tried(6, 14336, 4096, (1, 2, 4, 16, 64, 512), KINDS)
 DRY = Tried(2, 32, 256, (1, 2), (Q4_K,))
+HEADS = 32, 8, 128  # of q, of K and V; their numbers
+REAL_LOOKS = [
+    Answering(texts, tokens, kind, 6)
+    for kind in ("f16", "i8")
+    for texts, tokens in ((16, 4096), (1, 4096), (1, 32768), (64, 1024))
+]
+DRY_LOOKS = [Answering(2, 100, "f16", 1)]
 
 
 def compared(name: str, *, dry: bool, seconds: float) -> dict[str, Any]:
@@ -58,7 +76,13 @@ def compared(name: str, *, dry: bool, seconds: float) -> dict[str, Any]:
                 products.append(_product(homes, kind, rows, tried, wrong, dry))
             else:
                 late.append(f"{kind.name} by {rows}")
-    found = {"products": products, "failed with": wrong, "no time for": late}
+    looks = []
+    for its in DRY_LOOKS if dry else REAL_LOOKS:
+        if time.monotonic() < ends_s:
+            looks.append(_look(homes, its, wrong, dry))
+        else:
+            late.append(f"{its.kind} K and V of {its.texts} × {its.tokens:,}")
+    found = {"products": products, "looks": looks, "failed with": wrong, "no time for": late}
     if dry or late or "triton" not in homes:
         return found
     return found | {"programs": _programs(homes["triton"], wrong, ends_s)}
@@ -116,10 +140,6 @@ def _product(
             seconds[which] = _each_s(calls, dry)
         except Exception as error:  # what one cannot compute costs the other nothing
             wrong[f"{which}, {kind.name} by {rows}"] = f"{type(error).__name__}: {error}"[:200]
-    off = float("nan")
-    if len(found) == len(homes) > 1:
-        one, other = found.values()
-        off = float(np.abs(one - other).max() / np.abs(one).max())
     flops = 2.0 * rows * w.rows * w.cols
     return {
         "type": kind.name,
@@ -127,8 +147,57 @@ def _product(
         "nbytes": w.nbytes,
         "flops": flops,
         "seconds": seconds,
-        "off": off,
+        "off": _off(found, homes),
     }
+
+
+def _look(homes: dict[str, Any], its: Answering, wrong: dict[str, str], dry: bool) -> dict[str, Any]:
+    """Attention of answers' rows, whose texts lie in pages in any order."""
+    heads, kv_heads, dim = HEADS
+    layout, source = kv_layout(its.kind, dim), np.random.default_rng(4)
+    each = -(-its.tokens // PAGE_TOKENS)
+    pages = source.permutation(its.texts * each).reshape(its.texts, each)
+    angles = source.standard_normal((2, its.texts, dim // 2), np.float32)
+    rows = [
+        source.standard_normal((its.texts, count * dim), np.float32) for count in (heads, kv_heads, kv_heads)
+    ]
+    seconds, found = {}, {}
+    what = f"{its.kind} K and V of {its.tokens:,}"
+    for which, home in homes.items():
+        try:
+            data = home.pages((pages.size, its.layers, kv_heads, layout.head_bytes))
+            page = source.integers(0, 8, (its.layers, kv_heads, layout.head_bytes), np.uint8)  # small numbers
+            for number in range(pages.size):
+                home.page_in(data, number, page)
+            layers = [KvPages(layout, heads, home.layer_of(data, layer)) for layer in range(its.layers)]
+            segments = Segments.build([(1, its.tokens - 1, mine.tolist()) for mine in pages])
+            turning = Rotation(dim, False, *(np.ascontiguousarray(it) for it in angles))
+            scoring, (q, k, v) = Scoring(turning, dim**-0.5), (home.place(it) for it in rows)
+            found[which] = home.fetch(home.attention(layers[0], segments, q, k, v, scoring))
+            placed = scoring._replace(rotation=turning.prepared[home])
+            inside = segments.prepared[home].inside, q.inside, k.inside, v.inside
+            calls = [partial(home._kernels.attention, kv, segments, *inside, placed) for kv in layers]
+            seconds[which] = _each_s(calls, dry)
+        except Exception as error:  # what one cannot compute costs the other nothing
+            wrong[f"{which}, {what} by {its.texts}"] = f"{type(error).__name__}: {error}"[:200]
+    nbytes = its.texts * its.tokens * kv_heads * layout.head_bytes // PAGE_TOKENS
+    flops = 4.0 * its.texts * its.tokens * heads * dim
+    return {
+        "type": what,
+        "rows": its.texts,
+        "nbytes": nbytes,
+        "flops": flops,
+        "seconds": seconds,
+        "off": _off(found, homes),
+    }
+
+
+def _off(found: dict[str, Any], homes: dict[str, Any]) -> float:
+    """How far what both found is apart, of the largest."""
+    if not len(found) == len(homes) > 1:
+        return float("nan")
+    one, other = found.values()
+    return float(np.abs(one - other).max() / np.abs(one).max())
 
 
 def _matrix(kind: WeightType, tried: Tried) -> Matrix:

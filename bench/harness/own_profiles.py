@@ -22,7 +22,7 @@ from cluster import attached
 
 from shoal import kernels
 from shoal.comm.home import Home
-from shoal.daemon.throughput.fixed_costs import FIXED_COSTS
+from shoal.daemon.throughput.fixed_costs import turns
 from shoal.daemon.throughput.own_machine import profile_file
 from shoal.daemon.throughput.profiling import machine_profile, rounds_of_tables
 from shoal.kernels import Linears
@@ -45,7 +45,7 @@ LEAST_READ_BYTES, PROBES = 512 << 20, 12
 SAMPLES, SHORTER = 3, 4  # of floors in each round of a profile's tables, with so many times fewer probes
 COMPUTED_ROWS, COMPUTED, STRETCHES = 64, 32, 8  # rows, products in a stretch: a second in all
 CALLS, SWEPT_TIMES = 10, 200  # of a layer, about, behind so many sweeps: a tenth of a second …
-CALLS_EVERY = 8  # … at one in so many steps of a profile that measure fixed costs
+CALLS_EVERY = 8  # … at one in so many of the steps with which a profile begins, that measure fixed costs
 SAMPLE_BYTES, SWEEPS = 512 << 20, 3  # of a file
 ROUND_BYTES = tuple(it << 20 for it in (64, 96, 128, 192, 256, 384, 512, 1024))  # with which memory is probed
 
@@ -146,8 +146,8 @@ def profile_of(threads: int, file: Path) -> Known:
     samples: list[list[dict[int, Floors]]] = [[] for _ in rounds]
     calls: list[float] = []
 
-    def sampled(what: str, at: int, steps: int) -> None:
-        if what == FIXED_COSTS and not at % CALLS_EVERY:
+    def sampled(_: str, at: int, steps: int) -> None:
+        if at < turns() and not at % CALLS_EVERY:
             calls.append(calls_per_s(threads))
         for its, probed in zip(rounds, samples, strict=True):
             if at in its and (at - its.start) * SAMPLES >= len(its) * len(probed):

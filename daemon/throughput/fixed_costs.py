@@ -46,7 +46,6 @@ from .kernel_laws import Pool, usual_s
 if TYPE_CHECKING:
     from shoal.devices.device_home import DeviceHome
 
-FIXED_COSTS = "fixed costs"  # what is measured, in a word
 FEW, MANY = 2, 14  # layers
 STREAMS = 16
 ANSWER_TOKENS = 24  # of each stream, in …
@@ -96,7 +95,7 @@ def overheads(pool: Pool, done: Callable[[str], None]) -> Overheads:
     speed meanwhile. `done` is called before each is made and before each turn of it, `turns()` times."""
 
     def made(layers: int, sweep: _Sweep = NO_SWEEP, streams: int = 1, moe: MoeSpec | None = None) -> _Steps:
-        done(FIXED_COSTS)
+        done("fixed costs")
         return _Steps(layers, sweep, pool, streams, moe)
 
     sweeps = (*(_long(pool, seconds) for seconds in LONG_S), *SWEEPS)
@@ -110,7 +109,7 @@ def overheads(pool: Pool, done: Callable[[str], None]) -> Overheads:
         tokens = len(range(turn, ANSWER_TOKENS, TURNS))
         for steps in everything:
             if turn < (LONG_TURNS if steps.long else TURNS):
-                done(FIXED_COSTS)
+                done("fixed costs")
                 steps.turn(LONG_TOKENS if steps.long else tokens)
     warm_s = _layer_s(*warm)
     swept = sorted((_passing_s(*pair), max(0.0, _layer_s(*pair) - warm_s)) for pair in dense)

@@ -124,7 +124,17 @@ def test_kernels_that_there_is_no_time_for_cost_the_others_nothing(monkeypatch: 
     monkeypatch.setattr(kernel_parts, "_product", lambda *_: product)
     monkeypatch.setattr(kernel_parts, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     found = kernel_parts.compared("sim:kernels", dry=True, seconds=1.5)
-    assert (found["products"], found["no time for"]) == ([product], ["Q4_K by 2"])
+    assert (found["products"], found["looks"]) == ([product], [])
+    assert found["no time for"] == ["Q4_K by 2", "f16 K and V of 2 × 100"]
+
+
+def test_answers_of_both_kernels_agree() -> None:
+    pytest.importorskip("triton")
+    found = kernel_parts.compared("sim:kernels", dry=True, seconds=60.0)
+    (look,) = found["looks"]
+    assert look["off"] < 1e-3
+    assert set(look["seconds"]) == {"torch", "triton"}
+    assert not found["failed with"]
 
 
 def test_the_shapes_are_those_of_the_models() -> None:

@@ -183,6 +183,24 @@ def test_through_page_locked_memory_everything_arrives(monkeypatch: pytest.Monke
         assert np.array_equal(back, expected)
 
 
+def test_small_parts_pass_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is begun costs who begins it as much as copying a hundred kilobytes: pages of K and V are as small."""
+    device, begun = pinned(monkeypatch), []
+    real = device._on
+
+    def counted(*args: Any) -> Any:
+        begun.append(args[0])
+        return real(*args)
+
+    monkeypatch.setattr(device, "_on", counted)
+    sources = [np.full(PACKET_BYTES // 8 + place, place, np.uint8) for place in range(20)]
+    parts = [StagedPart(it, device.allocate(it.shape, it.dtype)) for it in sources]
+    begun.clear()
+    device.wait(device.bring_in(parts, [parts[-1].target.memory.ready]))
+    assert len(begun) == 3
+    assert all(np.array_equal(it.target.inside.numpy(), it.source) for it in parts)
+
+
 def test_what_leaves_is_here_when_its_event_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     device = pinned(monkeypatch)
     there, numbers = device.allocate((100,), F32), np.arange(100, dtype=np.float32)

@@ -6,8 +6,11 @@ import random
 import threading
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from shoal.devices.pinned_ring import ALIGNMENT, PinnedRing
+from shoal.devices.pinned_ring import ALIGNMENT, CopyEnds, PinnedRing, begin_copies, bunched
 
 
 def ring_of(pieces: int) -> PinnedRing:
@@ -89,3 +92,23 @@ def test_who_waits_for_room_keeps_nobody_from_what_has_come() -> None:
     goes_on.set()
     other.join(10)
     assert landed == [0, 1]
+
+
+@given(st.lists(st.integers(1, 5000), max_size=30), st.integers(1, 5000))
+def test_bunches_have_all_in_order_and_no_more_than_there_is_room_for(sizes: list[int], most: int) -> None:
+    sources = [torch.full((size,), place, dtype=torch.int32) for place, size in enumerate(sizes)]
+    whole = [CopyEnds(it, torch.zeros_like(it)) for it in sources]
+    found = []
+    for bunch in bunched(iter(whole), most):
+        found += bunch.copies
+        assert len(bunch.copies) == 1 or bunch.starts[-1] + len(bunch.copies[-1].source) <= most
+        for leaves in (False, True):
+            piece = torch.full((bunch.nbytes,), -1, dtype=torch.int32)
+            for its in bunch.copies:
+                its.target.zero_()
+            ways, land = bunch.by_way_of(piece, leaves=leaves)
+            begin_copies(ways)
+            land()
+            assert all(torch.equal(its.source, its.target) for its in bunch.copies)
+            assert all(at % ALIGNMENT == 0 for at in bunch.starts)
+    assert [id(it) for it in found] == [id(it) for it in whole]
