@@ -25,22 +25,25 @@ typedef uint16_t vuw __attribute__((vector_size(LANES * 4)));
 typedef uint32_t vu __attribute__((vector_size(LANES * 4)));
 
 // One of the PARTS of a band's block: LANES rows of it. Unless `ahead` is null, the reads of all parts together fetch as
-// many bytes from there into the second-level cache: each part its share, so that requests come evenly.
+// many bytes from there into the second-level cache: each part its share, so that requests come evenly, and in the order
+// of addresses, whichever is read: then a processor's own prefetcher sees what comes and asks for more.
 struct Lines {
     const uint8_t *fours, *twos, *ahead;
+    mutable int reads = 0;
 
     INLINE Lines(const uint8_t* block, int part, const uint8_t* ahead)
         : fours(block + part * 4 * LANES), twos(block + part * 2 * LANES), ahead(ahead) {}
     INLINE vb line(int offset) const {
-        fetch(offset);
+        fetch();
         return read<vb>(fours + BAND * offset);
     }
     INLINE vf halves(int offset) const {
-        fetch(offset);
+        fetch();
         return load_half(twos + BAND * offset);
     }
-    INLINE void fetch(int offset) const {
-        if (ahead && offset / 4 % PARTS == 0) __builtin_prefetch(ahead + BAND / PARTS * offset, 0, 2);
+    INLINE void fetch() const {
+        const int place = reads++;
+        if (ahead && place % PARTS == 0) __builtin_prefetch(ahead + 4 * LANES * place, 0, 2);
     }
 };
 
