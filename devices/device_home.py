@@ -30,7 +30,7 @@ from .device import (
     OpenDevice,
     StagedPart,
 )
-from .on_device import OnDevice
+from .on_device import OnDevice, places_of
 from .page_locked import PageLocked
 
 UINT8 = np.dtype(np.uint8)
@@ -261,8 +261,7 @@ class DeviceHome(ComputeHome):
     ) -> Hidden:
         there = segments.prepared.get(self)
         if there is None:
-            joined = np.concatenate((segments.pages, segments.table.reshape(-1)))
-            there = segments.prepared[self] = self._brought(joined)
+            there = segments.prepared[self] = self._brought(places_of(segments))
         turning = scoring.rotation.prepared.get(self) or self._rotation(scoring.rotation)
         norms = scoring.norms
         if norms is not None:

@@ -5,9 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from shoal.kernels.arrays import Bytes
+import numpy as np
+
+from shoal.kernels.arrays import Array, Bytes
 from shoal.kernels.attention_operands import KvPages, Scoring, Segments
 from shoal.kernels.matrix import FeedForward, Linears, Matrix, Routes
+
+TABLE_AT = 4  # in `places_of` a table begins at a multiple: sixteen bytes, as kernels read at once
+
+
+def places_of(segments: Segments) -> Array:
+    """int32: the pages of all texts, then their table (`table_at`)."""
+    filled = np.zeros(table_at(segments) - len(segments.pages), np.int32)
+    return np.concatenate((segments.pages, filled, segments.table.reshape(-1)))
+
+
+def table_at(segments: Segments) -> int:
+    return -(-len(segments.pages) // TABLE_AT) * TABLE_AT
 
 
 class OnDevice(Protocol):
@@ -54,7 +68,7 @@ class OnDevice(Protocol):
     def attention(
         self, kv: KvPages, segments: Segments, places: Any, q: Any, k: Any, v: Any, scoring: Scoring
     ) -> Any:
-        """As `ComputeHome.attention`. `segments` are the host's; `places` are there: their pages, then their table."""
+        """As `ComputeHome.attention`. `segments` are the host's; what `places_of` makes of them is there."""
         ...
 
     def scores(self, x: Any, router: Linears) -> Any: ...

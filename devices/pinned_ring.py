@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 ALIGNMENT = 256  # of pieces, in bytes
@@ -51,17 +52,18 @@ class Bunch(NamedTuple):
     def by_way_of(self, piece: Any, *, leaves: bool) -> tuple[list[CopyEnds], Callable[[], object]]:
         """The copies to begin, and what takes what came when they have ended. What does not leave is put there now."""
         parts = [piece[at : at + len(its.source)] for its, at in zip(self.copies, self.starts, strict=True)]
-        both = [*zip(self.copies, parts, strict=True)]
+        coming = [CopyEnds(part, its.target) for its, part in zip(self.copies, parts, strict=True)]
+        going = [CopyEnds(its.source, part) for its, part in zip(self.copies, parts, strict=True)]
         if leaves:
+            return going, partial(_copied, coming)
+        _copied(going)
+        return coming, bool
 
-            def take() -> None:
-                for its, part in both:
-                    its.target.copy_(part)
 
-            return [CopyEnds(its.source, part) for its, part in both], take
-        for its, part in both:
-            part.copy_(its.source)
-        return [CopyEnds(part, its.target) for its, part in both], bool
+def _copied(all: Sequence[CopyEnds]) -> None:
+    """On the host, now."""
+    for source, target in all:
+        target.copy_(source)
 
 
 def bunched(all: Iterable[CopyEnds], most_bytes: int) -> Iterator[Bunch]:

@@ -32,9 +32,8 @@ PACKED_BYTES = 80  # … of which a group takes this much at most
 HUGE_BYTES = 2 << 20  # of a page of the system in which weights and KV lie
 SPAN_TOKENS = 256  # attention to a long context is computed in spans of this many tokens …
 SPANS_BYTES = 16 << 20  # … whose results take at most this much
-LOOKED_PAGES = (
-    4  # of a text, that a program of a card looks at: an answer's row has results of all parts at once
-)
+LOOKED_PAGES = 2  # of a text, that a program of a card looks at …
+LOOKED_TOGETHER = 1 << 22  # … and numbers that these find of answers' rows at once; a row has all of its own
 SCORES_TOGETHER = 1 << 25  # of queries, that attention in torch has at once; a row has all of its own
 
 

@@ -19,6 +19,7 @@ from .hardware_guesses import KV_SHARE, SCRATCH_SHARE
 from .memory_layout import (
     LOADING_BYTES,
     LOOKED_PAGES,
+    LOOKED_TOGETHER,
     PAGE_TOKENS,
     SCORES_TOGETHER,
     kv_page_bytes,
@@ -126,8 +127,8 @@ def device_scratch_bytes(wanted: Wanted, room: DeviceRoom) -> int:
         scores = min(min(rows, wanted.chunk_tokens) * of_row, max(SCORES_TOGETHER, of_row))
         numbers += 3 * context * kv_heads * spec.head_dim + 5 * scores // 2 + 5 * scores // (4 * kv_heads)
         # Of answers their queries, and what is found in each part of what they look at.
-        parts = -(-context // (LOOKED_PAGES * PAGE_TOKENS))
-        numbers += (wanted.sequences + wanted.guesses) * spec.heads * (parts + 1) * (spec.head_dim + 2)
+        of_text = -(-context // (LOOKED_PAGES * PAGE_TOKENS)) * spec.heads * (spec.head_dim + 2)
+        numbers += rows * spec.heads * spec.head_dim + min(rows * of_text, max(LOOKED_TOGETHER, of_text))
     return 4 * numbers + OPERANDS_BYTES + room.kernel_bytes
 
 

@@ -110,27 +110,38 @@ HEADS = (
 
 
 def looks(kinds: Iterable[str] = KV) -> Iterator[Case]:
-    """Attention of answers."""
+    """Attention of answers: as models have it, and each thing that may be otherwise."""
+    plain = {"NORMED": False, "INTERLEAVED": False, "WINDOW": 0, "WHOLE": False}
     for kind in kinds:
-        layouts = [(its, KvLayout.of(KV_FORMATS[kind], its[2])) for its in HEADS]
-        for (heads, kv_heads, dim), layout in layouts if kind == "f16" else layouts[:1]:
-            step = layout.head_bytes // layout.kind.itemsize
-            how = {
-                "HEADS": heads, "KV_HEADS": kv_heads, "DIM": dim, "WIDE": layout.wide,
-                "ROOM": triton.next_power_of_2(layout.wide), "SCALED": layout.kind.scaled,
-                "HEAD_STEP": step, "SCALES_HEAD_STEP": layout.head_bytes // 4,
-            }  # fmt: skip
-            label = f"{kind} {heads}/{kv_heads}/{dim}"
-            turning = {"DIMS": dim, "INTERLEAVED": False, "NORMED": True}
-            yield Case("stored", label, 1, triton_attention.stored, how | turning, 1, 0)
-            group = triton.next_power_of_2(heads // kv_heads)
-            looking = {
-                "GROUP_ROOM": group, "SOME": tokens_of(group, how["ROOM"]), "EACH": LOOKED_PAGES, "WINDOW": 0,
-                "WHOLE": False,
-            }  # fmt: skip
-            yield Case("looked", label, 1, triton_attention.looked, how | looking, WARPS, 0)
-    joining = {"HEADS": 32, "DIM": 128, "ROOM": 128, "PARTS_ROOM": 64, "SOME": JOINED}
+        yield from _look(kind, HEADS[0], plain)
+    for heads in HEADS[1:]:
+        yield from _look("f16", heads, plain)
+    for name, value in (
+        ("NORMED", True),
+        ("INTERLEAVED", True),
+        ("WINDOW", 4096),
+        ("WHOLE", True),
+        ("DIMS", 0),
+        ("DIMS", 64),
+    ):
+        yield from _look("f16", HEADS[0], plain | {name: value}, f" {name} {value}")
+    joining = {"HEADS": 32, "DIM": 128, "ROOM": 128, "EACH": LOOKED_PAGES, "SOME": JOINED}
     yield Case("joined", "", 1, triton_attention.joined, joining, WARPS, 0)
+
+
+def _look(kind: str, its: tuple[int, int, int], more: dict[str, Any], label: str = "") -> Iterator[Case]:
+    heads, kv_heads, dim = its
+    layout = KvLayout.of(KV_FORMATS[kind], dim)
+    room, group = (triton.next_power_of_2(number) for number in (layout.wide, heads // kv_heads))
+    how = {
+        "HEADS": heads, "KV_HEADS": kv_heads, "DIM": dim, "WIDE": layout.wide, "ROOM": room,
+        "SCALED": layout.kind.scaled, "HEAD_STEP": layout.head_bytes // layout.kind.itemsize,
+        "SCALES_HEAD_STEP": layout.head_bytes // 4, "DIMS": dim, "GROUP_ROOM": group,
+        "SOME": tokens_of(group, room), "EACH": LOOKED_PAGES,
+    } | more  # fmt: skip
+    for kernel, warps in ((triton_attention.stored, 1), (triton_attention.looked, WARPS)):
+        constants = {name: value for name, value in how.items() if name in kernel.arg_names}
+        yield Case(kernel.__name__, f"{kind} {heads}/{kv_heads}/{dim}{label}", 1, kernel, constants, warps, 0)
 
 
 POINTERS = {"w": "*u8", "gate": "*u8", "up": "*u8", "one": "i32", "eps": "fp32", "T": "i32", "rows": "i32"}

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from shoal.kernels.arrays import Bytes
 from shoal.kernels.attention_operands import KvPages, Rotation, Scoring, Segments, kv_layout
 from shoal.kernels.matrix import Linears, Matrix
 from shoal.kernels.types import IQ4_NL, Q4_0, Q4_1, Q4_K, Q5_K, Q6_K, Q8_0, WeightType
-from shoal.partition.memory_layout import PAGE_TOKENS
+from shoal.partition.memory_layout import PAGE_TOKENS, KvLayout
 
 ROUNDS = 5
 KINDS = (Q4_K, Q6_K, Q5_K, Q4_0, Q8_0, Q4_1, IQ4_NL)  # what is wanted most comes first
@@ -49,6 +50,7 @@ REAL_LOOKS = [
     for kind in ("f16", "i8")
     for texts, tokens in ((16, 4096), (1, 4096), (1, 32768), (64, 1024))
 ]
+DIFFERENT = 7  # pages
 DRY_LOOKS = [Answering(2, 100, "f16", 1)]
 
 
@@ -161,14 +163,14 @@ def _look(homes: dict[str, Any], its: Answering, wrong: dict[str, str], dry: boo
     rows = [
         source.standard_normal((its.texts, count * dim), np.float32) for count in (heads, kv_heads, kv_heads)
     ]
+    some = [_page(its, layout, source) for _ in range(DIFFERENT)]
     seconds, found = {}, {}
     what = f"{its.kind} K and V of {its.tokens:,}"
     for which, home in homes.items():
         try:
             data = home.pages((pages.size, its.layers, kv_heads, layout.head_bytes))
-            page = source.integers(0, 8, (its.layers, kv_heads, layout.head_bytes), np.uint8)  # small numbers
             for number in range(pages.size):
-                home.page_in(data, number, page)
+                home.page_in(data, number, some[number % len(some)])
             layers = [KvPages(layout, heads, home.layer_of(data, layer)) for layer in range(its.layers)]
             segments = Segments.build([(1, its.tokens - 1, mine.tolist()) for mine in pages])
             turning = Rotation(dim, False, *(np.ascontiguousarray(it) for it in angles))
@@ -190,6 +192,20 @@ def _look(homes: dict[str, Any], its: Answering, wrong: dict[str, str], dry: boo
         "seconds": seconds,
         "off": _off(found, homes),
     }
+
+
+def _page(its: Answering, layout: KvLayout, source: np.random.Generator) -> Bytes:
+    """Of all layers, with numbers as models have them."""
+    page = np.zeros((its.layers, HEADS[1], layout.head_bytes), np.uint8)
+    numbers, scales = page[..., : layout.scales_at], page[..., layout.scales_at :]
+    if layout.kind.scaled:
+        numbers[...] = source.integers(-127, 128, numbers.shape, np.int8).view(np.uint8)
+        shape = *scales.shape[:-1], scales.shape[-1] // 4
+        scales[...] = source.uniform(0.005, 0.02, shape).astype(np.float32).view(np.uint8)
+    else:
+        shape = *numbers.shape[:-1], numbers.shape[-1] // 2
+        numbers[...] = source.standard_normal(shape, np.float32).astype(np.float16).view(np.uint8)
+    return page
 
 
 def _off(found: dict[str, Any], homes: dict[str, Any]) -> float:

@@ -3,18 +3,17 @@ look at all that they have, page by page, wherever that lies.
 
 What bounds them is the device's memory: K and V are read once for all heads that share them, as they are stored, and
 long texts in parts beside each other, which are joined afterwards (Flash-Decoding: crfm.stanford.edu/2023/10/12). Texts
-with more rows are left out. Layouts: `KvLayout`; a table's row says of a text where its row is, how many there are, at
-which position, and where its pages begin.
+with more rows are left out, and of shorter ones the parts that they do not have. Layouts: `KvLayout`; a table's row
+says of a text where its row is, how many there are, at which position, and where its pages begin.
 """
 
 import triton
 import triton.language as tl
 
-IN_PAGE = tl.constexpr(64)  # of a page
+IN_PAGE = tl.constexpr(64)  # positions
 SMALLEST = tl.constexpr(1e-30)  # a scaled type stores smaller numbers as zeros, if a head has no larger one
-ROUNDING = tl.constexpr(
-    12582912.0
-)  # 1.5 * 2^23: added and taken away, it leaves whole numbers, even ones for halves
+# 1.5 * 2^23: added and taken away, it leaves whole numbers, even ones for halves.
+ROUNDING = tl.constexpr(12582912.0)
 
 
 @triton.jit
@@ -117,7 +116,7 @@ def stored(
                 scale = tl.where(some, most / 127.0, 0.0) + tl.sum(its * 0.0, 0)
                 place = page * scales_step + head * SCALES_HEAD_STEP + values.to(tl.int32) * IN_PAGE + column
                 tl.store(scales + place, scale)
-                whole = (its * tl.where(some, 127.0 / most, 0.0) + ROUNDING) - ROUNDING
+                whole = (its * tl.where(some, tl.div_rn(127.0, most), 0.0) + ROUNDING) - ROUNDING
                 its = tl.where(whole == whole, whole, 0.0)
             at = page * page_step + head * HEAD_STEP
             kind = numbers.dtype.element_ty
@@ -163,9 +162,9 @@ def looked(
     head = tl.program_id(1)
     text = tl.program_id(2)
     GROUP: tl.constexpr = HEADS // KV_HEADS
-    if tl.load(table + 4 * text + 1) == 1:
+    start = tl.load(table + 4 * text + 2)
+    if (tl.load(table + 4 * text + 1) == 1) & (part * EACH * IN_PAGE <= start):
         row = tl.load(table + 4 * text).to(tl.int64)
-        start = tl.load(table + 4 * text + 2)
         its = pages + tl.load(table + 4 * text + 3)
         d = tl.arange(0, ROOM)
         g = tl.arange(0, GROUP_ROOM)
@@ -180,9 +179,8 @@ def looked(
         mixed = tl.zeros((GROUP_ROOM, ROOM), tl.float32)
         for place in range(EACH):
             number = part * EACH + place
-            there = (
-                number * IN_PAGE <= start
-            )  # of a page all is read, and what is not seen is left out afterwards
+            # Of a page all is read, and what is not seen is left out afterwards.
+            there = (number * IN_PAGE <= start) & ((number + 1) * IN_PAGE > seen_from)
             page = tl.load(its + number, mask=there, other=0).to(tl.int64)
             at = numbers + page * page_step + head * HEAD_STEP
             scales_at = scales + page * scales_step + head * SCALES_HEAD_STEP
@@ -231,30 +229,33 @@ def joined(
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     ROOM: tl.constexpr,
-    PARTS_ROOM: tl.constexpr,
+    EACH: tl.constexpr,
     SOME: tl.constexpr,
 ):
-    """`out` (T, HEADS, DIM): what `looked` found in parts, SOME of them at a time. PARTS_ROOM: at least `parts`.
-    Program (head, text)."""
+    """`out` (T, HEADS, DIM): what `looked` found in parts of EACH pages, SOME of them at a time. Program (head,
+    text)."""
     head = tl.program_id(0)
     text = tl.program_id(1)
     if tl.load(table + 4 * text + 1) == 1:
         row = tl.load(table + 4 * text).to(tl.int64)
         d = tl.arange(0, ROOM)
         first = (text * HEADS + head).to(tl.int64) * parts
+        mine = tl.load(table + 4 * text + 2) // (EACH * IN_PAGE) + 1
         most = tl.max(tl.full((SOME,), float("-inf"), tl.float32), 0)
         total = tl.sum(tl.zeros((SOME,), tl.float32), 0)
         mixed = tl.zeros((ROOM,), tl.float32)
-        for part in range(0, PARTS_ROOM, SOME):
+        part = mine * 0
+        while part < mine:
             i = part + tl.arange(0, SOME)
-            here = tl.load(largest + first + i, mask=i < parts, other=float("-inf"))
+            here = tl.load(largest + first + i, mask=i < mine, other=float("-inf"))
             now = tl.maximum(most, tl.max(here, 0))
             against = tl.where(now == float("-inf"), 0.0, now)  # nothing was seen so far
             kept = tl.exp(most - against)
             weights = tl.exp(here - against)
-            there = (i[:, None] < parts) & (d[None, :] < DIM)
+            there = (i[:, None] < mine) & (d[None, :] < DIM)
             its = tl.load(found + (first + i[:, None]) * DIM + d[None, :], mask=there, other=0.0)
-            total = total * kept + tl.sum(weights * tl.load(sums + first + i, mask=i < parts, other=0.0), 0)
+            total = total * kept + tl.sum(weights * tl.load(sums + first + i, mask=i < mine, other=0.0), 0)
             mixed = mixed * kept + tl.sum(weights[:, None] * its, 0)
             most = now
+            part += SOME
         tl.store(out + (row * HEADS + head) * DIM + d, mixed / total, mask=d < DIM)

@@ -1,11 +1,11 @@
 """What a device computes in Triton: linears with quantised weights, and attention of answers. All else, and what it
 does not cover, is torch's.
 
-Knows sizes of programs and which matrices go into one launch; `triton_linears` has the kernels. Weights lie on the
-device as they do on the host, in bands, so nothing is rearranged when they come. One row of inputs is multiplied as it
-is, in float32. More rows are rounded to float16, each divided by a scale of its own, as are weights: products are exact
-and sums float32, which leaves results within 2e-3 of the largest. What cannot be compiled or loaded for a card does no
-harm there: from then on torch computes that, too.
+Knows sizes of programs and which matrices go into one launch; `triton_linears` has the kernels, `triton_looks` launches
+those of attention. Weights lie on the device as they do on the host, in bands, so nothing is rearranged when they come.
+One row of inputs is multiplied as it is, in float32. More rows are rounded to float16, each divided by a scale of its
+own, as are weights: products are exact and sums float32, which leaves results within 2e-3 of the largest. What cannot
+be compiled or loaded for a card does no harm there: from then on torch computes that, too.
 """
 
 from __future__ import annotations

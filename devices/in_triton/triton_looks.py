@@ -10,8 +10,9 @@ from torch import Tensor
 
 from shoal.kernels.attention_operands import KvPages, Scoring, Segments
 from shoal.kernels.attention_reference import PagesIn, numbers_of, scales_of
-from shoal.partition.memory_layout import LOOKED_PAGES, PAGE_TOKENS
+from shoal.partition.memory_layout import LOOKED_PAGES, LOOKED_TOGETHER, PAGE_TOKENS
 
+from ..on_device import table_at
 from . import triton_attention as launched
 
 NUMBERS = 4096  # of keys with queries, that a program has at once
@@ -40,7 +41,7 @@ def look(
     rotation, scale, window, norms = scoring
     layout, texts, kv_heads = kv.layout, len(segments.table), kv.kv_heads
     there = PagesIn(layout, _there(kv.data))
-    pages, table = places, places[len(segments.pages) :]
+    pages, table = places, places[table_at(segments) :]
     numbers, scaled = numbers_of(there), layout.kind.scaled
     scales = scales_of(there) if scaled else numbers
     how = {
@@ -51,26 +52,36 @@ def look(
     steps = numbers.stride(0), scales.stride(0)
     turned = q.new_empty(texts, kv.heads, layout.head_dim)
     q, k, v = (x.contiguous() for x in (q, k, v))
-    none = q, q
     cos, sin = _there(rotation.cos), _there(rotation.sin)
     launched.stored[(texts, kv.heads + 2 * kv_heads)](
-        q, k, v, *((norms.q, norms.k) if norms else none), cos, sin,
+        q, k, v, *((norms.q, norms.k) if norms else (q, q)), cos, sin,
         table, pages, numbers, scales, turned, norms.eps if norms else 0.0, *steps,
         DIMS=rotation.dims, INTERLEAVED=rotation.interleaved, NORMED=norms is not None, **how,
         num_warps=1, num_stages=1,
     )  # fmt: skip
-    parts = triton.cdiv(_most_pages(segments), LOOKED_PAGES)
-    found = out if parts == 1 else q.new_empty(texts, kv.heads, parts, layout.head_dim)
-    sums, largest = q.new_empty(2, texts, kv.heads, parts) if parts > 1 else (q, q)
-    launched.looked[(parts, kv_heads, texts)](
-        turned, table, pages, numbers, scales, found, sums, largest, scale, *steps, parts,
-        GROUP_ROOM=triton.next_power_of_2(kv.heads // kv_heads), SOME=_tokens(kv), EACH=LOOKED_PAGES,
-        WINDOW=window or 0, WHOLE=parts == 1, **how, num_warps=WARPS, num_stages=1,
-    )  # fmt: skip
-    if parts > 1:
-        launched.joined[(kv.heads, texts)](
-            found, sums, largest, table, out, parts, HEADS=kv.heads, DIM=layout.head_dim, ROOM=how["ROOM"],
-            PARTS_ROOM=triton.next_power_of_2(parts), SOME=JOINED, num_warps=WARPS, num_stages=1,
+    how |= {
+        "GROUP_ROOM": triton.next_power_of_2(kv.heads // kv_heads), "SOME": _tokens(kv), "EACH": LOOKED_PAGES,
+        "WINDOW": window or 0,
+    }  # fmt: skip
+    parts = -(-_most_pages(segments) // LOOKED_PAGES)
+    if parts == 1:
+        launched.looked[(1, kv_heads, texts)](
+            turned, table, pages, numbers, scales, out, q, q, scale, *steps, 1, WHOLE=True, **how,
+            num_warps=WARPS, num_stages=1,
+        )  # fmt: skip
+        return
+    each = max(1, LOOKED_TOGETHER // (kv.heads * parts * (layout.head_dim + 2)))
+    for first in range(0, texts, each):
+        some, its = min(each, texts - first), table[4 * first :]
+        found = q.new_empty(some, kv.heads, parts, layout.head_dim)
+        sums, largest = (q.new_empty(some, kv.heads, parts) for _ in range(2))
+        launched.looked[(parts, kv_heads, some)](
+            turned[first:], its, pages, numbers, scales, found, sums, largest, scale, *steps, parts, WHOLE=False,
+            **how, num_warps=WARPS, num_stages=1,
+        )  # fmt: skip
+        launched.joined[(kv.heads, some)](
+            found, sums, largest, its, out, parts, HEADS=kv.heads, DIM=layout.head_dim, ROOM=how["ROOM"],
+            EACH=LOOKED_PAGES, SOME=JOINED, num_warps=WARPS, num_stages=1,
         )  # fmt: skip
 
 

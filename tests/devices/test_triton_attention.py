@@ -100,8 +100,11 @@ LONG = [[(130, 0, [3, 1, 4]), (5, 0, [2])], [(1, 130, [3, 1, 4]), (1, 5, [2])]]
 @pytest.mark.parametrize("kind", sorted(KV_FORMATS))
 @pytest.mark.parametrize("parts", [1, 4])
 def test_answers_of_every_type(kind: str, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two texts, in parts of so many pages."""
+    """Two texts, in parts of so many pages, of which two are joined at once, and one text is looked at after the
+    other."""
     monkeypatch.setattr(triton_looks, "LOOKED_PAGES", parts)
+    monkeypatch.setattr(triton_looks, "JOINED", 2)
+    monkeypatch.setattr(triton_looks, "LOOKED_TOGETHER", 1)
     agrees(Case(kind=kind), LONG)
 
 
