@@ -74,10 +74,8 @@ _NOT_LOADED = (
 def says_not_loaded(said: str) -> bool:
     """Whether the driver says so of a kernel that Triton has compiled, or Triton of one that it could not. Such errors
     leave a card as it was. Others that come up where a kernel is loaded are of something that went wrong before."""
-    return (
-        said.startswith("PassManager")
-        or (said.startswith("Triton Error [CUDA]: ")
-        and any(it in said for it in _NOT_LOADED))
+    return said.startswith("PassManager") or (
+        said.startswith("Triton Error [CUDA]: ") and any(it in said for it in _NOT_LOADED)
     )
 
 

@@ -128,7 +128,8 @@ def device_scratch_bytes(wanted: Wanted, room: DeviceRoom) -> int:
         numbers += 3 * context * kv_heads * spec.head_dim + 5 * scores // 2 + 5 * scores // (4 * kv_heads)
         # Of answers their queries, and what is found in each part of what they look at.
         of_text = -(-context // (LOOKED_PAGES * PAGE_TOKENS)) * spec.heads * (spec.head_dim + 2)
-        numbers += rows * spec.heads * spec.head_dim + min(rows * of_text, max(LOOKED_TOGETHER, of_text))
+        numbers += wanted.sequences * spec.heads * spec.head_dim
+        numbers += min(wanted.sequences * of_text, max(LOOKED_TOGETHER, of_text))
     return 4 * numbers + OPERANDS_BYTES + room.kernel_bytes
 
 
