@@ -28,12 +28,12 @@ from triton.compiler import ASTSource
 
 from shoal.devices.in_triton import triton_attention, triton_linears
 from shoal.devices.in_triton.triton_kernels import COVERED, THREAD_GROUPS, TILE_INPUTS, step_of, tile_of
-from shoal.devices.in_triton.triton_looks import JOINED, WARPS, tokens_of
+from shoal.devices.in_triton.triton_looks import JOINED, REGISTERS, WARPS, tokens_of
 from shoal.kernels.types import WEIGHT_TYPES
 from shoal.partition.memory_layout import KV_FORMATS, LOOKED_PAGES, KvLayout
 
 COLS, FFN = 4096, 14336
-REGISTERS, THREADS = 1 << 16, 2048  # of a processor of the card
+ALL_REGISTERS, THREADS = 1 << 16, 2048  # of a processor of the card
 SHARED_BYTES = {80: 164 << 10, 86: 100 << 10, 89: 100 << 10, 90: 228 << 10}
 BITS = {kind.name: kind.bits_per_weight for kind in WEIGHT_TYPES}
 OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T\d]+ )?([A-Z][A-Z0-9_.]*)", re.M)
@@ -139,9 +139,11 @@ def _look(kind: str, its: tuple[int, int, int], more: dict[str, Any], label: str
         "SCALES_HEAD_STEP": layout.head_bytes // 4, "DIMS": dim, "GROUP_ROOM": group,
         "SOME": tokens_of(group, room), "EACH": LOOKED_PAGES,
     } | more  # fmt: skip
-    for kernel, warps in ((triton_attention.stored, 1), (triton_attention.looked, WARPS)):
+    launches = (triton_attention.stored, 1, None), (triton_attention.looked, WARPS, REGISTERS)
+    for kernel, warps, registers in launches:
         constants = {name: value for name, value in how.items() if name in kernel.arg_names}
-        yield Case(kernel.__name__, f"{kind} {heads}/{kv_heads}/{dim}{label}", 1, kernel, constants, warps, 0)
+        what = f"{kind} {heads}/{kv_heads}/{dim}{label}"
+        yield Case(kernel.__name__, what, 1, kernel, constants, warps, 0, most_registers=registers)
 
 
 POINTERS = {"w": "*u8", "gate": "*u8", "up": "*u8", "one": "i32", "eps": "fp32", "T": "i32", "rows": "i32"}
@@ -177,7 +179,7 @@ def compiled(case: Case, card: int) -> Compiled:
     shared, threads = made.metadata.shared, 32 * case.warps
     loads = {name: count for name, count in opcodes.items() if name.startswith("LDG")}
     broad = sum(count for name, count in loads.items() if "128" in name)
-    each = [REGISTERS // (-(-registers // 8) * 8 * threads), THREADS // threads]
+    each = [ALL_REGISTERS // (-(-registers // 8) * 8 * threads), THREADS // threads]
     each += [SHARED_BYTES[card] // (shared + 1024)] if shared else []
     instructions = sum(opcodes.values()) - opcodes["NOP"] + (case.turns - 1) * _looped(listing)
     return Compiled(

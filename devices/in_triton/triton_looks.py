@@ -20,6 +20,7 @@ LEAST_TOKENS = 2
 MOST_TOKENS = 64  # of a page
 JOINED = 16  # parts of a text at once
 WARPS = 4
+REGISTERS = 136  # that a thread of `looked` may have: with 128, at which the assembler aims, some spill
 
 
 def can_look(kv: KvPages) -> bool:
@@ -67,7 +68,7 @@ def look(
     if parts == 1:
         launched.looked[(1, kv_heads, texts)](
             turned, table, pages, numbers, scales, out, q, q, scale, *steps, 1, WHOLE=True, **how,
-            num_warps=WARPS, num_stages=1,
+            num_warps=WARPS, num_stages=1, maxnreg=REGISTERS,
         )  # fmt: skip
         return
     each = max(1, LOOKED_TOGETHER // (kv.heads * parts * (layout.head_dim + 2)))
@@ -77,7 +78,7 @@ def look(
         sums, largest = (q.new_empty(some, kv.heads, parts) for _ in range(2))
         launched.looked[(parts, kv_heads, some)](
             turned[first:], its, pages, numbers, scales, found, sums, largest, scale, *steps, parts, WHOLE=False,
-            **how, num_warps=WARPS, num_stages=1,
+            **how, num_warps=WARPS, num_stages=1, maxnreg=REGISTERS,
         )  # fmt: skip
         launched.joined[(kv.heads, some)](
             found, sums, largest, its, out, parts, HEADS=kv.heads, DIM=layout.head_dim, ROOM=how["ROOM"],
