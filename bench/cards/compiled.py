@@ -100,13 +100,8 @@ def cases(types: Sequence[str]) -> Iterator[Case]:
 
 
 KV = {"f32": "*fp32", "f16": "*fp16", "bf16": "*bf16", "i8": "*i8"}
-HEADS = (
-    (32, 8, 128),
-    (32, 4, 128),
-    (16, 16, 128),
-    (9, 3, 64),
-    (8, 1, 256),
-)  # of q, of K and V; their numbers
+# Of q, of K and V; their numbers.
+HEADS = (32, 8, 128), (32, 4, 128), (16, 16, 128), (9, 3, 64), (8, 1, 256), (32, 32, 80), (12, 2, 96)
 
 
 def looks(kinds: Iterable[str] = KV) -> Iterator[Case]:
