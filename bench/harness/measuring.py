@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from cluster import ask, group
 
 from .cells import Cell, Foretold
-from .own_profiles import rank_profile
+from .own_profiles import pins, rank_profile
 
 PORT = 27650
 TRIES = 4
@@ -81,11 +81,11 @@ def _measured_alone(cell: Cell, command: list[str]) -> dict[str, Any]:
 
 
 def in_group(file: Path, foretold: Foretold) -> Took:
-    """The same by daemons on loopback; what they take is not looked at."""
+    """The same by daemons on loopback, each with processors of its own; what they take is not looked at."""
     cell, source = foretold.cell, random.Random(0)
-    pins, exact = [""] * cell.ranks, ("--speculate", "off")  # one token a step, as is predicted
-    known = rank_profile(cell, file.parent)
-    with group(file.resolve(), cell.ranks, cell.threads, PORT, pins, exact, known) as client:
+    exact = "--speculate", "off"  # one token a step, as is predicted
+    known, places = rank_profile(cell, file.parent), pins(cell.ranks, cell.threads)
+    with group(file.resolve(), cell.ranks, cell.threads, PORT, places, exact, known) as client:
         found = [
             ask(client, [source.randrange(1000) for _ in range(cell.prompt_tokens)], cell.new_tokens)
             for _ in range(foretold.rounds + 1)

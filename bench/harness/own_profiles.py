@@ -202,9 +202,22 @@ def half_of(threads: int) -> int:
     return max(1, threads // 2)
 
 
+def processors_of(rank: int, threads: int) -> list[int]:
+    """That a rank of a group on this machine has, as machines have their own; further ranks share those of the first.
+    Free to go where it likes, a rank that is woken by another's bytes is put beside it at times, and both wait for each
+    other."""
+    there = sorted(os.sched_getaffinity(0))
+    return [there[(rank * threads + at) % len(there)] for at in range(threads)]
+
+
+def pins(ranks: int, threads: int) -> list[str]:
+    """The same of each rank, as `taskset` wants it."""
+    return [",".join(map(str, processors_of(rank, threads))) for rank in range(ranks)]
+
+
 def loopback(threads: int) -> ProfileLink:
     """Between two daemons of this machine, as they measure it themselves."""
-    with attached(2, threads, PORT, ["", ""]) as client:
+    with attached(2, threads, PORT, pins(2, threads)) as client:
         client.measure_links()
         worker = client.nodes().nodes[1]
     return ProfileLink((RANKS[0], RANKS[1]), worker.rtt_s / 2, worker.bytes_per_s)

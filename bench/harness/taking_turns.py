@@ -9,6 +9,7 @@ and again.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
 import tempfile
 import time
@@ -36,6 +37,7 @@ from shoal.partition.throughput.prediction import Job, Prediction
 from shoal.partition.throughput.profile import Profile
 from shoal.partition.throughput.weights_of import Weighed
 
+from .own_profiles import processors_of
 from .weights import COLUMNS, weights
 
 MATRIX_BYTES, WEIGHTS_BYTES = 1 << 20, 256 << 20
@@ -156,6 +158,7 @@ def in_turns(
 
 def _rank(directory: str, rank: int, ranks: int, wire: Connection) -> None:
     """Rank 0 sends what it measured into `wire`."""
+    os.sched_setaffinity(0, processors_of(rank, 1))
     found = channels(directory, rank, ranks, wire, True, HERE)
     compute, partial = _work(rank), np.ones((1, COLUMNS // 4), np.float32)
     if not rank:
