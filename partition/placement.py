@@ -48,7 +48,7 @@ LAYERS_KEPT = 0.9  # of those that would be there with the shortest context
 STAGED_EXPERTS = 4  # at most, that come together
 STAGED_BYTES = 64 << 20  # of those, if more than one
 FEW_ROWS, MANY_ROWS = 64, 512  # with which an expert is tried: reading it decides, or arithmetic
-_ENDLESS_BYTES = 1 << 62
+_ENDLESS_BYTES = _ENDLESS_TOKENS = 1 << 62
 PINNED_BYTES = 6 << 20  # of memory that is page-locked, through which a device's copies go
 
 
@@ -209,14 +209,17 @@ def with_longer_steps(
     made: Callable[[Wanted], Plan | Misfit | NoRoomThere],
 ) -> Plan | Misfit | NoRoomThere:
     """The longest context with long steps, or else with such as are wanted."""
-    longer = longest([made(_longer_steps(wanted, room, memory_bytes)) for wanted in contexts])
+    longer = longest([made(longer_steps(wanted, room, memory_bytes)) for wanted in contexts])
     return longer if isinstance(longer, Plan) else longest([made(wanted) for wanted in contexts])
 
 
-def _longer_steps(wanted: Wanted, room: DeviceRoom, memory_bytes: int) -> Wanted:
-    """With as much of prompts in one step as a share of both memories allows: what comes from disk comes once for
-    all of it."""
-    longest, most = wanted, max(wanted.chunk_tokens, wanted.context_tokens * wanted.sequences)
+def longer_steps(
+    wanted: Wanted, room: DeviceRoom, memory_bytes: int, most_tokens: int = _ENDLESS_TOKENS
+) -> Wanted:
+    """With as much of prompts in one step, up to `most_tokens`, as a share of both memories allows: what comes for it
+    comes once for all of it."""
+    most = max(wanted.chunk_tokens, min(most_tokens, wanted.context_tokens * wanted.sequences))
+    longest = wanted
     while longest.chunk_tokens < most:
         tried = longest._replace(chunk_tokens=min(2 * longest.chunk_tokens, most))
         here, there = scratch_bytes(tried), device_scratch_bytes(tried, room)

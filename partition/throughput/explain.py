@@ -107,11 +107,9 @@ def _read_bytes(chosen: Candidate) -> float:
     """Of weights, for one token."""
     model = chosen.model
     moe = model.spec.moe
-    whole = sum(
-        nbytes for block, nbytes in model.block_bytes.items() if block.kind not in ("embed", "expert")
-    )
-    if model.spec.tied:
-        whole += sum(it.nbytes for it in model.head)
+    others = "embed", "expert", "head"
+    whole = sum(nbytes for block, nbytes in model.block_bytes.items() if block.kind not in others)
+    whole += sum(it.nbytes for it in model.head)
     if moe:
         experts = sum(nbytes for block, nbytes in model.block_bytes.items() if block.kind == "expert")
         whole += int(experts * moe.active / moe.experts)

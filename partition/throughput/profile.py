@@ -268,6 +268,7 @@ class Device:
     band_bytes_per_s: float = 0.0  # rows are laid out for kernels; 0 = an eighth of memory_bytes_per_s
     port_bytes_per_s: float = 0.0  # of all links together; 0 = as the fastest link
     measured: bool = False
+    guessed: bool = False  # nobody has said anything of it
 
     @property
     def first_touch_bytes_per_s(self) -> float:
@@ -361,6 +362,7 @@ def unmeasured(threads: int, memory_bytes: float = 0.0) -> Device:
         DISK_BYTES_PER_S,
         threads,
         products=(RowsLaw(ANY, 1.0, rows, byte_s),),
+        guessed=True,
     )
 
 

@@ -21,13 +21,18 @@ from .alone import STREAMINGS, USUAL, Streaming, best, ways
 from .cost import cost
 from .group_plans import Groups
 from .peak import beside_bytes
-from .placing.device_ways import expert_of, ways_from_disk, ways_through_device, ways_with_device
+from .placing.device_ways import (
+    PASSING_TOKENS,
+    expert_of,
+    ways_from_disk,
+    ways_through_device,
+    ways_with_device,
+)
 from .placing.rooms import room_of
 from .prediction import Job, Prediction
 from .profile import Device, Profile
 from .weights_of import Weighed
 
-PASSING_TOKENS = 8192  # of prompts in a step for which weights pass through a device
 _EACH_SIZE = 8
 
 

@@ -9,7 +9,14 @@ from statistics import harmonic_mean
 from typing import NamedTuple
 
 from ...hardware_guesses import KV_SHARE
-from ...placement import DeviceRoom, ModelBytes, NoRoomThere, plan_beside_disk, plan_on_device
+from ...placement import (
+    DeviceRoom,
+    ModelBytes,
+    NoRoomThere,
+    longer_steps,
+    plan_beside_disk,
+    plan_on_device,
+)
 from ...plan import Misfit, Plan, Wanted, first_fit
 from ..alone import AS_QUICK, Way, best, best_plan, usual_job
 from ..cost import batch_tokens_per_s, cost
@@ -20,6 +27,7 @@ from .passing_plans import plan_passing, plan_passing_from_disk
 from .rooms import accelerator
 from .staging_worth import at_least_fast, staged_from
 
+PASSING_TOKENS = 8192  # of prompts in a step for which weights come to a device
 _WHERE_PROMPTS_ATTEND = ", where prompts attend"
 _KV_SHARES = (KV_SHARE, 2)  # of memory, for K and V where weights come from disk
 
@@ -36,7 +44,7 @@ def with_laws(model: Weighed, machine: Device, room: DeviceRoom) -> Device | Non
 
 
 def _equipped(machine: Device, there: Accelerator) -> Device:
-    """A machine that nobody measured is taken for a fast one, or a device might make it slower."""
+    """A machine of which nobody has said anything is taken for a fast one, or a device might make it slower."""
     disk = machine.disk_bytes_per_s
     return replace(at_least_fast(machine), disk_bytes_per_s=disk, reads=machine.reads, accelerators=(there,))
 
@@ -68,16 +76,13 @@ def plan_with_device(
     """As much of the model as fits there, within `memory_bytes` of this machine's memory; experts come from so many
     tokens on as is worth it. `many`: nobody waits for a single answer. Then weights may pass through the device in
     every step, if that is predicted to be quicker. `streaming`: what has no room in memory may come from disk."""
-    longest = contexts[0]
-    most = longest.chunk_tokens + longest.sequences + longest.guesses
-    made = plan_on_device(
-        contexts,
-        _sizes(model),
-        room,
-        memory_bytes=memory_bytes,
-        staged_tokens=staged_from(model, machine, room.expert, most) if room.expert else 0,
-    )
+    made = _staying(model, contexts, room, memory_bytes, machine)
     host = with_laws(model, machine, room)
+    if host is not None and room.expert is not None and isinstance(made, Plan):
+        longer = _staying(model, contexts, room, memory_bytes, machine, long=True)
+        if isinstance(longer, Plan) and longer.staged_experts:
+            choice = _Choice(model, host, many, min(made.context_tokens, longer.context_tokens))
+            made = best((longer, made), (longer, made).index, choice.seconds)
     if many and host is not None:
         ways = ways_through_device(model, contexts, room, memory_bytes, host)
         passing = [way.made for way in ways if isinstance(way.made, Plan)]
@@ -108,6 +113,25 @@ def plan_with_device(
         return False, cost(model, plan, host, job).total_s(job)
 
     return min(plans, key=worth)
+
+
+def _staying(
+    model: Weighed,
+    contexts: Sequence[Wanted],
+    room: DeviceRoom,
+    memory_bytes: int,
+    machine: Device,
+    *,
+    long: bool = False,
+) -> Plan | Misfit | NoRoomThere:
+    """Blocks stay where they are, but for experts that come, from so many tokens on as is worth it. `long`: in steps in
+    which they come for as many tokens as a share of both memories allows."""
+    if long:
+        contexts = [longer_steps(it, room, memory_bytes, PASSING_TOKENS) for it in contexts]
+    longest = contexts[0]
+    most = longest.chunk_tokens + longest.sequences + longest.guesses
+    staged = staged_from(model, machine, room.expert, most) if room.expert else 0
+    return plan_on_device(contexts, _sizes(model), room, memory_bytes=memory_bytes, staged_tokens=staged)
 
 
 def ways_through_device(
@@ -183,15 +207,18 @@ def ways_with_device(
 ) -> Iterator[Way]:
     """All ways with a device that are worth a look: with experts that come and without, and with the device's memory
     for what every token reads alone."""
-    known: set[tuple[int, int, int]] = set()
-    for order, expert in enumerate((room.expert, None)):
-        made = plan_with_device(model, contexts, room._replace(expert=expert), memory_bytes, machine)
-        if isinstance(made, NoRoomThere):
-            continue
+    known: set[tuple[int, int, int, int]] = set()
+    alone = room._replace(expert=None)
+    for order, its, long in ((6, room, False), (5, room, True), (4, alone, False)):
+        made = _staying(model, contexts, its, memory_bytes, machine, long=long)
         plan = made.plan if isinstance(made, Misfit) else made
-        if (key := (plan.device_weights_bytes, plan.staged_tokens, plan.context_tokens)) not in known:
+        if isinstance(plan, NoRoomThere) or (long and not (isinstance(made, Plan) and plan.staged_experts)):
+            continue
+        key = plan.device_weights_bytes, plan.staged_tokens, plan.context_tokens, plan.chunk_tokens
+        if key not in known:
             known.add(key)
-            yield Way(name_of(plan), 5 - order, made)
+            steps = f", in steps of {plan.chunk_tokens:,}" if long else ""
+            yield Way(f"{name_of(plan)}{steps}", order, made)
 
 
 def name_of(plan: Plan) -> str:
@@ -218,8 +245,8 @@ def with_device_or_alone(
     many: bool = False,
 ) -> Plan | Misfit:
     """The plan that is predicted to be the quickest for the usual job, or for `many` of them at once; among those that
-    are hardly slower the one without the device. A machine that nobody measured is taken for a fast one, or the device
-    might make it slower."""
+    are hardly slower the one without the device. A machine of which nobody has said anything is taken for a fast one, or
+    the device might make it slower."""
     assert room.laws is not None
     alone = best_plan(model, contexts, memory_bytes, machine, streaming=streaming)
     here = _equipped(machine, room.laws)

@@ -229,14 +229,39 @@ def test_it_is_never_predicted_to_be_slower_than_the_processor_alone(
             assert took <= AS_QUICK * cost(model, way.made, here, job).total_s(job)
 
 
-def test_a_machine_that_nobody_measured_is_taken_for_a_fast_one() -> None:
-    """One at 60 GB/s would be worth it beside 20 GB/s."""
+def test_a_machine_of_which_nobody_has_said_anything_is_taken_for_a_fast_one() -> None:
+    """One at 60 GB/s would be worth it beside 20 GB/s, whether those were measured or written down."""
     there, contexts = card(memory_bytes_per_s=60e9, flops=1e12), [wanted(DENSE.spec)]
-    for measured in (True, False):
-        machine = replace(MACHINE, measured=measured)
+    for measured, guessed in ((True, False), (False, False), (False, True)):
+        machine = replace(MACHINE, measured=measured, guessed=guessed)
         found = with_device_or_alone(DENSE, contexts, room(there, DENSE), MEMORY, machine)
         assert isinstance(found, Plan)
-        assert bool(found.device) == measured
+        assert bool(found.device) != guessed
+
+
+@pytest.mark.parametrize("link", [25e9, 4e9])
+def test_experts_come_for_as_many_tokens_of_a_prompt_as_there_is_room_for(link: float) -> None:
+    """They take a link as long for 256 tokens as for 2,048, so a long prompt comes in long steps, and the plan for the
+    usual one is no slower for it."""
+    model = weighed(spec(moe=MoeSpec(128, 8, 2048, True), ffn=0))
+    there = card(memory_bytes=model.weights_bytes / 2, host_bytes_per_s=link)
+    contexts, its = [wanted(model.spec, context_tokens=4096)], room(there, model)
+    here = replace(MACHINE, accelerators=(there,))
+    made = [way.made for way in ways_with_device(model, contexts, its, MEMORY, MACHINE)]
+    plans = [it for it in made if isinstance(it, Plan)]
+    assert len(plans) == len(made) >= 2
+    long, *short = sorted(plans, key=lambda it: -it.chunk_tokens)
+    assert long.chunk_tokens == 4096
+    assert {it.chunk_tokens for it in short} == {contexts[0].chunk_tokens}
+    job = Job(4000, 64)
+    firsts = [cost(model, it, here, job).ttft_s for it in short]
+    assert 3 * cost(model, long, here, job).ttft_s < min(firsts)
+    for chosen in (
+        with_device_or_alone(model, contexts, its, MEMORY, MACHINE),
+        plan_with_device(model, contexts, its, MEMORY, MACHINE),
+    ):
+        assert isinstance(chosen, Plan)
+        assert chosen.chunk_tokens == 4096
 
 
 def test_a_device_without_room_is_no_way() -> None:

@@ -77,10 +77,10 @@ def test_never_where_it_is_never_quicker() -> None:
     assert staged_from(model(dense), cpu(1e12), there(25e9), MOST) == 0
 
 
-def test_a_machine_that_nobody_measured_is_taken_for_a_fast_one() -> None:
+def test_a_machine_of_which_nobody_has_said_anything_is_taken_for_a_fast_one() -> None:
     slow = unmeasured(4)
     found = staged_from(model(), slow, there(25e9), MOST)
-    assert found > 10 * max(1, staged_from(model(), replace(slow, measured=True), there(25e9), MOST))
+    assert found > 10 * max(1, staged_from(model(), replace(slow, guessed=False), there(25e9), MOST))
     assert found == staged_from(model(), cpu(FAST_FLOPS, FAST_MEMORY_BYTES_PER_S), there(25e9), MOST)
 
 
