@@ -73,7 +73,7 @@ class NodeConfig:
             "kv_tokens": (1, 1 << 32),
             "kv_disk_bytes": (0, 1 << 50),
             "shard_disk_bytes": (0, 1 << 50),
-            "max_sequences": (1, 1024),
+            "max_sequences": (1, 4096),
             "max_queue": (0, 1 << 14),
             "chunk_tokens": (16, 1 << 16),
             "max_guesses": (0, 1024),

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from .batch_order import BatchOrder
     from .working_off import Tally, WorkingOff
 
-CHUNK_TOKENS = 1024  # of prompts in one step, where the number of sequences is given
 LEAST_LIKELY, MOST_LIKELY = 1 << 12, 1 << 26  # tokens of context that are asked for
 SHOWN_S = 0.2
 _OF_A_MODEL = ("bad_request", "not_found", "unsupported", "corrupt")  # others may be there
@@ -54,7 +53,7 @@ _OF_A_MODEL = ("bad_request", "not_found", "unsupported", "corrupt")  # others m
 @click.option("--model", metavar="MODEL", help="This model answers all requests, whichever they name.")
 @click.option(
     "--sequences",
-    type=Whole(1, 1024),
+    type=Whole(1, 4096),
     metavar="N",
     help="Requests computed at the same time (default: up to 256, if memory allows).",
 )
@@ -153,16 +152,15 @@ def _answerer(
             return
         with spinner("starting"), deferred_interrupt():
             from shoal.daemon.library.packs import Packs
+            from shoal.daemon.loading.batch_sizes import batch_size, given_size, with_size
             from shoal.daemon.throughput.own_machine import OwnMachine
-
-            from .batch_sizes import BatchSize, batch_size
         if sequences is not None:
-            size = BatchSize(sequences, CHUNK_TOKENS)
+            size = given_size(sequences)
         else:
             home = Home.from_env()
             machine = OwnMachine.of(home, config.thread_count)
             size = batch_size(names, config, library, Packs(home), machine)
-        yield stack.enter_context(in_process(size.of(config), library, sequences=size.sequences))
+        yield stack.enter_context(in_process(with_size(config, size), library, sequences=size.sequences))
 
 
 def _answer(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from shoal.partition.amounts import format_bytes
 
@@ -19,17 +19,24 @@ _COLOURS = ("#1667b7", "#2e8b57", "#c8641b")
 _GREY, _RED = "#555555", "#aa2222"
 
 
+class ChosenPlan(NamedTuple):
+    """How fast it is, and its name if not this machine's processor alone computes."""
+
+    tokens_per_s: float
+    others: str = ""
+
+
 def plot(
     title: str,
     curves: Sequence[Curve],
     memory_bytes: float,
-    chosen: tuple[float, float] | None,
+    chosen: ChosenPlan | None,
     target: float | None,
 ) -> list[Drawn]:
-    """`memory_bytes`: of the machine; `chosen`: memory and speed of the plan that was chosen."""
+    """`memory_bytes`: of the machine, whose processor alone the curves are of."""
     points = [point for curve in curves for point in curve.points]
     most_bytes = max([memory_bytes if chosen else 0.0, *(it.memory_bytes for it in points)])
-    most_speed = max([target or 0.0, *(it.high for it in points)])
+    most_speed = max([target or 0.0, chosen.tokens_per_s if chosen else 0.0, *(it.high for it in points)])
     axes = Axes("memory, GB", "tokens/s", most_bytes / 1e9, most_speed, _TOP)
     return [*axes.shapes(), *_drawn(axes, title, curves, memory_bytes, chosen, target)]
 
@@ -39,7 +46,7 @@ def _drawn(
     title: str,
     curves: Sequence[Curve],
     memory_bytes: float,
-    chosen: tuple[float, float] | None,
+    chosen: ChosenPlan | None,
     target: float | None,
 ) -> Iterator[Drawn]:
     def at(nbytes: float, speed: float) -> Point:
@@ -65,5 +72,9 @@ def _drawn(
         yield Stroke(((LEFT, y), (axes.right, y)), _RED, dashed=True)
         yield Words((axes.right, y - 5), "wanted", "end", _RED)
     if chosen is not None:
-        yield Dot(at(*chosen), 6, "#ffffff")
-        yield Dot(at(*chosen), 5, _COLOURS[0])
+        x, y = at(memory_bytes, chosen.tokens_per_s)
+        yield Dot((x, y), 6, "#ffffff")
+        yield Dot((x, y), 5, _COLOURS[0])
+        if chosen.others:
+            shift, side = (-10, "end") if memory_bytes > axes.most_across * 0.6e9 else (10, "start")
+            yield Words((x + shift, y + 4), chosen.others, side, _COLOURS[0])

@@ -6,6 +6,7 @@ Knows options and how plans are shown. `daemon.throughput.foresight` finds them.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,8 @@ from shoal.cli.terminal.paint import printable
 from shoal.comm.home import Home
 from shoal.daemon.library.library import Library
 from shoal.daemon.model_name import Reference
-from shoal.partition.amounts import format_bytes, format_duration
 
+from .figures import peak_words, rate_words, seconds_words
 from .own_machines import own_machines
 from .shapes import writer_for
 
@@ -66,12 +67,19 @@ def _count(option: str, default: int, what: str, most: int | None = None) -> Dec
         "shoal plan --memory 3GB --ctx 8192 ./model.gguf",
         "shoal plan --profile laptop.json --target 10tok/s ./llama-70b/config.json",
         "shoal plan --batch 8 --quant q4 --json ~/models/llama-8b",
+        "shoal plan --requests 10000 --prompt-tokens 98 --new-tokens 32 mixtral",
     )
 )
 @click.argument("model")
 @_count("--prompt-tokens", 512, "Prompt length of each stream.")
 @_count("--new-tokens", 128, "Tokens each stream writes.")
 @_count("--batch", 1, "Streams at the same time.", 1024)
+@click.option(
+    "--requests",
+    type=Whole(1, 10**9),
+    metavar="N",
+    help="For shoal batch: how long so many take, as many at once as is best.",
+)
 @click.option(
     "--quant", type=click.Choice(["keep", "q8", "q4"]), help="Only plans with weights in these bits."
 )
@@ -107,6 +115,7 @@ def plan(
     prompt_tokens: int,
     new_tokens: int,
     batch: int,
+    requests: int | None,
     quant: str | None,
     given: Path | None,
     target: float | None,
@@ -121,6 +130,15 @@ def plan(
     weights. Nothing is loaded. Without --profile this machine is measured, once; machines that are attached to its
     daemon count, too (--ranks 1 leaves them out). Ends with 3 if no plan fits.
     """
+    if requests is not None:
+        for option, value in (
+            ("--batch", batch > 1),
+            ("--target", target),
+            ("--guesses", guesses),
+            ("--plot", plot),
+        ):
+            if value:
+                raise click.UsageError(f"{option} does not go with --requests")
     if plot is not None:
         try:
             writer_for(plot)
@@ -133,6 +151,7 @@ def plan(
     home = Home.from_env()
     path = Path(wanted.model) if Path(wanted.model).exists() else Library(home).resolve(wanted.model)
     with spinner("starting"), deferred_interrupt():
+        from shoal.daemon.throughput.batch_foresight import foresee_batch
         from shoal.daemon.throughput.foresight import Asked, foresee
         from shoal.daemon.throughput.own_machine import OwnMachine
         from shoal.daemon.throughput.profile_files import read_profile
@@ -159,8 +178,17 @@ def plan(
         *(guesses or (0, 0.0)),
         plot is not None,
     )
+    machine = OwnMachine.of(home, config.thread_count) if given is None else None
+    if requests is not None:
+        from .batch_table import show_batch
+
+        for device in profile.devices[1:]:
+            note(f"{device.name} is left out: shoal batch with --requests is predicted for one machine")
+        with spinner("planning"):
+            expected = foresee_batch(path, profile, asked, requests, config, machine)
+        show_batch(expected, profile.head.name, as_json=as_json)
+        return Exit.DONE if expected.chosen else Exit.REFUSED
     with spinner("planning"):
-        machine = OwnMachine.of(home, config.thread_count) if given is None else None
         found = foresee(path, profile, asked, config, machine)
     if isinstance(found.trouble, str):
         note(found.trouble)
@@ -174,14 +202,16 @@ def plan(
         return ends
     screen = console()
     if found.plans:
-        screen.print(_plans(found))
+        screen.print(_plans(found, {device.name for device in profile.devices}))
         screen.print()
     screen.print(printable(f"{found.chosen}: {found.reason}" if found.chosen else found.reason))
     if found.start is not None:
         packed = (
-            f", after making its pack once in {_seconds(found.start.pack_s)}" if found.start.pack_s else ""
+            f", after making its pack once in {seconds_words(found.start.pack_s)}"
+            if found.start.pack_s
+            else ""
         )
-        screen.print(f"it would be loaded in {_seconds(found.start.load_s)}{packed}")
+        screen.print(f"it would be loaded in {seconds_words(found.start.load_s)}{packed}")
     if target is not None:
         screen.print(printable(_target(found, target)))
     return ends
@@ -189,16 +219,17 @@ def plan(
 
 def _draw(to: Path, title: str, found: Foresight, memory: float, target: float | None) -> None:
     from .axes import HEIGHT, WIDTH
-    from .plan_plot import plot
+    from .plan_plot import ChosenPlan, plot
 
-    row = next((it for it in found.plans if it.name == found.chosen and len(it.peak_bytes) == 1), None)
-    chosen = (memory, row.tokens_per_s) if row is not None else None
+    row = next((it for it in found.plans if it.name == found.chosen), None)
+    others = row.name if row is not None and len(row.peak_bytes) > 1 else ""
+    chosen = ChosenPlan(row.tokens_per_s, others) if row is not None else None
     curves = found.curves if isinstance(found.curves, list) else []
     to.write_bytes(writer_for(to)(WIDTH, HEIGHT, plot(title, curves, memory, chosen, target)))
     note(f"drawn to {to}")
 
 
-def _plans(found: Foresight) -> Table:
+def _plans(found: Foresight, machines: Collection[str]) -> Table:
     rows = table(
         "plan",
         "fits",
@@ -211,15 +242,13 @@ def _plans(found: Foresight) -> Table:
     )
     for row in found.plans:
         low, high = row.band
-        peak = max(row.peak_bytes.values())
-        where = f" ({len(row.peak_bytes)} machines)" if len(row.peak_bytes) > 1 else ""
         rows.add_row(
             ("→ " if row.name == found.chosen else "  ") + row.name,
             "yes" if row.fits else f"no, {row.missing} missing",
-            _seconds(row.ttft_s),
-            _rate(row.tokens_per_s),
-            f"{_rate(low)} to {_rate(high)}",
-            format_bytes(peak) + where,
+            seconds_words(row.ttft_s),
+            rate_words(row.tokens_per_s),
+            f"{rate_words(low)} to {rate_words(high)}",
+            peak_words(row.peak_bytes, machines),
             row.binding,
         )
     return rows
@@ -228,21 +257,9 @@ def _plans(found: Foresight) -> Table:
 def _target(found: Foresight, target: float) -> str:
     reached = next((row for row in found.plans if row.name == found.chosen), None)
     if reached is not None and reached.tokens_per_s >= target:
-        return f"{_rate(target)} tokens/s: met"
+        return f"{rate_words(target)} tokens/s: met"
     ways = found.changes if isinstance(found.changes, list) else []
     if not ways:
-        return (
-            f"{_rate(target)} tokens/s: nothing that was tried would do (fewer bits, memory, disk, machines)"
-        )
-    said = "; ".join(f"{way.what} ({_rate(way.tokens_per_s)})" for way in ways)
-    return f"{_rate(target)} tokens/s would take {said}"
-
-
-def _rate(speed: float) -> str:
-    return f"{speed:.0f}" if speed >= 100 else f"{speed:.3g}"
-
-
-def _seconds(seconds: float) -> str:
-    if seconds >= 99.5:
-        return format_duration(seconds)
-    return f"{seconds:.2g} s" if seconds >= 1 else f"{seconds * 1e3:.0f} ms"
+        return f"{rate_words(target)} tokens/s: nothing that was tried would do (fewer bits, memory, disk, machines)"
+    said = "; ".join(f"{way.what} ({rate_words(way.tokens_per_s)})" for way in ways)
+    return f"{rate_words(target)} tokens/s would take {said}"

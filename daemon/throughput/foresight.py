@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 from msgspec import Struct
@@ -122,6 +123,43 @@ def foresee(
     """What the model at `path` (a checkpoint, its headers, or config.json alone) would do, with all else as `usual`.
     `machine`: this one, if it is the head of the profile; then its device counts, which is tried. Raises
     DaemonError."""
+    models, profile, job, context, trouble = prepared(path, profile, asked, usual, machine)
+    its = job, context, usual.chunk_tokens, usual.max_sequences, usual.max_guesses
+    wanted = asks(*its, narrow_inputs=len(profile.devices) == 1)
+    choices = Choices(asked.kv_type, asked.threads, asked.ranks, usual.wires)
+    found = solve(models, wanted, profile, job, choices)
+    chosen = found.chosen
+    met = chosen is not None and asked.target is not None and chosen.prediction.tokens_per_s >= asked.target
+    would: list[ChangeRow] | msgspec.UnsetType = msgspec.UNSET
+    if asked.target is not None:
+        tried = [] if met else changes(models, wanted, profile, found, choices, asked.target)
+        would = [ChangeRow(change.what, change.tokens_per_s) for change in tried]
+    start = Start(chosen.prediction.load_s, chosen.prediction.pack_s) if chosen else None
+    rows = [_row(it) for it in found.candidates]
+    curves: list[Curve] | msgspec.UnsetType = msgspec.UNSET
+    if asked.curves:
+        device, kv_type = profile.head.on(asked.threads), asked.kv_type or usual.kv_type
+        curves = [_curve(it, wanted(it, kv_type, device.threads), device, job) for it in models]
+    return Foresight(
+        chosen.name if chosen else None, reason(found), rows, start, would, curves, trouble or msgspec.UNSET
+    )
+
+
+class Prepared(NamedTuple):
+    """The model in each of the types that it may be kept in, the machines as far as they count, what they are asked
+    for, and what is wrong with this one's device."""
+
+    models: list[Weighed]
+    profile: Profile
+    job: Job
+    context_tokens: int
+    trouble: str
+
+
+def prepared(
+    path: Path, profile: Profile, asked: Asked, usual: NodeConfig, machine: OwnMachine | None
+) -> Prepared:
+    """What `foresee` needs. Raises DaemonError."""
     job = Job(asked.prompt_tokens, asked.new_tokens, asked.batch, asked.guesses, asked.chance)
     with described(path) as model:
         context = max(asked.context_tokens or 0, job.context_tokens)
@@ -147,25 +185,7 @@ def foresee(
         raise DaemonError(
             "bad_request", f"`ranks={asked.ranks}`: must be from 1 to {there}, the devices of the profile"
         )
-    its = job, context, usual.chunk_tokens, usual.max_sequences, usual.max_guesses
-    wanted = asks(*its, narrow_inputs=len(profile.devices) == 1)
-    choices = Choices(asked.kv_type, asked.threads, asked.ranks, usual.wires)
-    found = solve(models, wanted, profile, job, choices)
-    chosen = found.chosen
-    met = chosen is not None and asked.target is not None and chosen.prediction.tokens_per_s >= asked.target
-    would: list[ChangeRow] | msgspec.UnsetType = msgspec.UNSET
-    if asked.target is not None:
-        tried = [] if met else changes(models, wanted, profile, found, choices, asked.target)
-        would = [ChangeRow(change.what, change.tokens_per_s) for change in tried]
-    start = Start(chosen.prediction.load_s, chosen.prediction.pack_s) if chosen else None
-    rows = [_row(it) for it in found.candidates]
-    curves: list[Curve] | msgspec.UnsetType = msgspec.UNSET
-    if asked.curves:
-        device, kv_type = profile.head.on(asked.threads), asked.kv_type or usual.kv_type
-        curves = [_curve(it, wanted(it, kv_type, device.threads), device, job) for it in models]
-    return Foresight(
-        chosen.name if chosen else None, reason(found), rows, start, would, curves, trouble or msgspec.UNSET
-    )
+    return Prepared(models, profile, job, context, trouble)
 
 
 def _curve(model: Weighed, contexts: Sequence[Wanted], device: Device, job: Job) -> Curve:

@@ -54,7 +54,7 @@ def cost(model: Weighed, plan: Plan, device: Device, job: Job) -> Prediction:
         token_s=decode.seconds / job.step_tokens,
         tokens_per_s=tokens / decode.seconds,
         band=(tokens / (slow * off), tokens / fast * off),
-        peak_bytes={device.name: peak_bytes(model, plan, job)},
+        peak_bytes=_peaks(model, plan, device, job),
         stall_share=decode.stall_s / decode.seconds,
         binding=_binding(shown),
         parts=shown.parts,
@@ -62,6 +62,12 @@ def cost(model: Weighed, plan: Plan, device: Device, job: Job) -> Prediction:
         load_s=load_s,
         pack_s=pack_s,
     )
+
+
+def _peaks(model: Weighed, plan: Plan, device: Device, job: Job) -> dict[str, int]:
+    """Of this machine, and of a device that computes with it."""
+    there = {plan.device: plan.device_bytes} if plan.device else {}
+    return {device.name: peak_bytes(model, plan, job), **there}
 
 
 def step_cost(model: Weighed, plan: Plan, device: Device, rows: int, before: float) -> Took:
@@ -77,9 +83,21 @@ def prompt_cost(model: Weighed, plan: Plan, device: Device, tokens: int) -> Took
     return Took(sum(count * step.seconds for count, step in steps), _together(steps))
 
 
-def batch_tokens_per_s(model: Weighed, plan: Plan, device: Device, job: Job) -> float:
-    """Tokens of answers to endlessly many requests like those of `job`: as many at once as the plan has place for, each
-    with its prompt in one step and an answer in the others, all beside each other."""
+class SteadyBatch(NamedTuple):
+    """Of endlessly many requests so many are answered at once, and each gets a token in each step."""
+
+    streams: int
+    step_s: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of answers."""
+        return self.streams / self.step_s
+
+
+def steady_batch(model: Weighed, plan: Plan, device: Device, job: Job) -> SteadyBatch:
+    """Requests like those of `job`: as many at once as the plan has place for, each with its prompt in one step and an
+    answer in the others, all beside each other."""
     prompt, new = job.prompt_tokens, job.new_tokens
     # In the middle of their time they hold half of an answer, in whole pages.
     pages = sum(-(-(prompt + place) // plan.kv.page_tokens) for place in range(1, new + 1)) / new
@@ -89,7 +107,7 @@ def batch_tokens_per_s(model: Weighed, plan: Plan, device: Device, job: Job) -> 
     part = read // begins
     segments = [Rows(streams, 1, prompt + new / 2), Rows(begins, part, (prompt - part) / 2)]
     step = step_of(model, plan, device.on(plan.threads), segments, streams + begins, job.distinct)
-    return streams / step.seconds
+    return SteadyBatch(streams, step.seconds)
 
 
 def _together(steps: Sequence[tuple[float, StepTime]]) -> dict[Binding, float]:

@@ -52,6 +52,8 @@ def reason(found: Solved) -> str:
     elif prediction.binding == "memory":
         bound += f" {format_bytes(_read_bytes(chosen))} of weights"
     said = [bound]
+    if chosen.plan is not None and chosen.plan.passes:
+        said.append("shoal batch has weights pass through the device, a daemon that serves does not")
     if gains := _gains(found, chosen):
         said.append(" and ".join(gains))
     if (second := runner_up(found)) is not None:

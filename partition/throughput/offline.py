@@ -1,18 +1,109 @@
-"""Many requests at once for a model whose weights stay on the host: MoE-Lens's two stages (Yuan et al. 2025, arXiv
-2504.09345), worked out anew in docs/throughput-model.md.
+"""Many requests, none of which anybody waits for: how many at once, in steps of how many tokens, and how long all take.
 
-In each iteration all weights pass to the accelerator once, and every token that is there meets them: one token of each
-request that is being answered, and the prompts of those that begin. Attention of answers is the host's. Pure.
+The more rows a step has, the less each costs: weights are read, or brought to a device, once for all, and experts get
+many rows. But K and V of all, and what a step holds, take memory.
+
+And what no schedule exceeds, where weights stay on the host: MoE-Lens's two stages (Yuan et al. 2025, arXiv
+2504.09345), worked out anew in docs/throughput-model.md. In each iteration all weights pass to the accelerator once,
+and every token that is there meets them: one token of each request that is being answered, and the prompts of those
+that begin. Attention of answers is the host's. Pure.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import ceil
 from typing import NamedTuple
 
+from ..plan import Plan
+from .cost import cost, steady_batch
 from .laws import kv_token_bytes, passing_bytes_per_s
+from .prediction import Binding, Job
 from .profile import Accelerator, Device
+from .solve import Asks, Candidate, here
 from .weights_of import Weighed
+
+
+class BatchSize(NamedTuple):
+    """Requests at once, and tokens of prompts in a step."""
+
+    sequences: int
+    chunk_tokens: int
+
+
+BATCH_SIZES = (
+    BatchSize(256, 1024),
+    BatchSize(64, 512),
+    BatchSize(16, 256),
+)  # of a processor, the fastest first
+WITH_DEVICE = (
+    BatchSize(4096, 8192),
+    BatchSize(1024, 8192),
+    BatchSize(1024, 4096),
+    BatchSize(512, 2048),
+    *BATCH_SIZES,
+)
+
+
+@dataclass(frozen=True)
+class PlannedBatch:
+    """A plan for all requests of one kind. `at_once`: that have a place for K and V, and a row in each step; `seconds`:
+    until all are answered. `missing`: what the machine lacks for it, in words; "" if it fits."""
+
+    name: str
+    model: Weighed
+    plan: Plan
+    at_once: int
+    seconds: float
+    missing: str
+    peak_bytes: dict[str, int]
+    binding: Binding
+
+
+def batches(
+    models: Sequence[Weighed], wanted: Callable[[BatchSize], Asks], device: Device, job: Job, requests: int
+) -> list[PlannedBatch]:
+    """Of each way to run each model, the size of batch that takes least time, in the order of that; those that do not
+    fit come last. `wanted`: what plans are asked for, with a size."""
+    sizes = WITH_DEVICE if device.accelerators else BATCH_SIZES
+    best: dict[tuple[object, ...], PlannedBatch] = {}
+    for model in models:
+        for size in sizes:
+            for found in here(model, wanted(size)(model, "", device.threads), device, job):
+                batch = _batch(found, device, job, requests)
+                plan = batch.plan
+                way = model.quant, plan.device, plan.passes, plan.streams
+                if way not in best or _rank(batch) < _rank(best[way]):
+                    best[way] = batch
+    return sorted(best.values(), key=_rank)
+
+
+def _rank(batch: PlannedBatch) -> tuple[bool, float]:
+    return bool(batch.missing), batch.seconds
+
+
+def _batch(found: Candidate, device: Device, job: Job, requests: int) -> PlannedBatch:
+    plan, model = found.plan, found.model
+    assert plan is not None
+    steady = steady_batch(model, plan, device, job)
+    at_once = min(steady.streams, requests)
+    together = cost(model, plan, device, job._replace(batch=at_once))
+    # The last ones have begun after a step for as many as begin in each, and end an answer later.
+    seconds = steady.step_s * (requests * job.new_tokens / steady.streams + job.new_tokens - 1)
+    if requests <= steady.streams:
+        seconds = together.total_s(job)
+    suffix = f", {model.quant}" if model.quant != "keep" else ""
+    return PlannedBatch(
+        found.name + suffix,
+        model,
+        plan,
+        at_once,
+        seconds,
+        found.missing,
+        dict(together.peak_bytes),
+        together.binding,
+    )
 
 
 class Hybrid(NamedTuple):
@@ -51,6 +142,11 @@ class Hybrid(NamedTuple):
     def pass_s(self) -> float:
         """Seconds in which all weights pass."""
         return self.weights_bytes / self.host_bytes_per_s
+
+    @property
+    def saturating_tokens(self) -> float:
+        """Of an iteration, with which computing all of a model takes as long as the pass (see `saturating_tokens`)."""
+        return self.pass_s * self.flops / self.token_flops
 
     @property
     def kv_tokens(self) -> float:

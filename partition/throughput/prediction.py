@@ -68,9 +68,9 @@ class Prediction:
     `ttft_s`: until every stream has its first token. `token_s`: between two tokens of a stream: a step, if nothing is
     guessed.
     `tokens_per_s`: of all streams together, once they have their first; `band`: between which it lies.
-    `peak_bytes`: by device. `stall_share`: of a step that is spent waiting for the disk. `parts`: seconds of a step by
-    what takes them, as if nothing ran beside anything else; `prompt_parts`: of all steps until the first token.
-    `load_s`: until it can begin.
+    `peak_bytes`: by machine and device. `stall_share`: of a step that is spent waiting for the disk. `parts`: seconds
+    of a step by what takes them, as if nothing ran beside anything else; `prompt_parts`: of all steps until the first
+    token. `load_s`: until it can begin.
     """
 
     ttft_s: float

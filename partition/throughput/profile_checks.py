@@ -79,7 +79,7 @@ def check_profile(profile: Profile) -> Profile:
             raise ProfileError(
                 f"{where}.accelerators: there are {len(device.accelerators)}, must be at most {MAX_ACCELERATORS}"
             )
-        within: set[str] = set()
+        within = {device.name}
         for number, accelerator in enumerate(device.accelerators):
             _check_name(f"{where}.accelerators[{number}].name", accelerator.name, within)
             within.add(accelerator.name)

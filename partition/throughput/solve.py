@@ -149,13 +149,23 @@ def _candidates(
             labels = [model.quant if model.quant != "keep" else "", f"KV {kv_type}" if number else ""]
             suffix = "".join(f", {label}" for label in labels if label)
             if choices.ranks in (None, 1):
-                for found in _alone(model, asking, device, job, STREAMINGS if asked else USUAL):
-                    yield replace(found, name=found.name + suffix, asked=asked)
-                for found in _with_devices(model, asking, device, job):
+                for found in here(model, asking, device, job, STREAMINGS if asked else USUAL):
                     yield replace(found, name=found.name + suffix, asked=asked)
             if asked and len(profile.devices) > 1:
                 for found in _groups(model, asking[0], profile, job, choices, refused):
                     yield replace(found, name=found.name + suffix, asked=asked)
+
+
+def here(
+    model: Weighed,
+    asking: Sequence[Wanted],
+    device: Device,
+    job: Job,
+    streamings: Mapping[str, Streaming] = USUAL,
+) -> Iterator[Candidate]:
+    """All plans of one machine, without its devices and with each."""
+    yield from _alone(model, asking, device, job, streamings)
+    yield from _with_devices(model, asking, device, job)
 
 
 def _alone(

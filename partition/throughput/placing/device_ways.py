@@ -19,7 +19,7 @@ from ...placement import (
 )
 from ...plan import Misfit, Plan, Wanted, first_fit
 from ..alone import AS_QUICK, Way, best, best_plan, usual_job
-from ..cost import batch_tokens_per_s, cost
+from ..cost import cost, steady_batch
 from ..profile import Accelerator, Device
 from ..weights_of import Product, Weighed
 from .attending_worth import attends_from
@@ -51,7 +51,7 @@ def _equipped(machine: Device, there: Accelerator) -> Device:
 
 def batch_rate(model: Weighed, plan: Plan, machine: Device) -> float:
     """Tokens of answers per second to many requests of usual length."""
-    return batch_tokens_per_s(model, plan, machine, usual_job(plan.context_tokens))
+    return steady_batch(model, plan, machine, usual_job(plan.context_tokens)).tokens_per_s
 
 
 def mixed_rate(model: Weighed, plan: Plan, machine: Device, context_tokens: int) -> float:
@@ -59,7 +59,7 @@ def mixed_rate(model: Weighed, plan: Plan, machine: Device, context_tokens: int)
     that is a third slower with usual requests may be many times as fast with long ones."""
     usual = usual_job(context_tokens)
     longest = usual._replace(prompt_tokens=max(usual.prompt_tokens, context_tokens - usual.new_tokens))
-    rates = [batch_tokens_per_s(model, plan, machine, job) for job in (usual, longest)]
+    rates = [steady_batch(model, plan, machine, job).tokens_per_s for job in (usual, longest)]
     return harmonic_mean(rates, (3, 1))
 
 
@@ -211,8 +211,10 @@ def ways_with_device(
     alone = room._replace(expert=None)
     for order, its, long in ((6, room, False), (5, room, True), (4, alone, False)):
         made = _staying(model, contexts, its, memory_bytes, machine, long=long)
+        if isinstance(made, NoRoomThere):
+            continue
         plan = made.plan if isinstance(made, Misfit) else made
-        if isinstance(plan, NoRoomThere) or (long and not (isinstance(made, Plan) and plan.staged_experts)):
+        if long and (made is not plan or not plan.staged_experts):
             continue
         key = plan.device_weights_bytes, plan.staged_tokens, plan.context_tokens, plan.chunk_tokens
         if key not in known:
@@ -245,8 +247,8 @@ def with_device_or_alone(
     many: bool = False,
 ) -> Plan | Misfit:
     """The plan that is predicted to be the quickest for the usual job, or for `many` of them at once; among those that
-    are hardly slower the one without the device. A machine of which nobody has said anything is taken for a fast one, or
-    the device might make it slower."""
+    are hardly slower the one without the device. A machine of which nobody has said anything is taken for a fast one,
+    or the device might make it slower."""
     assert room.laws is not None
     alone = best_plan(model, contexts, memory_bytes, machine, streaming=streaming)
     here = _equipped(machine, room.laws)

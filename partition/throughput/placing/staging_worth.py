@@ -22,8 +22,8 @@ FAST = Device("any machine", 0.0, FAST_MEMORY_BYTES_PER_S, FAST_FLOPS)
 
 def staged_from(model: Weighed, machine: Device, expert: ExpertTimes, most: int) -> int:
     """The least number of tokens, up to `most`, with which they should; 0 if there is none. `expert`: what one of the
-    model's takes the device; one of other bytes takes it in proportion. Where a fast machine would lose, they should not
-    on one of which nobody has said anything."""
+    model's takes the device; one of other bytes takes it in proportion. Where a fast machine would lose, they should
+    not on one of which nobody has said anything."""
     machine = at_least_fast(machine)
 
     def worth(tokens: int) -> bool:

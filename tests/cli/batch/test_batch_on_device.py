@@ -14,13 +14,12 @@ from fakes import tiny
 from fakes.cli_fakes import shoal
 from msgspec.structs import replace as replaced
 
-from shoal.cli.batch import batch_sizes
-from shoal.cli.batch.batch_sizes import BATCH_SIZES, IF_STREAMED, WITH_DEVICE, batch_size
 from shoal.comm.home import Home
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.library.library import Library
 from shoal.daemon.library.packs import Packs
-from shoal.daemon.loading import device_rooms
+from shoal.daemon.loading import batch_sizes, device_rooms
+from shoal.daemon.loading.batch_sizes import BATCH_SIZES, IF_STREAMED, WITH_DEVICE, batch_size
 from shoal.daemon.loading.outlook import TooLarge, outlook
 from shoal.devices import opening, sim_device
 from shoal.engine.passing.alternating import Alternating
@@ -93,7 +92,7 @@ def test_the_size_of_steps_is_the_fastest(tmp_path: Path, monkeypatch: pytest.Mo
 
     config = replace(NodeConfig(), device="sim:1GB")
     for rates, size in (
-        ({8192: 5.0, 4096: 9.0, 1024: 3.0}, WITH_DEVICE[1]),
+        ({8192: 5.0, 4096: 9.0, 1024: 3.0}, WITH_DEVICE[2]),
         ({1024: 3.0, 512: 4.0}, BATCH_SIZES[1]),
         ({4096: 0.0, 512: 0.0}, BATCH_SIZES[1]),
     ):
@@ -123,9 +122,9 @@ def test_sizes_with_which_the_processor_computes_count_as_what_they_are(
 
         return look
 
-    for slow in (None, 8192):
+    for slow in (None, 4096):
         monkeypatch.setattr(batch_sizes, "outlook", looked(slow))
         size = batch_size([str(model)], NodeConfig(), library, packs)
-        assert size == BATCH_SIZES[0] if slow is None else size not in (WITH_DEVICE[0], IF_STREAMED)
+        assert size == BATCH_SIZES[0] if slow is None else size not in (WITH_DEVICE[2], IF_STREAMED)
     assert len(rates[True]) == 1
     assert 0 < rates[True][0] < min(rates[False])

@@ -160,35 +160,6 @@ def planned_names(*asked: object) -> list[str]:
     return [row["name"] for row in planned(*asked)["plans"]]
 
 
-def test_placements_with_an_accelerator_are_shown_beside_the_others(config: Path, tmp_path: Path) -> None:
-    path = tmp_path / "gpu.json"
-    gpu = {
-        "name": "gpu",
-        "memory_bytes": 12e9,
-        "memory_bytes_per_s": 2e11,
-        "flops": 8e12,
-        "host_bytes_per_s": 1.2e10,
-    }
-    head = {
-        "name": "pc",
-        "memory_bytes": 8e9,
-        "memory_bytes_per_s": 25e9,
-        "flops": 2e11,
-        "accelerators": [gpu],
-    }
-    path.write_text(json.dumps({"devices": [head]}))
-    config.write_text(json.dumps(LLAMA_70B | {"num_hidden_layers": 4}))
-    _, result = run("plan", "--json", "--profile", path, config)
-    assert "left out" not in result.stderr
-    rows = {row["name"]: row for row in json.loads(result.stdout)["plans"]}
-    assert {"memory", "on gpu: all layers", "through gpu"} <= rows.keys()
-    alone, there = rows["memory"], rows["on gpu: all layers"]
-    assert (alone["fits"], there["fits"]) == (False, True)
-    assert there["tokens_per_s"] > 2 * alone["tokens_per_s"]
-    names = planned_names(config, "--profile", path, "--device", "cpu")
-    assert not any("gpu" in name for name in names)
-
-
 def test_options_that_plans_take_change_what_is_predicted(config: Path, tmp_path: Path) -> None:
     """Guesses have rows of their own, and sums of fewer bits travel faster."""
     config.write_text(json.dumps(LLAMA_70B | {"num_hidden_layers": 8}))

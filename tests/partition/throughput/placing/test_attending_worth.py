@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from shoal.partition.plan import Plan
 from shoal.partition.spec import MoeSpec
-from shoal.partition.throughput.cost import batch_tokens_per_s
+from shoal.partition.throughput.cost import steady_batch
 from shoal.partition.throughput.laws import Rows, attention
 from shoal.partition.throughput.placing.attending_worth import LEAST_ROWS, attends_from
 from shoal.partition.throughput.placing.device_ways import (
@@ -78,7 +78,7 @@ def passing(there: Accelerator) -> list[Plan]:
 
 
 def rate(plan: Plan, there: Accelerator, prompt: int) -> float:
-    return batch_tokens_per_s(MODEL, plan, replace(MACHINE, accelerators=(there,)), Job(prompt, 64))
+    return steady_batch(MODEL, plan, replace(MACHINE, accelerators=(there,)), Job(prompt, 64)).tokens_per_s
 
 
 def test_long_prompts_are_many_times_as_quick() -> None:
@@ -122,8 +122,8 @@ def test_an_answers_row_is_the_hosts() -> None:
     plain, attending = (replace(passing(there)[1], attending_rows=rows) for rows in (0, 64))
     short = Job(63, 64)  # whose prompts have fewer rows than that
     host = replace(MACHINE, accelerators=(there,))
-    assert batch_tokens_per_s(MODEL, attending, host, short) == pytest.approx(
-        batch_tokens_per_s(MODEL, plain, host, short)
+    assert steady_batch(MODEL, attending, host, short).tokens_per_s == pytest.approx(
+        steady_batch(MODEL, plain, host, short).tokens_per_s
     )
 
 

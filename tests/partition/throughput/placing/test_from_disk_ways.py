@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from shoal.partition.plan import Misfit, Plan
 from shoal.partition.spec import MoeSpec
 from shoal.partition.throughput.alone import AS_QUICK, best_plan, usual_job
-from shoal.partition.throughput.cost import batch_tokens_per_s, cost, round_bytes, step_cost
+from shoal.partition.throughput.cost import cost, round_bytes, steady_batch, step_cost
 from shoal.partition.throughput.laws import passing_bytes_per_s
 from shoal.partition.throughput.placing.device_ways import (
     expert_of,
@@ -196,7 +196,7 @@ def test_it_is_never_predicted_to_be_slower_than_the_processor_alone(
 
     def took_s(plan: Plan) -> float:
         if many:
-            return 1 / batch_tokens_per_s(model, plan, here, job)
+            return 1 / steady_batch(model, plan, here, job).tokens_per_s
         return cost(model, plan, here, job).total_s(job)
 
     assert took_s(chosen) <= took_s(alone) * (1 + 1e-9)

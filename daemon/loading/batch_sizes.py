@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import NamedTuple
 
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
@@ -20,19 +19,19 @@ from shoal.daemon.loading.device_rooms import may_have_device
 from shoal.daemon.loading.outlook import Outlook, TooLarge, outlook
 from shoal.daemon.model_name import Reference
 from shoal.daemon.throughput.own_machine import OwnMachine
+from shoal.partition.throughput.offline import BATCH_SIZES, WITH_DEVICE, BatchSize
 
-
-class BatchSize(NamedTuple):
-    sequences: int
-    chunk_tokens: int
-
-    def of(self, config: NodeConfig) -> NodeConfig:
-        return replace(config, max_sequences=self.sequences, chunk_tokens=self.chunk_tokens)
-
-
-BATCH_SIZES = (BatchSize(256, 1024), BatchSize(64, 512), BatchSize(16, 256))  # the fastest first
 IF_STREAMED = BATCH_SIZES[1]  # where weights are streamed in any case, steps hold what memory allows anyhow
-WITH_DEVICE = (BatchSize(1024, 8192), BatchSize(1024, 4096), BatchSize(512, 2048), *BATCH_SIZES)
+GIVEN_CHUNK_TOKENS = 1024  # of prompts in a step, where the number of sequences is given
+
+
+def given_size(sequences: int) -> BatchSize:
+    """If somebody says how many at once."""
+    return BatchSize(sequences, GIVEN_CHUNK_TOKENS)
+
+
+def with_size(config: NodeConfig, size: BatchSize) -> NodeConfig:
+    return replace(config, max_sequences=size.sequences, chunk_tokens=size.chunk_tokens)
 
 
 def batch_size(
@@ -48,7 +47,7 @@ def batch_size(
     rates: dict[BatchSize, float] = {}
     maybe_there, taken = may_have_device(config), False
     for size in WITH_DEVICE if maybe_there else BATCH_SIZES:
-        found = [_found(name, size.of(config), library, packs, machine) for name in models]
+        found = [_found(name, with_size(config, size), library, packs, machine) for name in models]
         known = [it for it in found if it is not None]
         if any(not isinstance(it, Outlook) or it.streamed_bytes for it in known):
             continue

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from fakes import tiny
 
-from shoal.cli.batch import batch_sizes
-from shoal.cli.batch.batch_sizes import BATCH_SIZES, IF_STREAMED, batch_size
 from shoal.comm.home import Home
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.library import Library
 from shoal.daemon.library.packs import Packs
+from shoal.daemon.loading import batch_sizes
+from shoal.daemon.loading.batch_sizes import BATCH_SIZES, IF_STREAMED, batch_size
 from shoal.daemon.loading.checkpoint_facts import longest_context
 from shoal.daemon.loading.outlook import TooLarge, outlook
 from shoal.daemon.throughput.own_machine import OwnMachine

@@ -1,0 +1,119 @@
+"""How long many requests would take that nobody waits for, one by one: what `shoal batch` has to do.
+
+Opens headers. `partition.throughput` predicts and chooses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from shoal.daemon.config import NodeConfig
+from shoal.partition.amounts import format_duration
+from shoal.partition.plan import Wanted
+from shoal.partition.throughput.offline import BatchSize, Hybrid, PlannedBatch, batches, upper_bound
+from shoal.partition.throughput.prediction import Binding
+from shoal.partition.throughput.profile import Profile
+from shoal.partition.throughput.solve import Asks
+from shoal.partition.throughput.weights_of import Weighed
+
+from .foresight import Asked, prepared
+from .own_machine import OwnMachine
+
+
+class BatchRow(Struct, frozen=True):
+    """One plan. `at_once`: requests that are answered beside each other; `chunk_tokens`: of prompts in a step, at most;
+    `seconds`: until all are answered. Per second: of answers. `missing`: what the machine lacks for it, None if it
+    fits."""
+
+    name: str
+    fits: bool
+    at_once: int
+    chunk_tokens: int
+    seconds: float
+    requests_per_s: float
+    tokens_per_s: float
+    peak_bytes: dict[str, int]
+    binding: Binding
+    missing: str | None
+
+
+class PassingBound(Struct, frozen=True):
+    """Of weights that pass through a device in every step: tokens of answers a second that no schedule exceeds with
+    this machine's memory, and tokens in a step from which on computing takes longer than bringing them."""
+
+    device: str
+    tokens_per_s: float
+    saturating_tokens: float
+
+
+class BatchForesight(Struct, frozen=True):
+    """All plans, the quickest first; `chosen` names the one to run, None if none fits. `trouble`: what is wrong with
+    this machine's device, or its copies."""
+
+    chosen: str | None
+    reason: str
+    plans: list[BatchRow]
+    bounds: list[PassingBound]
+    trouble: str | msgspec.UnsetType = msgspec.UNSET
+
+
+def foresee_batch(
+    path: Path,
+    profile: Profile,
+    asked: Asked,
+    requests: int,
+    usual: NodeConfig,
+    machine: OwnMachine | None = None,
+) -> BatchForesight:
+    """How the first machine of the profile would answer so many requests (see `foresee`). Raises DaemonError."""
+    models, profile, job, context, trouble = prepared(path, profile, asked, usual, machine)
+    device, kv_type = profile.head.on(asked.threads), asked.kv_type or usual.kv_type
+
+    def wanted(size: BatchSize) -> Asks:
+        def asks(model: Weighed, _: str, threads: int) -> Sequence[Wanted]:
+            its = context, None, kv_type, size.chunk_tokens, size.sequences, 0, threads
+            return [Wanted(model.spec, *its, narrow_inputs=True)]
+
+        return asks
+
+    found = batches(models, wanted, device, job, requests)
+    bounds = []
+    for there in device.accelerators:
+        hybrid = Hybrid.of(models[0], device, there, kv_type)
+        most = upper_bound(hybrid, job.prompt_tokens, job.new_tokens)
+        bounds.append(PassingBound(there.name, most, hybrid.saturating_tokens))
+    rows = [_row(it, requests, job.new_tokens) for it in found]
+    as_kept = [row for row, it in zip(rows, found, strict=True) if row.fits and it.model is models[0]]
+    chosen = next(iter(as_kept or [row for row in rows if row.fits]), None)
+    return BatchForesight(
+        chosen.name if chosen else None, _reason(chosen, rows), rows, bounds, trouble or msgspec.UNSET
+    )
+
+
+def _row(found: PlannedBatch, requests: int, new_tokens: int) -> BatchRow:
+    rate = requests / found.seconds
+    return BatchRow(
+        found.name,
+        not found.missing,
+        found.at_once,
+        found.plan.chunk_tokens,
+        found.seconds,
+        rate,
+        rate * new_tokens,
+        found.peak_bytes,
+        found.binding,
+        found.missing or None,
+    )
+
+
+def _reason(chosen: BatchRow | None, rows: Sequence[BatchRow]) -> str:
+    if chosen is None:
+        lacking = min((row.missing for row in rows if row.missing), key=len, default="")
+        return f"none of these plans fits: {rows[0].name} lacks {lacking}" if rows else "there is no plan"
+    said = f"{chosen.at_once:,} at once, all in {format_duration(chosen.seconds)}"
+    second = next((row for row in rows if row.fits and row is not chosen), None)
+    return f"{said}; {second.name} would take {format_duration(second.seconds)}" if second else said

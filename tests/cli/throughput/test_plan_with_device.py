@@ -1,0 +1,180 @@
+"""`shoal plan` with an accelerator, and for many requests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from click.testing import CliRunner, Result
+
+from shoal.cli.verbs import cli
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "torch_dtype": "bfloat16",
+    "tie_word_embeddings": False,
+}
+MIXTRAL = {
+    "model_type": "mixtral",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "vocab_size": 32000,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "torch_dtype": "bfloat16",
+    "tie_word_embeddings": False,
+}
+GPU = {
+    "name": "gpu",
+    "memory_bytes": 12e9,
+    "memory_bytes_per_s": 2e11,
+    "flops": 8e12,
+    "host_bytes_per_s": 1.2e10,
+}
+PC = {"name": "pc", "memory_bytes": 8e9, "memory_bytes_per_s": 25e9, "flops": 2e11}
+SERVER = {"name": "server", "memory_bytes": 163.4e9, "memory_bytes_per_s": 200e9, "flops": 2e12}
+A40 = {
+    "name": "a40",
+    "memory_bytes": 48e9,
+    "memory_bytes_per_s": 6e11,
+    "flops": 15e13,
+    "host_bytes_per_s": 3.2e10,
+}
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, ["plan", *map(str, arguments)])
+
+
+def planned(*arguments: object) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(run("--json", *arguments).stdout)
+    return found
+
+
+def written(path: Path, what: dict[str, Any]) -> Path:
+    path.write_text(json.dumps(what))
+    return path
+
+
+@pytest.fixture
+def pc(tmp_path: Path) -> Path:
+    return written(tmp_path / "pc.json", {"devices": [PC | {"accelerators": [GPU]}]})
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    return written(tmp_path / "config.json", LLAMA)
+
+
+@pytest.fixture
+def mixtral(tmp_path: Path) -> Path:
+    return written(tmp_path / "config.json", MIXTRAL)
+
+
+def test_placements_are_shown_beside_the_others(llama: Path, pc: Path) -> None:
+    result = run("--json", "--profile", pc, llama)
+    assert "left out" not in result.stderr
+    rows = {row["name"]: row for row in json.loads(result.stdout)["plans"]}
+    assert {"memory", "on gpu: all layers", "through gpu"} <= rows.keys()
+    alone, there = rows["memory"], rows["on gpu: all layers"]
+    assert (alone["fits"], there["fits"]) == (False, True)
+    assert there["tokens_per_s"] > 2 * alone["tokens_per_s"]
+    names = [row["name"] for row in planned(llama, "--profile", pc, "--device", "cpu")["plans"]]
+    assert not any("gpu" in name for name in names)
+
+
+def test_what_a_device_holds_is_shown_beside_what_its_host_does(llama: Path, pc: Path) -> None:
+    for row in planned(llama, "--profile", pc)["plans"]:
+        its = row["peak_bytes"]
+        assert ("gpu" in its) == ("gpu" in row["name"])
+        assert its["pc"] <= 8e9 or not row["fits"]
+        if "gpu" in its:
+            assert 1e9 < its["gpu"] <= 12e9
+    shown = run(llama, "--profile", pc, "--quant", "keep").stdout
+    assert " of gpu" in shown
+    assert "machines" not in shown
+
+
+def test_the_picture_has_the_plan_that_was_chosen_and_says_which(
+    llama: Path, pc: Path, tmp_path: Path
+) -> None:
+    to = tmp_path / "plot.svg"
+    result = run(llama, "--profile", pc, "--plot", to)
+    assert result.exit_code == 0, result.output
+    root = ElementTree.parse(to).getroot()
+    across, down = (float(root.attrib[it]) for it in ("width", "height"))
+    dots = [it.attrib for it in root.iter() if it.tag.endswith("circle")]
+    assert dots
+    assert all(0 < float(dot["cx"]) < across and 0 < float(dot["cy"]) < down for dot in dots)
+    assert "on gpu: all layers" in [it.text for it in root.iter()]
+
+
+def test_a_device_that_is_called_like_its_machine_is_refused(llama: Path, tmp_path: Path) -> None:
+    path = written(tmp_path / "same.json", {"devices": [PC | {"accelerators": [GPU | {"name": "pc"}]}]})
+    result = run(llama, "--profile", path)
+    assert result.exit_code
+    assert "accelerators[0].name='pc': another one has this name" in result.stderr
+
+
+def test_a_written_processor_counts_where_experts_may_come(mixtral: Path, tmp_path: Path) -> None:
+    """A slow one is not taken for a fast one because nobody measured it; and a prompt comes in long steps."""
+    slow = SERVER | {"memory_bytes_per_s": 40e9, "flops": 2e11, "accelerators": [A40]}
+    first_s = []
+    for measured in (False, True):
+        path = written(tmp_path / "p.json", {"devices": [slow | {"measured": measured}]})
+        asked = "--prompt-tokens", 8000, "--new-tokens", 64, "--quant", "keep"
+        found = planned(mixtral, "--profile", path, *asked)
+        assert "come from" in found["chosen"]
+        first_s.append(next(row["ttft_s"] for row in found["plans"] if row["name"] == found["chosen"]))
+    assert first_s[0] == first_s[1]
+    weights_s = 87e9 / A40["host_bytes_per_s"]  # type: ignore[operator]
+    assert first_s[0] < 3 * weights_s
+
+
+def test_many_requests_come_near_what_no_schedule_exceeds(mixtral: Path, tmp_path: Path) -> None:
+    """MoE-Lens's machine and requests: 70 GB for K and V behind 32 GB/s, of which computing is what bounds them."""
+    path = written(tmp_path / "server.json", {"devices": [SERVER | {"accelerators": [A40]}]})
+    asked = mixtral, "--profile", path, "--prompt-tokens", 98, "--new-tokens", 32, "--quant", "keep"
+    found = planned(*asked, "--requests", 25000)
+    (bound,) = found["bounds"]
+    assert bound["device"] == "a40"
+    assert bound["tokens_per_s"] == pytest.approx(15e13 / 25.6e9 * 32 / 130, rel=0.02)
+    assert 15e3 < bound["saturating_tokens"] < 25e3
+    rows = {row["name"]: row for row in found["plans"]}
+    chosen = rows[found["chosen"]]
+    assert found["chosen"].startswith("through a40")
+    assert 0.75 * bound["tokens_per_s"] < chosen["tokens_per_s"] < bound["tokens_per_s"]
+    assert chosen["seconds"] == pytest.approx(25000 / chosen["requests_per_s"])
+    assert chosen["seconds"] == min(row["seconds"] for row in found["plans"] if row["fits"])
+    assert chosen["at_once"] > 1024
+    assert all(set(row["peak_bytes"]) <= {"server", "a40"} for row in found["plans"])
+    few = planned(*asked, "--requests", 3)
+    assert all(row["at_once"] <= 3 for row in few["plans"])
+    shown = run(*asked, "--requests", 25000).stdout
+    assert "no schedule gives more than" in shown
+    assert "→ through a40" in shown
+
+
+def test_options_that_do_not_go_with_many_requests_are_refused(llama: Path, pc: Path, tmp_path: Path) -> None:
+    for more in (("--batch", 2), ("--target", "3"), ("--guesses", "2"), ("--plot", tmp_path / "a.png")):
+        result = run(llama, "--profile", pc, "--requests", 5, *more)
+        assert result.exit_code == 2
+        assert f"{more[0]} does not go with --requests" in result.stderr
