@@ -31,6 +31,9 @@ WORDS = {
     # Of cluster init and join
     "listen": "--listen",
     "address": "--address",
+    # Of plan
+    "prompt_tokens": "--prompt-tokens",
+    "new_tokens": "--new-tokens",
     # Arguments of perplexity and of pull
     "ctx": "--ctx",
     "link": "--link",

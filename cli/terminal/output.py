@@ -70,9 +70,10 @@ def console(*, stderr: bool = False, markup: bool = False) -> Console:
 def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
     """An empty table without lines; columns named in `right` are aligned to the right."""
     from rich import box
-    from rich.table import Table
 
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    from .stacking_table import StackingTable
+
+    made = StackingTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in columns:
         made.add_column(column, justify="right" if column in right else "left", overflow="fold")
     return made

@@ -140,6 +140,8 @@ def plan(
             if value:
                 raise click.UsageError(f"{option} does not go with --requests")
     if plot is not None:
+        if not plot.absolute().parent.is_dir():
+            raise click.BadParameter(f"{plot.parent} is no directory", param_hint="--plot")
         try:
             writer_for(plot)
         except ValueError as error:
@@ -157,9 +159,13 @@ def plan(
         from shoal.daemon.throughput.profile_files import read_profile
     if given is not None:
         profile = read_profile(given)
+        if plan.threads is not None and plan.threads > profile.head.threads:
+            note(f"--threads {plan.threads} counts as {profile.head.threads}, which is what {profile.head.name} has")
         if config.names_device:
             note(f"--device {config.device} is left out: --profile says what devices there are")
         for device in profile.devices[1:]:
+            if profile.link(profile.head.name, device.name) is None:
+                note(f"{device.name} is left out: `links` has none from {profile.head.name} to it")
             for accelerator in device.accelerators:
                 note(f"{accelerator.name} of {device.name} is left out: a device belongs to no group")
     else:

@@ -163,9 +163,12 @@ def prepared(
     job = Job(asked.prompt_tokens, asked.new_tokens, asked.batch, asked.guesses, asked.chance)
     with described(path) as model:
         context = max(asked.context_tokens or 0, job.context_tokens)
-        if asked.context_tokens is not None and asked.context_tokens < job.context_tokens:
+        most = min(asked.context_tokens or model.spec.longest, model.spec.longest)
+        if job.context_tokens > most:
             both = f"{asked.prompt_tokens} + {asked.new_tokens} tokens"
-            raise DaemonError("context_overflow", f"{both} exceed the context of {asked.context_tokens}")
+            whose = "the context" if most == asked.context_tokens else "the model's context"
+            hint = f"`prompt_tokens` and `new_tokens` may be {most} together"
+            raise DaemonError("context_overflow", f"{both} exceed {whose} of {most}", hint)
         if context > model.spec.longest:
             raise beyond_the_model(context, model.spec.longest, model.spec.context)
         models = _models(model, asked.quant, path.name)

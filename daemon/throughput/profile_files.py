@@ -6,10 +6,12 @@ Knows files and JSON. `partition.throughput.profile_checks` knows the limits of 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -20,6 +22,7 @@ from shoal.partition.throughput.profile import Profile
 from shoal.partition.throughput.profile_checks import check_profile
 
 PROFILE_BYTES = 8 << 20
+_SAID = 60  # characters of a value
 _HINT = "see docs/throughput-model.md for what a profile has"
 
 
@@ -36,7 +39,7 @@ def parse_profile(text: bytes, origin: str) -> Profile:
     """The profile in a text. Raises DaemonError."""
     try:
         found = json.loads(text, object_pairs_hook=_once)
-        if problem := next(_unknown(found, Profile, ""), ""):
+        if problem := next(_problems(found, Profile, ""), ""):
             raise ProfileError(problem)
         return check_profile(msgspec.convert(found, Profile))
     except ProfileError as error:
@@ -73,24 +76,50 @@ def _said(error: str) -> str:
     )
 
 
-def _unknown(value: Any, kind: Any, where: str) -> Iterator[str]:
-    """What is no field of its object, or lacks one that must be there: nobody should think that it counts."""
-    if is_dataclass(kind) and isinstance(value, dict):
+def _problems(value: Any, kind: Any, where: str) -> Iterator[str]:
+    """What is no field of its object, or lacks one that must be there, since nobody should think that it counts; and
+    what is of another kind than it must be. `kind`: of a field of a profile, as it is declared."""
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    if value is None and NoneType in kinds:
+        return
+    kind = kinds[0]
+    if not _is_one(value, kind):
+        said = json.dumps(value)
+        said = said if len(said) <= _SAID else f"{said[:_SAID]}… ({len(said):,} characters)"
+        yield (
+            f"{where}={said}: must be {_said_kind(kind)}"
+            if where
+            else f"must be {_said_kind(kind)}, is {said}"
+        )
+    elif is_dataclass(kind):
         hints, known = get_type_hints(kind), {field.name: field for field in fields(kind)}
         prefix = f"{where}." if where else ""
         for name in value:
             if name not in known:
                 yield f"{prefix}{str(name)[:80]}: there is no such field; there are {', '.join(known)}"
         for name, field in known.items():
-            if name not in value and field.default is MISSING and field.default_factory is MISSING:
-                yield f"{prefix}{name} is missing: it must be there"
             if name in value:
-                yield from _unknown(value[name], hints[name], prefix + name)
+                yield from _problems(value[name], hints[name], prefix + name)
+            elif field.default is MISSING and field.default_factory is MISSING:
+                yield f"{prefix}{name} is missing: it must be there"
     elif isinstance(value, list):
-        inner = [argument for argument in get_args(kind) if is_dataclass(argument)]
-        for place, item in enumerate(value if inner else ()):
-            yield from _unknown(item, inner[0], f"{where}[{place}]")
-    elif isinstance(value, dict):
-        for argument in get_args(kind):
-            if is_dataclass(argument):
-                yield from _unknown(value, argument, where)
+        inner, *_ = get_args(kind)
+        for place, item in enumerate(value):
+            yield from _problems(item, inner, f"{where}[{place}]")
+
+
+def _is_one(value: Any, kind: Any) -> bool:
+    if kind is float and isinstance(value, float):
+        return True
+    if kind is float:  # whole numbers have no end in Python
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < sys.float_info.max
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63
+    if get_origin(kind) is tuple:
+        return isinstance(value, list)
+    return isinstance(value, dict if is_dataclass(kind) else kind)
+
+
+def _said_kind(kind: Any) -> str:
+    names = {float: "a number", int: "a whole number", str: "a text", bool: "true or false"}
+    return names.get(kind, "an object" if is_dataclass(kind) else "a list")

@@ -5,12 +5,15 @@ Sentences for people, without settings' names: `quant=q4` is said as "4 bits". P
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 from ..amounts import format_bytes
-from .prediction import Binding
+from .alone import AS_QUICK
+from .laws import distinct_experts
+from .prediction import Binding, Job
 from .profile import ANY, Device, Profile, ProfileLink
 from .solve import Asks, Candidate, Choices, Solved, solve
 from .weights_of import Weighed
@@ -24,7 +27,7 @@ _MOST_MACHINES = 8
 CABLE = ProfileLink((ANY, ANY), 0.15e-3, 117e6)  # a gigabit cable, for a machine that is not there
 
 _BOUND: dict[Binding, str] = {
-    "memory": "memory-bound: its speed decides, as a token reads",
+    "memory": "memory-bound: its speed decides, as",
     "compute": "compute-bound: the processor decides",
     "disk": "disk-bound: each token waits for",
     "link": "link-bound: bringing weights to the device decides",
@@ -50,9 +53,11 @@ def reason(found: Solved) -> str:
         read = prediction.parts["disk"]
         bound += f" {_seconds(read)} of reading"
     elif prediction.binding == "memory":
-        bound += f" {format_bytes(_read_bytes(chosen))} of weights"
+        reading = "a step reads" if found.job.batch > 1 else "a token reads"
+        together = ", its machines together" if chosen.plan is None else ""
+        bound += f" {reading} {format_bytes(_read_bytes(chosen, found.job))} of weights{together}"
     said = [bound]
-    if chosen.plan is not None and chosen.plan.passes:
+    if chosen.plan is not None and chosen.plan.passes and not chosen.plan.streams:
         said.append("shoal batch has weights pass through the device, a daemon that serves does not")
     if gains := _gains(found, chosen):
         said.append(" and ".join(gains))
@@ -74,29 +79,36 @@ def _compared(other: Candidate, chosen: Candidate, found: Solved) -> str:
     times = other.prediction.total_s(found.job) / chosen.prediction.total_s(found.job)
     mine, theirs = (it.prediction.band[1] / it.prediction.tokens_per_s for it in (chosen, other))
     unsure = ", less than predictions can tell apart" if 1 / times <= mine * theirs >= times else ""
+    if f"{abs(times - 1):.0%}" == "0%":
+        return f"{other.name} would take as long"
     if times < 1:
         return f"{other.name} would take {1 - times:.0%} less time and is less simple{unsure}"
     return f"{other.name} would take {times - 1:.0%} more time{unsure}"
 
 
 def _gains(found: Solved, chosen: Candidate) -> list[str]:
+    def speed(it: Candidate) -> float:
+        """Of what is asked for: tokens, or a first one alone."""
+        return it.prediction.tokens_per_s if found.job.new_tokens > 1 else 1 / it.prediction.ttft_s
+
     gains = []
-    speed = chosen.prediction.tokens_per_s
-    whole = next(
-        (it for it in found.candidates if _same_texts(it, chosen) and it.name.startswith("memory")), None
-    )
-    if whole is not None and whole.missing:
-        held = whole.prediction.tokens_per_s
-        if held > _WORTH * speed:
-            gains.append(f"{whole.missing.replace(' of ', ' more ')} would give {_times(held / speed)}")
+    lacking = [it for it in found.candidates if _same_texts(it, chosen) and it.lacks_memory]
+    if lacking and chosen.plan is not None:  # what a group would do with more of it is not among them
+        most = max(map(speed, lacking))
+        if most > _WORTH * speed(chosen):
+            cheapest = min(
+                (it for it in lacking if AS_QUICK * speed(it) >= most), key=lambda it: it.least_bytes
+            )
+            gain = _times(speed(cheapest) / speed(chosen))
+            gains.append(f"{cheapest.missing.replace(' of ', ' more ')} would give {gain}")
     fewer = [
         it
         for it in found.candidates
         if it.fits and it.kv_type == chosen.kv_type and it.model.quant != chosen.model.quant
     ]
-    best = max(fewer, key=lambda it: it.prediction.tokens_per_s, default=None)
-    if best is not None and best.prediction.tokens_per_s > _WORTH * speed:
-        gain = _times(best.prediction.tokens_per_s / speed)
+    best = max(fewer, key=speed, default=None)
+    if best is not None and speed(best) > _WORTH * speed(chosen):
+        gain = _times(speed(best) / speed(chosen))
         gains.append(f"weights in {BITS.get(best.model.quant, best.model.quant)} would give {gain}")
     return gains
 
@@ -105,8 +117,8 @@ def _same_texts(one: Candidate, other: Candidate) -> bool:
     return (one.model.quant, one.kv_type) == (other.model.quant, other.kv_type)
 
 
-def _read_bytes(chosen: Candidate) -> float:
-    """Of weights, for one token."""
+def _read_bytes(chosen: Candidate, job: Job) -> float:
+    """Of weights, for a step in which each stream gets a token."""
     model = chosen.model
     moe = model.spec.moe
     others = "embed", "expert", "head"
@@ -114,7 +126,8 @@ def _read_bytes(chosen: Candidate) -> float:
     whole += sum(it.nbytes for it in model.head)
     if moe:
         experts = sum(nbytes for block, nbytes in model.block_bytes.items() if block.kind == "expert")
-        whole += int(experts * moe.active / moe.experts)
+        used = distinct_experts(moe.experts, moe.active, job.batch * (1 + job.guesses), job.distinct)
+        whole += int(experts * used / moe.experts)
     return float(whole)
 
 
@@ -150,9 +163,43 @@ def changes(
     choices: Choices,
     target: float,
 ) -> list[Change]:
-    """What would give `target` tokens a second, the cheapest first: fewer bits cost texts, the rest costs money."""
-    tried = (_fewer_bits(found, target), *_bought(models, wanted, profile, found, choices, target))
-    return [change for change in tried if change is not None]
+    """What would give `target` tokens a second, the cheapest first: another plan costs first tokens, fewer bits cost
+    texts, the rest costs money."""
+    free = (_another_plan(found, target), _fewer_bits(found, target))
+    tried = (*free, *_bought(models, wanted, profile, found, choices, target))
+    reached = [change for change in tried if change is not None]
+    both = _fewer_bits_and_memory(found, target) if not reached else None
+    return [both] if both is not None else reached
+
+
+def _another_plan(found: Solved, target: float) -> Change | None:
+    """One that fits and was not chosen, as all of the job takes longer with it."""
+    chosen = found.chosen
+    reaching = [
+        it
+        for it in found.candidates
+        if chosen is not None and it.fits and _same_texts(it, chosen) and it.prediction.tokens_per_s >= target
+    ]
+    if not reaching:
+        return None
+    first = min(reaching, key=lambda it: it.prediction.total_s(found.job))
+    after = _seconds(first.prediction.ttft_s)
+    return Change(
+        f"{first.name}, with which the first token comes after {after}", first.prediction.tokens_per_s
+    )
+
+
+def _fewer_bits_and_memory(found: Solved, target: float) -> Change | None:
+    reaching = [
+        it
+        for it in found.candidates
+        if it.lacks_memory and it.model.quant in BITS and it.prediction.tokens_per_s >= target
+    ]
+    if not reaching:
+        return None
+    cheapest = min(reaching, key=lambda it: it.least_bytes)
+    memory = cheapest.missing.replace(" of ", " more ")
+    return Change(f"weights in {BITS[cheapest.model.quant]} and {memory}", cheapest.prediction.tokens_per_s)
 
 
 def _fewer_bits(found: Solved, target: float) -> Change | None:
@@ -182,7 +229,7 @@ def _bought(
     job, only = found.job, models[:1]
     fixed = choices._replace(kv_type=choices.kv_type or "f16")
 
-    def speed(changed: Profile, ranks: int = choices.ranks or 1) -> float:
+    def speed(changed: Profile, ranks: int | None = choices.ranks) -> float:
         best = solve(only, wanted, changed, job, fixed._replace(ranks=ranks)).chosen
         return best.prediction.tokens_per_s if best is not None else 0.0
 
@@ -203,15 +250,17 @@ def _bought(
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
             low, high = (low, middle) if speed(with_memory(middle)) >= target else (middle, high)
-        bought.append(Change(f"{format_bytes(high - now)} more memory", speed(with_memory(high))))
+        lacks = _rounded_up(high - now)
+        bought.append(Change(f"{format_bytes(lacks)} more memory", speed(with_memory(now + lacks))))
     if profile.head.disk_bytes_per_s and speed(with_disk(_MOST_TIMES)) >= target:
         low, high = 1.0, _MOST_TIMES
         for _ in range(_HALVINGS):
             middle = (low * high) ** 0.5
             low, high = (low, middle) if speed(with_disk(middle)) >= target else (middle, high)
-        rate = format_bytes(profile.head.disk_bytes_per_s * high)
-        bought.append(Change(f"a disk of {rate}/s", speed(with_disk(high))))
-    for count in range(len(profile.devices) + 1, _MOST_MACHINES + 1):
+        rate = _rounded_up(profile.head.disk_bytes_per_s * high)
+        reached = speed(with_disk(rate / profile.head.disk_bytes_per_s))
+        bought.append(Change(f"a disk of {format_bytes(rate)}/s", reached))
+    for count in range(len(profile.devices) + 1, _MOST_MACHINES + 1) if choices.ranks != 1 else ():
         more = tuple(replace(profile.head, name=f"{profile.head.name} #{i}") for i in range(2, count + 2))
         grown = Profile((*profile.devices, *more[: count - len(profile.devices)]), (*profile.links, CABLE))
         if (reached := speed(grown, count)) >= target:
@@ -233,6 +282,12 @@ def with_faster_disk(device: Device, times: float) -> Device:
         rings = reads.rings and replace(reads.rings, bytes_per_s=of(reads.rings.bytes_per_s))
         reads = replace(reads, bytes_per_s=of(reads.bytes_per_s), rings=rings)
     return replace(device, disk_bytes_per_s=times * device.disk_bytes_per_s, reads=reads)
+
+
+def _rounded_up(nbytes: float) -> float:
+    """To the three digits that are said of it."""
+    step = 10.0 ** (math.floor(math.log10(max(nbytes, 1.0))) - 2)
+    return math.ceil(nbytes / step) * step
 
 
 def _times(factor: float) -> str:

@@ -77,8 +77,13 @@ def product(device: Device, matrix: Product, rows: float, *, narrow: bool = Fals
     if laws:
         seconds = matrix.nbytes * _byte_s(sorted(laws, key=_nbytes), matrix.nbytes, rows)
     else:
-        seconds = max(memory_s, 2.0 * matrix.rows * matrix.cols * rows / device.flops)
+        return _slower(memory_s, 2.0 * matrix.rows * matrix.cols * rows / device.flops)
     return Share(seconds, min(seconds, memory_s))
+
+
+def _slower(memory_s: float, computed_s: float) -> Share:
+    """Of two things that go on beside each other, by a few figures: what takes longer decides alone."""
+    return Share(memory_s, memory_s) if memory_s >= computed_s else Share(computed_s, 0.0)
 
 
 def _nbytes(law: RowsLaw) -> float:
@@ -114,18 +119,17 @@ def attention(
     memory_s = kv_bytes / device.memory_bytes_per_s
     laws = [law for law in device.attention if law.kv_type == kv_type]
     if not laws:
-        seconds = max(memory_s, 4 * numbers / (ATTENTION_SHARE * device.flops))
-    else:
-        dims = sorted({law.head_dim for law in laws})
-        low = max((it for it in dims if it <= spec.head_dim), default=dims[0])
-        high = min((it for it in dims if it >= spec.head_dim), default=dims[-1])
-        few_s, many_s = (
-            _attention_s([law for law in laws if law.head_dim == it], spec, rows, seen) for it in (low, high)
-        )
-        # A number costs a part of a head's weight of softmax, which is divided among its dimensions.
-        part = (1 / spec.head_dim - 1 / high) / (1 / low - 1 / high) if low < high else 0.0
-        # Tables are of K and V that caches hold for the most part.
-        seconds = max(memory_s, many_s + part * (few_s - many_s))
+        return _slower(memory_s, 4 * numbers / (ATTENTION_SHARE * device.flops))
+    dims = sorted({law.head_dim for law in laws})
+    low = max((it for it in dims if it <= spec.head_dim), default=dims[0])
+    high = min((it for it in dims if it >= spec.head_dim), default=dims[-1])
+    few_s, many_s = (
+        _attention_s([law for law in laws if law.head_dim == it], spec, rows, seen) for it in (low, high)
+    )
+    # A number costs a part of a head's weight of softmax, which is divided among its dimensions.
+    part = (1 / spec.head_dim - 1 / high) / (1 / low - 1 / high) if low < high else 0.0
+    # Tables are of K and V that caches hold for the most part.
+    seconds = max(memory_s, many_s + part * (few_s - many_s))
     return Share(seconds, min(seconds, memory_s))
 
 

@@ -142,7 +142,7 @@ def check_figure(field: str, value: object, low: float, high: float) -> None:
     """Raises ProfileError unless the value is a number within the limits."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not low <= value <= high:  # type: ignore[operator]
-        said = f"{value:g}" if isinstance(value, float) else f"{value!s:.40}"
+        said = f"{value:g}" if isinstance(value, float) else f"{value!s:.40}" + "…" * (len(str(value)) > 40)
         raise ProfileError(f"{field}={said}: must be a number from {low:g} to {high:g}")
 
 

@@ -34,6 +34,7 @@ from .profile import Device, Profile
 from .weights_of import Weighed
 
 _EACH_SIZE = 8
+_OF_MEMORY = " of memory"
 
 
 class Choices(NamedTuple):
@@ -64,6 +65,11 @@ class Candidate:
     @property
     def fits(self) -> bool:
         return not self.missing
+
+    @property
+    def lacks_memory(self) -> bool:
+        """And nothing else."""
+        return self.missing.endswith(_OF_MEMORY)
 
 
 class Solved(NamedTuple):
@@ -151,7 +157,7 @@ def _candidates(
             if choices.ranks in (None, 1):
                 for found in here(model, asking, device, job, STREAMINGS if asked else USUAL):
                     yield replace(found, name=found.name + suffix, asked=asked)
-            if asked and len(profile.devices) > 1:
+            if not number and len(profile.devices) > 1:
                 for found in _groups(model, asking[0], profile, job, choices, refused):
                     yield replace(found, name=found.name + suffix, asked=asked)
 
@@ -186,16 +192,18 @@ def _alone(
 
 def _with_devices(model: Weighed, asking: Sequence[Wanted], device: Device, job: Job) -> Iterator[Candidate]:
     """Each device of this machine computes with it: what fits there, or all layers, whose weights pass through it. That
-    takes long steps. Only what has no room otherwise comes from disk."""
+    takes long steps. Where memory has no room for all of them, they come from disk."""
     more = beside_bytes(model, asking[0].kv_type)
     memory_bytes = max(0, int(device.memory_bytes) - more)
     asking = [it._replace(narrow_inputs=False) for it in asking]
     long = [it._replace(chunk_tokens=max(it.chunk_tokens, PASSING_TOKENS)) for it in asking]
     for its in device.accelerators:
         room = room_of(its, expert_of(model))
-        found = [*ways_with_device(model, asking, room, memory_bytes, device)]
-        found += ways_through_device(model, long, room, memory_bytes, device)
-        if device.disk_bytes_per_s and not any(isinstance(way.made, Plan) for way in found):
+        staying = [*ways_with_device(model, asking, room, memory_bytes, device)]
+        passing = [*ways_through_device(model, long, room, memory_bytes, device)]
+        found = [*staying, *passing]
+        lacks = not any(isinstance(way.made, Plan) for way in passing or staying)
+        if device.disk_bytes_per_s and lacks:
             found += ways_from_disk(model, asking, room, memory_bytes, device)
         for name, order, made in found:
             yield _candidate(name, order, model, made, device, job, more)
@@ -207,7 +215,7 @@ def _candidate(
     plan = made.plan if isinstance(made, Misfit) else made
     least = (made.least_bytes if isinstance(made, Misfit) else plan.peak_bytes) + more
     lacks = max(0, least - int(device.memory_bytes)) if isinstance(made, Misfit) else 0
-    missing = f"{format_bytes(lacks)} of memory" if lacks else ""
+    missing = f"{format_bytes(lacks)}{_OF_MEMORY}" if lacks else ""
     return Candidate(name, model, plan.kv.dtype, cost(model, plan, device, job), missing, least, order, plan)
 
 
