@@ -1,16 +1,17 @@
 """In which order the lines of a batch are answered, and which of them cannot be.
 
-Requests of one model stand together. Among these, answers that may become long come first, so that no long one is left
-over at the end; and requests that begin alike stand together, so that what they share is computed once (the engine
-finds it in its prefix cache). Knows about a hundred bytes of each line, however long it is.
+Requests of one model stand together. Among these, requests that begin alike do, however long their answers may
+become, so that what they share is computed once (the engine finds it in its prefix cache). What may have the longest
+answer comes first, be it such a group, one within it or a request, so that no long answer is left over at the end.
+Knows about a hundred bytes of each line, however long it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from .openai_requests import BadLine, parse
 from .request_lines import RequestLine, RequestLines
 
 _PREFIX_BYTES = tuple(64 << doubling for doubling in range(8))  # of which lines may agree: 64 to 8192
-_KEY_BYTES = 2 + 1 + 4 * len(_PREFIX_BYTES) + 4 + 1  # model, longest answer, beginnings, length, no NUL
+_ENDED = 0  # in place of the digest of a beginning: the text has not so many bytes
 _MODELS = 1 << 16
 _TOKEN_BYTES = 2  # of text, if its tokens are short
 _ANSWER_TOKENS = 512  # of answers that may get as long as they like
@@ -41,7 +42,10 @@ class Fate(IntEnum):
 _ROW = np.dtype(
     [
         ("fate", "u1"),
-        ("key", f"S{_KEY_BYTES}"),  # sorts
+        ("model", "u2"),
+        ("longest", "u1"),  # bits of the number of tokens that the answer may have
+        ("beginnings", "u4", len(_PREFIX_BYTES)),  # their digests
+        ("length", "u4"),  # of the text, in bytes
         ("custom", "S16"),  # digest of the custom_id
         ("line", "u4"),
         ("twin", "u4"),  # the line that has the same custom_id
@@ -50,6 +54,18 @@ _ROW = np.dtype(
         ("digest", "u8"),
     ]
 )
+
+
+class _Key(NamedTuple):
+    """By what a line has its turn: fields of its row."""
+
+    model: int
+    longest: int
+    beginnings: Sequence[int]
+    length: int
+
+
+_NO_KEY = _Key(0, 0, [_ENDED] * len(_PREFIX_BYTES), 0)
 
 
 class BatchOrder:
@@ -88,14 +104,12 @@ class BatchOrder:
     def of_model(self, number: int) -> Iterator[RequestLine]:
         """The lines that ask the model with that number, without their texts, in the order in which they are to be
         answered."""
-        rows = self._rows[self._rows["fate"] == Fate.ASKED]
-        models = np.ascontiguousarray(rows["key"]).view(np.uint8).reshape(-1, _KEY_BYTES)[:, :2]
-        rows = rows[models @ np.array([256, 1]) == number]
-        for place in np.argsort(rows["key"], kind="stable"):
-            yield _line(rows[place])
+        rows = self._rows[(self._rows["fate"] == Fate.ASKED) & (self._rows["model"] == number)]
+        for row in rows[_turns(rows)]:
+            yield _line(row)
 
     def _row(self, line: RequestLine, *, done: bool) -> tuple[Any, ...]:
-        fate, key, custom = Fate.FAULTY, b"", b""
+        fate, key, custom = Fate.FAULTY, _NO_KEY, b""
         if line.text is not None:
             try:
                 asked = parse(line.text, self._model)
@@ -106,24 +120,18 @@ class BatchOrder:
                 if not done:
                     key = self._key(asked.model, asked.request)
         fate = Fate.DONE if done else fate
-        return fate, key, custom, line.number, 0, line.offset, line.nbytes, line.digest
+        return fate, *key, custom, line.number, 0, line.offset, line.nbytes, line.digest
 
-    def _key(self, model: str, request: Generate | Chat) -> bytes:
+    def _key(self, model: str, request: Generate | Chat) -> _Key:
         number = self._numbers.setdefault(model, len(self.models))
         if number == _MODELS:
             raise DaemonError("bad_request", f"the requests name more than {_MODELS} models")
         text = _text(request)
         context = len(text) // _TOKEN_BYTES + (request.max_tokens or _ANSWER_TOKENS)
         self.models[model] = max(self.models.get(model, 0), context)
-        longest = 0xFF - min((request.max_tokens or 1 << 26).bit_length(), 0xFF)
-        length = 0xFFFFFFFF - len(text)
-        digests = [
-            blake2b(text[:size], digest_size=4).digest() if len(text) >= size else bytes(4)
-            for size in _PREFIX_BYTES
-        ]
-        return b"".join(
-            [number.to_bytes(2, "big"), bytes([longest]), *digests, length.to_bytes(4, "big"), b"\1"]
-        )
+        longest = min((request.max_tokens or 1 << 26).bit_length(), 0xFF)
+        beginnings = [_beginning(text[:size]) if len(text) >= size else _ENDED for size in _PREFIX_BYTES]
+        return _Key(number, longest, beginnings, len(text))
 
     def _find_twins(self) -> None:
         """Of the lines with one custom_id, only the first is asked."""
@@ -136,6 +144,24 @@ class BatchOrder:
                 first = place
             elif place > first and rows["fate"][row] == Fate.ASKED:
                 rows["fate"][row], rows["twin"][row] = Fate.REPEATED, rows["line"][order[first]]
+
+
+def _turns(rows: Any) -> Any:
+    """Where the rows (N,) of one model, in the order in which they are to be answered, are among these: indices (N,).
+
+    What counts of each beginning, shorter ones first, is the longest answer of all who have it, then its digest; where
+    a text has ended, its own answer.
+    """
+    alike = np.lexsort(rows["beginnings"].T[::-1])
+    rows = rows[alike]
+    keys, parts = [], np.arange(len(rows)) == 0  # where rows begin that do not agree with those before
+    for digests in rows["beginnings"].T:
+        parts[1:] |= digests[1:] != digests[:-1]
+        (first,) = np.nonzero(parts | (digests == _ENDED))
+        longest = np.maximum.reduceat(rows["longest"], first)
+        keys += [~np.repeat(longest, np.diff(first, append=len(rows))), digests]
+    keys += [~rows["longest"], ~rows["length"]]  # longer ones first
+    return alike[np.lexsort(keys[::-1])]
 
 
 def refetched(requests: RequestLines, line: RequestLine) -> bytes:
@@ -155,6 +181,10 @@ def _text(request: Generate | Chat) -> bytes:
     if request.prompt is not None:
         return request.prompt.encode(errors="replace")
     return np.array(request.prompt_tokens, np.uint32).tobytes()
+
+
+def _beginning(text: bytes) -> int:
+    return int.from_bytes(blake2b(text, digest_size=4).digest(), "big")
 
 
 def _digest(custom_id: str) -> bytes:
