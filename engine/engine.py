@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 STEP_LIMIT_S = 60.0  # `close` and `suspend` wait so long for the end of a step
 SETTLE_S = 0.1  # of time that nobody needs are used at once
+EXCHANGING = 0.05  # of the time, at most, experts change places while somebody waits
 
 
 class Engine:
@@ -63,6 +64,7 @@ class Engine:
         self.lost: RankLost | None = None  # until `start_anew` there are no steps
         self._ended = False  # by `close`
         self._under_way: tuple[Batch, float] | None = None  # the step, and which share of it is done
+        self._exchanges_from_s = 0.0  # on the clock: until then no experts change places between steps
         self._stepping = threading.Lock()  # held throughout a step
         self._lock = threading.Lock()  # guards scheduler and events; never held while anything is computed
 
@@ -163,7 +165,8 @@ class Engine:
     # --- steps ---------------------------------------------------------------------------------------------
 
     def step(self) -> bool:
-        """One forward pass. False when there was nothing to do. A failing pass fails its own sequences only."""
+        """One forward pass. False when there was nothing to do. A failing pass fails its own sequences only. Raises
+        RankLost if a rank or a device is lost, also while experts change places after the pass: then none fails."""
         with self._stepping:
             if self.lost is not None:
                 return False
@@ -193,24 +196,38 @@ class Engine:
                 self._under_way = None
                 if self._compute_on is not None and not self.busy:  # whoever computes next has all threads
                     self._compute_on(self.rank.executor.plan.threads)
+            self._exchange_between_steps()
             return True
+
+    def _exchange_between_steps(self) -> None:
+        """A pair of experts changes places, if that is worth it, and so seldom that it takes little of the time."""
+        began_s = self._clock()
+        if began_s >= self._exchanges_from_s:
+            self._exchange()
+            ended_s = self._clock()
+            self._exchanges_from_s = ended_s + (ended_s - began_s) / EXCHANGING
 
     def settle(self) -> None:
         """Where there is nothing to compute: move experts to where they are used, but not for long, since somebody may
-        come. Raises RankLost as `step` does, and also if an exchange fails: all is to be read anew then."""
+        come. Raises RankLost as `step` does."""
         if not self._stepping.acquire(blocking=False):
             return
         ends_s = self._clock() + SETTLE_S
         try:
             while self._clock() < ends_s and not (self.busy or self.lost or self._ended):
-                if not self.rank.executor.exchange_experts():
+                if not self._exchange():
                     return
+        finally:
+            self._stepping.release()
+
+    def _exchange(self) -> bool:
+        """Whether a pair of experts changed places. Raises RankLost if that fails: all is to be read anew then."""
+        try:
+            return self.rank.executor.exchange_experts()
         except Exception as error:  # halfway: some matrices of an expert may be another's now
             why = str(error) if isinstance(error, HomeLost) else f"experts stuck halfway: {error!r}"
             self.lost = DeviceGone(why)
             raise self.lost from error.with_traceback(None)
-        finally:
-            self._stepping.release()
 
     def _threads(self, batch: Batch) -> int:
         """With which it is computed: no bit of it depends on that."""

@@ -1,4 +1,4 @@
-"""Where the experts of a plan are computed, and which of them change places while there is nothing else to do.
+"""Where the experts of a plan are computed, and which of them change places between steps.
 
 A plan says where they are at first. Which experts a mixture uses often is known only when it runs, or has run before.
 Those of them that the CPU has then change places, in pairs, with seldom used ones of a device: so memory stays as it
@@ -7,6 +7,7 @@ was planned.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ from shoal.offload.block_store import BlockStore, ResidentStore
 from shoal.partition.plan import Plan
 from shoal.partition.spec import BlockId
 
-from .learn.expert_use import NONE_YET, ExpertUse, UseCounts, all_exchanges, best_exchange
+from .learn.expert_use import NONE_YET, ExpertPair, ExpertUse, UseCounts, all_exchanges, worth_an_exchange
 
 
 def splits_experts(plan: Plan) -> bool:
@@ -58,6 +59,7 @@ class ExpertPlaces:
         self._slotted = any(item.slotted for item in experts)
         self._use = ExpertUse() if self.counted else None
         self._forms: dict[BlockId, Hashable] = {}
+        self._waiting: deque[ExpertPair] = deque()  # exchanges that were worth it when they were looked for
 
     @property
     def counted(self) -> bool:
@@ -96,24 +98,31 @@ class ExpertPlaces:
         return [(home, mine) for home, mine in parted if mine]
 
     def exchange(self, store: BlockStore) -> bool:
-        """The pair of experts for which that is worth most changes places. False if there is none. No step may be
-        under way. Raises HomeLost."""
-        if self._use is None or not self._use.fresh or not isinstance(store, ResidentStore):
+        """A pair of experts for which that is worth it changes places. False if there is none. No step may be under
+        way. Raises HomeLost."""
+        if self._use is None or not isinstance(store, ResidentStore):
             return False
-        if not self._forms:
-            self._forms = {block: _form(store, block) for block in self._homes}
-        there = {block: home for block, home in self._homes.items() if home is not self._cpu}
-        uses = {block: self._use.of(block) for block in self._homes}
-        found = best_exchange(uses, there, self._forms)
-        if found is None:
-            self._use.fresh = False
-            return False
-        going, coming = found
-        store.exchange(going, coming, there[going])
+        if not self._waiting and self._use.fresh:
+            self._look(store, self._use)
+        while self._waiting:
+            pair = self._waiting.popleft()
+            if worth_an_exchange(self._use.uses, pair):  # still
+                self._change(store, *pair)
+                return True
+        return False
+
+    def _look(self, store: ResidentStore, use: ExpertUse) -> None:
+        """See which exchanges are worth it. It takes longer than one of them."""
+        use.seen()
+        self._forms = self._forms or {block: _form(store, block) for block in self._homes}
+        there = {block for block, home in self._homes.items() if home is not self._cpu}
+        self._waiting.extend(all_exchanges(use.uses, there, self._forms))
+
+    def _change(self, store: ResidentStore, going: BlockId, coming: BlockId) -> None:
+        store.exchange(going, coming, self._homes[going])
         self._homes[going], self._homes[coming] = self._homes[coming], self._homes[going]
-        for block in found:
+        for block in (going, coming):
             self._arrange(block.layer)
-        return True
 
     def _arrange(self, layer: int) -> None:
         homes: dict[ComputeHome, set[int]] = {}

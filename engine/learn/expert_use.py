@@ -42,11 +42,10 @@ NONE_YET = UseCounts({}, {})
 
 
 class ExpertUse:
-    """In how many parts of steps each expert was used, beginning with what is known. `fresh`: any was, since somebody
-    set this to False."""
+    """In how many parts of steps each expert was used, beginning with what is known."""
 
     def __init__(self, known: UseCounts = NONE_YET) -> None:
-        self.fresh = False
+        self._unseen = 0  # parts that were noted since `seen`
         self._uses = Counter(known.uses)
         self._parts = Counter(known.parts)
 
@@ -60,7 +59,7 @@ class ExpertUse:
 
     def note(self, blocks: Sequence[BlockId]) -> None:
         """A part of a step used these experts of one layer, at least one, each named once."""
-        self.fresh = True
+        self._unseen += 1
         self._uses.update(blocks)
         layer = blocks[0].layer
         self._parts[layer] += 1
@@ -69,8 +68,18 @@ class ExpertUse:
             for block in [it for it in self._uses if it.layer == layer]:
                 self._uses[block] //= 2
 
-    def of(self, block: BlockId) -> int:
-        return self._uses[block]
+    @property
+    def uses(self) -> Mapping[BlockId, int]:
+        """By expert. Only who notes may ask."""
+        return self._uses
+
+    @property
+    def fresh(self) -> bool:
+        """Whether so much was noted since `seen` that an exchange may have become worth it."""
+        return self._unseen > LEAST_USES * len(self._parts)
+
+    def seen(self) -> None:
+        self._unseen = 0
 
 
 def worth_an_exchange(uses: Mapping[BlockId, int], pair: ExpertPair) -> bool:
@@ -82,8 +91,9 @@ def worth_an_exchange(uses: Mapping[BlockId, int], pair: ExpertPair) -> bool:
 def all_exchanges(
     uses: Mapping[BlockId, int], there: Collection[BlockId], forms: Mapping[BlockId, Hashable]
 ) -> list[ExpertPair]:
-    """What `best_exchange` finds, again and again until nothing is left: the device's least used experts with the
-    CPU's most used ones, form by form."""
+    """The exchanges that are worth it, until none is left: the device's least used experts with the CPU's most used
+    ones, form by form. What spares the CPU most comes first. uses: of all experts; there: those on the device; forms:
+    what two have to have in common to change places."""
     parted: dict[Hashable, tuple[list[BlockId], list[BlockId]]] = {}
     for block, form in forms.items():
         parted.setdefault(form, ([], []))[block not in there].append(block)
@@ -93,23 +103,4 @@ def all_exchanges(
         cpu.sort(key=lambda block: -uses.get(block, 0))
         pairs = (ExpertPair(*pair) for pair in zip(device, cpu, strict=False))
         found += takewhile(lambda pair: worth_an_exchange(uses, pair), pairs)
-    return found
-
-
-def best_exchange(
-    uses: Mapping[BlockId, int], there: Collection[BlockId], forms: Mapping[BlockId, Hashable]
-) -> ExpertPair | None:
-    """The exchange that spares the CPU most, if one is worth it. uses: of all experts; there: those on the device;
-    forms: what two have to have in common to change places."""
-    hottest: dict[Hashable, BlockId] = {}
-    coldest: dict[Hashable, BlockId] = {}
-    for block, count in uses.items():
-        form = forms[block]
-        if block in there:
-            if form not in coldest or count < uses[coldest[form]]:
-                coldest[form] = block
-        elif form not in hottest or count > uses[hottest[form]]:
-            hottest[form] = block
-    found = [ExpertPair(coldest[form], block) for form, block in hottest.items() if form in coldest]
-    worth = [it for it in found if worth_an_exchange(uses, it)]
-    return max(worth, key=lambda it: uses[it.from_cpu] - uses[it.from_device], default=None)
+    return sorted(found, key=lambda it: uses.get(it.from_device, 0) - uses[it.from_cpu])

@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.engine.learn.expert_use import FADING, LEAST_USES, ExpertUse, all_exchanges, best_exchange
+from shoal.engine.learn.expert_use import FADING, LEAST_USES, ExpertUse, all_exchanges
 from shoal.partition.spec import BlockId
 
 EXPERTS = [BlockId("expert", layer, expert) for layer in range(2) for expert in range(4)]
@@ -20,18 +20,17 @@ EXPERTS = [BlockId("expert", layer, expert) for layer in range(2) for expert in 
 )
 def test_exchanges_spare_the_cpu_and_end(counts: list[int], there: set[BlockId], kinds: list[str]) -> None:
     uses, forms = dict(zip(EXPERTS, counts, strict=True)), dict(zip(EXPERTS, kinds, strict=True))
-    many = len(there)
-    together = all_exchanges(uses, there, forms)
-    at_once = there - {pair.from_device for pair in together} | {pair.from_cpu for pair in together}
-    while (found := best_exchange(uses, there, forms)) is not None:
-        assert found.from_device in there
-        assert found.from_cpu not in there
-        assert forms[found.from_device] == forms[found.from_cpu]
-        assert uses[found.from_cpu] >= max(2 * uses[found.from_device], uses[found.from_device] + LEAST_USES)
-        there = there - {found.from_device} | {found.from_cpu}
-    assert len(there) == len(at_once) == many
-    assert sorted(uses[it] for it in there) == sorted(uses[it] for it in at_once)
-    assert all(forms[one] == forms[other] for one, other in together)
+    found, before = all_exchanges(uses, there, forms), len(there)
+    for pair in found:
+        assert pair.from_device in there
+        assert pair.from_cpu not in there
+        assert forms[pair.from_device] == forms[pair.from_cpu]
+        assert uses[pair.from_cpu] >= max(2 * uses[pair.from_device], uses[pair.from_device] + LEAST_USES)
+        there = there - {pair.from_device} | {pair.from_cpu}
+    spared = [uses[pair.from_cpu] - uses[pair.from_device] for pair in found]
+    assert spared == sorted(spared, reverse=True)
+    assert len(there) == before
+    assert not all_exchanges(uses, there, forms)
     for form in "ab":  # nothing is left that would have been worth it
         here = [uses[it] for it in EXPERTS if it not in there and forms[it] == form]
         away = [uses[it] for it in there if forms[it] == form]
@@ -41,22 +40,32 @@ def test_exchanges_spare_the_cpu_and_end(counts: list[int], there: set[BlockId],
 
 def test_one_expert_that_gets_everything() -> None:
     uses = dict.fromkeys(EXPERTS, 0) | {EXPERTS[3]: 10**6}
-    found = best_exchange(uses, {EXPERTS[0]}, dict.fromkeys(EXPERTS, 0))
-    assert found == (EXPERTS[0], EXPERTS[3])
-    assert best_exchange(uses, {EXPERTS[3]}, dict.fromkeys(EXPERTS, 0)) is None
-    assert best_exchange(uses, set(), dict.fromkeys(EXPERTS, 0)) is None
+    found = all_exchanges(uses, {EXPERTS[0]}, dict.fromkeys(EXPERTS, 0))
+    assert found == [(EXPERTS[0], EXPERTS[3])]
+    assert not all_exchanges(uses, {EXPERTS[3]}, dict.fromkeys(EXPERTS, 0))
+    assert not all_exchanges(uses, set(), dict.fromkeys(EXPERTS, 0))
+
+
+def test_exchanges_are_looked_for_when_so_much_was_used_that_one_may_be_worth_it() -> None:
+    use = ExpertUse()
+    for _ in range(2):
+        for _ in range(LEAST_USES):
+            assert not use.fresh
+            use.note(EXPERTS[:2])
+            use.note(EXPERTS[4:])
+        use.note(EXPERTS[:2])
+        assert use.fresh
+        use.seen()
 
 
 def test_what_was_used_long_ago_counts_less() -> None:
     use = ExpertUse()
-    assert not use.fresh
     for _ in range(FADING - 1):
         use.note(EXPERTS[:2])
-    assert use.fresh
-    assert use.of(EXPERTS[0]) == FADING - 1
+    assert use.uses[EXPERTS[0]] == FADING - 1
     use.note(EXPERTS[1:2])
-    assert (use.of(EXPERTS[0]), use.of(EXPERTS[1])) == ((FADING - 1) // 2, FADING // 2)
-    assert use.of(EXPERTS[4]) == 0
+    assert (use.uses[EXPERTS[0]], use.uses[EXPERTS[1]]) == ((FADING - 1) // 2, FADING // 2)
+    assert use.uses[EXPERTS[4]] == 0
 
 
 def test_counts_go_on_from_what_is_known() -> None:
@@ -67,8 +76,8 @@ def test_counts_go_on_from_what_is_known() -> None:
     assert not again.fresh
     for _ in range(FADING - 10):
         again.note(EXPERTS[1:2])
-    assert (again.of(EXPERTS[0]), again.of(EXPERTS[1])) == (5, FADING // 2)
-    assert use.of(EXPERTS[1]) == 10
+    assert (again.uses[EXPERTS[0]], again.uses[EXPERTS[1]]) == (5, FADING // 2)
+    assert use.uses[EXPERTS[1]] == 10
 
 
 def test_counts_fit_together_also_while_a_part_is_noted() -> None:
