@@ -160,7 +160,9 @@ def plan(
     if given is not None:
         profile = read_profile(given)
         if plan.threads is not None and plan.threads > profile.head.threads:
-            note(f"--threads {plan.threads} counts as {profile.head.threads}, which is what {profile.head.name} has")
+            note(
+                f"--threads {plan.threads} counts as {profile.head.threads}, which is what {profile.head.name} has"
+            )
         if config.names_device:
             note(f"--device {config.device} is left out: --profile says what devices there are")
         for device in profile.devices[1:]:

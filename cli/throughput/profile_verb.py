@@ -5,6 +5,7 @@ Knows options and how a profile is shown. `daemon.throughput` measures.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,10 +28,19 @@ if TYPE_CHECKING:
         "shoal profile",
         "shoal profile --out laptop.json",
         "shoal profile --json --threads 2",
+        "shoal profile --device cuda:0 --out workstation.json",
         "shoal profile --profile laptop.json",
     )
 )
 @click.option("--threads", type=Whole(min=1), metavar="N", help="CPU threads (default: all).")
+@click.option(
+    "--device",
+    "named",
+    default="auto",
+    show_default=True,
+    metavar="NAME",
+    help="Of a device, too: cuda:0, sim:1GB, cpu for none; auto: the first card.",
+)
 @click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write it to a file, too."
 )
@@ -43,16 +53,21 @@ if TYPE_CHECKING:
     help="Check and show this profile instead of measuring.",
 )
 @json_option
-def profile(threads: int | None, out: Path | None, anew: bool, given: Path | None, as_json: bool) -> None:
+def profile(
+    threads: int | None, named: str, out: Path | None, anew: bool, given: Path | None, as_json: bool
+) -> None:
     """Measure what this machine can do: memory, kernels by stored type and rows, attention, the disk, fixed costs.
 
     Takes less than a minute in which nothing else should run, and is kept until hardware, threads, disk or Shoal
     change.
     shoal plan predicts from it, here or on another machine that is given the file. If machines are attached to the
-    daemon here, they and the links to them are measured, too, and are in the file.
+    daemon here, they and the links to them are measured, too, and are in the file. So is a device, with matrices as
+    many models have them.
     """
     with spinner("starting"), deferred_interrupt():
         from shoal.daemon.config import NodeConfig
+        from shoal.daemon.loading.device_rooms import device_laws
+        from shoal.daemon.throughput.own_machine import OwnMachine
         from shoal.daemon.throughput.profile_files import profile_text, read_profile
         from shoal.daemon.throughput.profile_words import (
             attention_table,
@@ -64,9 +79,17 @@ def profile(threads: int | None, out: Path | None, anew: bool, given: Path | Non
     if given is not None:
         found = read_profile(given)
     else:
-        home, count = Home.from_env(), NodeConfig(threads=threads).thread_count
+        home, config = Home.from_env(), NodeConfig(threads=threads, device=named)
+        count = config.thread_count
         disturbed = others_compute(count)
         found = own_machines(home, count, anew=anew, measure_links=True).profile
+        with spinner("trying the device"):
+            there, trouble = device_laws(config.device, OwnMachine.of(home, count))
+        if trouble:
+            note(trouble)
+        if there:
+            head = replace(found.head, accelerators=there)
+            found = replace(found, devices=(head, *found.devices[1:]))
         if disturbed:
             note(
                 "other programs compute: what is measured now is too slow, and is measured again when they do not"

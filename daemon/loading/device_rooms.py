@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.memory import opening, pinned_for, take_runtimes
-from shoal.daemon.throughput.device_figures import DeviceFigures, device_figures
+from shoal.daemon.throughput.device_figures import DeviceFigures, Tried, UsualBlocks, device_figures
 from shoal.daemon.throughput.own_machine import OwnMachine
 from shoal.devices.device_names import AUTO, CPU, read_name
 from shoal.devices.opening import device_home, is_open, present
@@ -22,7 +22,6 @@ from shoal.partition.hardware_guesses import DEVICE_HOST_BYTES
 from shoal.partition.placement import PINNED_BYTES, DeviceRoom
 from shoal.partition.plan import Plan
 from shoal.partition.throughput.profile import Accelerator
-from shoal.partition.throughput.weights_of import Weighed
 
 from .grouping import Grouping
 
@@ -52,7 +51,7 @@ def may_have_device(config: NodeConfig) -> bool:
 def device_room(
     device: str,
     budget: Budget,
-    model: Weighed,
+    model: Tried,
     machine: OwnMachine,
     idle_bytes: int = 0,
     *,
@@ -134,10 +133,12 @@ def _no_room_for_libraries(name: str, budget: Budget) -> str:
     return f"its libraries take about {needed} of this machine's memory, and {free} of the budget are free"
 
 
-def device_laws(device: str, model: Weighed, machine: OwnMachine) -> tuple[tuple[Accelerator, ...], str]:
-    """(what the device that is named can do for a model, or with `auto` the first card; `Chosen.trouble`). Raises as
-    `device_room`."""
-    room, trouble = device_room(device, Budget(1 << 62), model, machine, laws=True)
+def device_laws(
+    device: str, machine: OwnMachine, model: Tried | None = None
+) -> tuple[tuple[Accelerator, ...], str]:
+    """(what the device that is named can do for a model, or for usual ones, or with `auto` the first card;
+    `Chosen.trouble`). Raises as `device_room`."""
+    room, trouble = device_room(device, Budget(1 << 62), model or UsualBlocks.of_all(), machine, laws=True)
     return (room.laws,) if room is not None and room.laws is not None else (), trouble
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import msgspec
 from msgspec import Struct
@@ -28,9 +29,10 @@ from shoal.offload.budget import Budget
 from shoal.offload.errors import BudgetExceeded
 from shoal.partition.errors import ProfileError
 from shoal.partition.placement import ExpertTimes
+from shoal.partition.spec import BlockId
 from shoal.partition.throughput.profile import Accelerator, Profile, unmeasured
 from shoal.partition.throughput.profile_checks import check_figure, check_profile
-from shoal.partition.throughput.weights_of import Weighed
+from shoal.partition.throughput.weights_of import Product
 
 from .own_machine import AGED_S
 
@@ -44,7 +46,31 @@ _FORM = 2  # of what is tried
 _FILE_BYTES = 1 << 20
 _MOST_KEPT = 32  # models on devices; those that were tried longest ago go first
 
+_USUAL_TYPES = "BF16", "Q8_0", "Q4_0", "Q4_K", "Q6_K"
+_USUAL_SIZES = (1024, 2048), (4096, 4096)  # rows and columns: of an expert, of a dense layer
 _TYPES = {kind.name: kind for kind in WEIGHT_TYPES}
+
+
+class Tried(Protocol):
+    """What a device is tried with: the matrices of blocks."""
+
+    @property
+    def products(self) -> Mapping[BlockId, Sequence[Product]]: ...
+
+
+class UsualBlocks(NamedTuple):
+    """Matrices as many models have them, in the usual types; for whoever asks before there is a model."""
+
+    products: Mapping[BlockId, Sequence[Product]]
+
+    @classmethod
+    def of_all(cls) -> UsualBlocks:
+        made = [
+            Product(kind.name, rows, cols, kind.row_bytes(cols) * rows)
+            for kind in map(_TYPES.__getitem__, _USUAL_TYPES)
+            for rows, cols in _USUAL_SIZES
+        ]
+        return cls({BlockId("attn", place): [it] for place, it in enumerate(made)})
 
 
 class DeviceFigures(Struct, frozen=True):
@@ -66,7 +92,7 @@ class _File(Struct, frozen=True):
 
 
 def device_figures(
-    home: DeviceHome, model: Weighed, free_bytes: int, file: Path | None, budget: Budget, *, laws: bool
+    home: DeviceHome, model: Tried, free_bytes: int, file: Path | None, budget: Budget, *, laws: bool
 ) -> DeviceFigures:
     """Of a device for a model, as they are kept in `file`, or tried now, within so much of its memory. Of this
     machine's, `budget` has what that takes meanwhile. Raises HomeLost."""
@@ -100,14 +126,15 @@ def _as_named(figures: DeviceFigures, home: DeviceHome) -> DeviceFigures:
     return DeviceFigures(figures.expert, replace(laws, name=device.name, memory_bytes=limit_bytes))
 
 
-def _shapes(model: Weighed) -> tuple[list[Shape], list[Shape]]:
+def _shapes(model: Tried) -> tuple[list[Shape], list[Shape]]:
     """(the matrices of one expert; those of all blocks, each shape once, the commonest first)"""
     from shoal.devices.expert_timing import Shape
 
-    def shaped(its: object) -> Shape:
-        return Shape(_TYPES[its.kind], its.rows, its.cols)  # type: ignore[attr-defined]
+    def shaped(its: Product) -> Shape:
+        return Shape(_TYPES[its.kind], its.rows, its.cols)
 
-    expert = next((its for block, its in model.products.items() if block.kind == "expert"), ())
+    none: Sequence[Product] = ()
+    expert = next((its for block, its in model.products.items() if block.kind == "expert"), none)
     counts: dict[Shape, int] = {}
     for its in model.products.values():
         for it in its:

@@ -174,7 +174,7 @@ def prepared(
         models = _models(model, asked.quant, path.name)
     cards, trouble = profile.head.accelerators, ""
     if machine is not None:
-        cards, trouble = device_laws(usual.device, models[0], machine)
+        cards, trouble = device_laws(usual.device, machine, models[0])
     if usual.device == CPU:
         cards = ()
     if cards != profile.head.accelerators:

@@ -11,6 +11,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from shoal.cli.verbs import cli
+from shoal.daemon.throughput import profiling
+from shoal.partition.throughput.profile import Device, Profile
 
 LLAMA = {
     "model_type": "llama",
@@ -62,6 +64,10 @@ A40 = {
 
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(cli, ["plan", *map(str, arguments)])
+
+
+def profiled(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, ["profile", *map(str, arguments)])
 
 
 def planned(*arguments: object) -> dict[str, Any]:
@@ -178,3 +184,26 @@ def test_options_that_do_not_go_with_many_requests_are_refused(llama: Path, pc: 
         result = run(llama, "--profile", pc, "--requests", 5, *more)
         assert result.exit_code == 2
         assert f"{more[0]} does not go with --requests" in result.stderr
+
+
+def test_a_device_is_measured_with_its_machine_and_planned_for_elsewhere(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: object
+) -> None:
+    def measured(threads: int, place: Path, progress: object) -> Profile:
+        return Profile((Device("here", 64e9, 2e10, 1e11, 1e9, threads, measured=True),))
+
+    monkeypatch.setattr(profiling, "measure", measured)
+    monkeypatch.setattr(profiling, "others_compute", lambda threads: False)
+    out = tmp_path / "out.json"
+    result = profiled("--threads", 1, "--device", "sim:8GB", "--out", out)
+    assert result.exit_code == 0, result.stderr
+    assert "accelerator sim:8GB" in result.stdout
+    (there,) = json.loads(out.read_text())["devices"][0]["accelerators"]
+    assert there["measured"]
+    assert {law["kind"] for law in there["products"]} >= {"BF16", "Q8_0", "Q4_K"}
+    assert any("sim:8GB" in row["name"] for row in planned(llama, "--profile", out)["plans"])
+    alone = profiled("--threads", 1, "--device", "cpu", "--json")
+    assert json.loads(alone.stdout)["devices"][0]["accelerators"] == []
+    wrong = profiled("--threads", 1, "--device", "sim:x")
+    assert wrong.exit_code == 2
+    assert "is no device" in wrong.stderr
