@@ -17,11 +17,20 @@ from itertools import takewhile
 from math import ceil
 from typing import NamedTuple
 
-from .machines import DiskTimes, FixedCosts, Machine, PartLaws, Workload
+from .machines import (
+    DiskTimes,
+    FixedCosts,
+    Machine,
+    PartLaws,
+    StepRows,
+    StepTook,
+    StepWork,
+    Workload,
+)
 from .memory_layout import PAGE_TOKENS, kv_page_bytes
 from .plan import Wanted
 from .rank_sizes import Held, Operations, Portion, Sizes, TwoSpeeds, crowding
-from .sum_cost import Means, Network, sent_s
+from .sum_cost import Means, Network, ends_s, overlapped_s, sent_s, sums_s
 
 NO_DISK = DiskTimes(0.0)
 NEVER = 1 << 30  # rows: more than any step has
@@ -40,7 +49,8 @@ class Placement(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """What a group is predicted to do. `first_token_s`: for the prompts of `Cost.prompts`, in their order.
+    """What a group is predicted to do. `token_s`: between two tokens of a stream. `first_token_s`: until all streams
+    have theirs, for the prompts of `Cost.prompts`, in their order.
     `overlap_rows`: steps of so many rows or more are computed in halves whose sums overlap. `group_rows`, `page_rows`:
     as in `Plan`."""
 
@@ -53,8 +63,8 @@ class Figures(NamedTuple):
     overlap_rows: int = NEVER
     group_rows: int = 1
     page_rows: int = 0
-    network_s: float = 0.0  # of a token: all that goes between machines, and …
-    disk_s: float = 0.0  # … what the slowest disk reads
+    step: StepTook = StepTook()  # that decodes, and …
+    prompts: StepTook = StepTook()  # … all that read the usual prompts
 
     def within(self, other: Figures, factor: float) -> bool:
         """Whether nothing takes longer than `factor` times what it takes there."""
@@ -78,28 +88,13 @@ class Figures(NamedTuple):
         return self.token_s, *self.first_token_s
 
 
-class StepWork(NamedTuple):
-    """Seconds that a step takes without what goes over the network."""
-
-    attn_s: float  # of the slowest rank, in all layers
-    ffn_s: float
-    head_s: float
-    disk_s: float  # of the slowest disk
-
-    @property
-    def chain_s(self) -> float:
-        return self.attn_s + self.ffn_s + self.head_s
-
-
 class _Steps(NamedTuple):
-    """`step_s(rows, context)`: seconds of a step of so many tokens that attend to so many before them."""
+    """`took`: what a step takes."""
 
-    step_s: Callable[[int, float], float]
+    took: Callable[[StepRows], StepTook]
     decode: Means | None
     prompt: Means | None
     overlap_rows: int
-    network_s: float  # of a step with one token
-    disk_s: float
 
 
 class Cost:
@@ -113,6 +108,7 @@ class Cost:
         longest = max(1, wanted.context_tokens - 1)
         prompts = (min(tokens, longest) for tokens in (workload.prompt_tokens, *PROMPTS))
         self.prompts = tuple(dict.fromkeys(prompts))
+        self._decoding = workload.decoding(wanted.context_tokens)
 
     def tensor(self, parts: Sequence[Placement], network: Network, means: Sequence[Means]) -> Figures:
         """Every layer is divided among these ranks. `means`: how several ranks can make sums."""
@@ -127,16 +123,17 @@ class Cost:
         means: Sequence[Means],
         error: float = 1.0,
     ) -> Figures | None:
-        """These ranks read prompts together, and the head decodes `answers` as it does `alone`. K and V of a prompt
-        pass to the head once. Together they take `error` times as long as predicted. None if the longest step is no
-        faster together, or the head streams."""
+        """These ranks read prompts together, and the head decodes `answers` as it does `alone`, unless these have as
+        many rows in a step as are worth a group. K and V of a prompt pass to the head once. Together they take `error`
+        times as long as predicted. None if the longest step is no faster together, or the head streams."""
         if any(part.held.streams for part in alone):
             return None
         chunk = self._chunk(parts)
         together, by_itself = self._together(parts, network, means), self._together(alone, network, ())
 
         def gain_s(rows: int) -> float:
-            return by_itself.step_s(rows, 0.0) - error * together.step_s(rows, 0.0)
+            step = StepRows(rows, 0.0)
+            return by_itself.took(step).seconds - error * together.took(step).seconds
 
         lengths = sorted({chunk, *(rows for rows in ASSISTED if rows < chunk)}, reverse=True)
         worth = list(takewhile(lambda rows: gain_s(rows) > 0, lengths))
@@ -146,17 +143,17 @@ class Cost:
         row_s = (gain_s(chunk) - gain_s(least)) / (chunk - least) if least < chunk else gain_s(chunk) / chunk
         page_s = self._page_s(parts, network)
         figures = self._divided(chunk, together)
-        first = [
-            error * seconds + -(-tokens // PAGE_TOKENS) * page_s
-            for seconds, tokens in zip(figures.first_token_s, self.prompts, strict=True)
-        ]
+        if self._decoding.all_rows >= least:
+            answers = figures.answered(error * figures.token_s, self._workload.answer_tokens)
+        pages_s = [self._workload.streams * -(-tokens // PAGE_TOKENS) * page_s for tokens in self.prompts]
+        first = [error * its + more for its, more in zip(figures.first_token_s, pages_s, strict=True)]
         return figures._replace(
             token_s=answers.token_s,
             first_token_s=tuple(first),
             total_s=first[0] + self._workload.answer_tokens * answers.token_s,
-            decode=None,
-            network_s=answers.network_s,
-            disk_s=0.0,
+            decode=answers.decode,
+            step=answers.step,
+            prompts=StepTook.together([(error, figures.prompts), (pages_s[0], StepTook(1.0, network_s=1.0))]),
             group_rows=least,
             page_rows=min(NEVER, ceil(page_s / row_s)) if row_s > 0 else NEVER,
         )
@@ -190,6 +187,8 @@ class Cost:
         )
         beyond = max(0, self._sizes.cut + self._sizes.head - memory)
         streamed = max(0, beyond - self._sizes.experts)
+        head = self._laws_of(machines[0])
+        together = together._replace(laws=self._two_speeds(together)._replace(chosen=head.used))
         part = Placement(
             together, Portion.even(self._wanted.spec, 1.0), Held(0, streamed, 0.0, max(self.prompts))
         )
@@ -198,8 +197,8 @@ class Cost:
             network,
             () if layered else means,
             max(self.prompts),
-            lambda rows, context: self._compute_s([part], rows, context, last),
-            self._laws_of(machines[0]).fixed(0.0),
+            lambda step: self._compute_s([part], step, last),
+            head.fixed(0.0),
         )
         return self._divided(max(self.prompts), steps)
 
@@ -213,34 +212,43 @@ class Cost:
 
         fixed = self._laws_of(parts[0].machine).fixed(1.0)
 
-        def stages(rows: int, context: float) -> tuple[list[float], float]:
-            """(seconds of each rank's part and of sending what it gives; of the slowest disk)"""
-            chains, disk = [], 0.0
+        def stages(step: StepRows) -> list[tuple[StepWork, float, float]]:
+            """(each rank's part; seconds of sending what it gives, and of its calls)"""
+            found = []
             for part, pair in zip(parts, ring, strict=True):
-                work = self._compute_s([part], rows, context)
-                hop_s = network.hop_s(*pair, width * rows) or 0.0
-                calls_s = self._calls_s(fixed, rows) * part.portion.heads  # it has that share of the layers
-                chains.append(work.chain_s + calls_s + hop_s)
-                disk = max(disk, work.disk_s)
-            return chains, disk
+                hop_s = network.hop_s(*pair, width * step.all_rows) or 0.0
+                calls_s = (
+                    self._calls_s(fixed, step.all_rows) * part.portion.heads
+                )  # it has that share of the layers
+                found.append((self._compute_s([part], step), hop_s, calls_s))
+            return found
 
-        def step_s(rows: int, context: float) -> float:
-            chains, disk = stages(rows, context)
-            return max(sum(chains), disk) + fixed.step_s
+        def took(step: StepRows) -> StepTook:
+            works, hops_s, calls_s = zip(*stages(step), strict=True)
+            chain_s = sum(work.chain_s for work in works)
+            attn_s, ffn_s, head_s, disks_s, *shares = zip(*works, strict=True)
+            reading, calling = (
+                sum(share * work.chain_s for share, work in zip(each, works, strict=True)) / chain_s
+                for each in shares
+            )
+            work = StepWork(sum(attn_s), sum(ffn_s), sum(head_s), max(disks_s), reading, calling)
+            return self._took(fixed, step, work, chain_s + sum(hops_s), sum(hops_s), sum(calls_s))
 
-        def next_s(rows: int, context: float) -> float:
-            chains, disk = stages(rows, context)
-            return max(*chains, disk)
+        def following(step: StepRows) -> StepTook:
+            each = (
+                StepTook.of(max(work.chain_s + hop_s + calls_s, work.disk_s), work, hop_s, calls_s)
+                for work, hop_s, calls_s in stages(step)
+            )
+            return max(each)
 
-        hops_s = sum(network.hop_s(*pair, width) or 0.0 for pair in ring)
-        return self._figures(self._chunk(parts), step_s, next_s)._replace(network_s=hops_s)
+        return self._figures(self._chunk(parts), took, following)
 
     def _together(self, parts: Sequence[Placement], network: Network, means: Sequence[Means]) -> _Steps:
         return self._steps(
             network,
             means,
             self._chunk(parts),
-            lambda rows, context: self._compute_s(parts, rows, context),
+            lambda step: self._compute_s(parts, step),
             self._laws_of(parts[0].machine).fixed(parts[0].portion.heads),
             max((it.portion.vocab for it in parts[1:]), default=0.0),
         )
@@ -250,44 +258,63 @@ class Cost:
         network: Network,
         means: Sequence[Means],
         chunk: int,
-        compute: Callable[[int, float], StepWork],
+        compute: Callable[[StepRows], StepWork],
         fixed: FixedCosts,
         gathered: float = 0.0,
     ) -> _Steps:
         """`gathered`: the largest share of the vocabulary that is not rank 0's."""
-        decode, prompt = (self._best(network, means, rows) for rows in (1, min(chunk, max(self.prompts))))
+        few, prompt = (self._best(network, means, rows) for rows in (1, min(chunk, max(self.prompts))))
+        both = [it for it in (few, prompt) if it is not None]
+        decode = self._best(network, both, self._decoding.all_rows)
+        spec = self._wanted.spec
 
-        def whole_s(rows: int, context: float) -> float:
-            work = compute(rows, context)
-            how = decode if rows == 1 else prompt
-            sums_s = self._sums_s(network, how, rows, gathered) + sent_s(self._wanted.spec, fixed, how, rows)
-            return max(work.chain_s + sums_s + self._calls_s(fixed, rows), work.disk_s) + fixed.step_s
+        def whole(step: StepRows) -> StepTook:
+            work, how = compute(step), decode if step.answers else prompt
+            sums = sums_s(network, spec, how, step, gathered)
+            calls_s = sent_s(spec, fixed, how, step.all_rows) + self._calls_s(fixed, step.all_rows)
+            return self._took(fixed, step, work, work.chain_s + sums, sums, calls_s)
 
-        def halved_s(rows: int, context: float) -> float:
-            half = compute(-(-rows // 2), context)  # what a kernel takes for half of the rows, twice
-            work = half._replace(
-                attn_s=2 * half.attn_s, ffn_s=2 * half.ffn_s, disk_s=compute(rows, context).disk_s
+        def halved(step: StepRows) -> StepTook:
+            half, all_of_it = (
+                compute(step.half),
+                compute(step),
+            )  # what a kernel takes for half of the rows, twice
+            work = all_of_it._replace(
+                attn_s=2 * half.attn_s, ffn_s=2 * half.ffn_s, reading=half.reading, calling=half.calling
             )
-            chain_s = self._overlapped_s(network, prompt, rows, work, gathered) if prompt else work.chain_s
-            calls_s = 2 * (
-                self._calls_s(fixed, rows / 2) + sent_s(self._wanted.spec, fixed, prompt, rows / 2)
-            )
-            return max(chain_s + calls_s, work.disk_s) + fixed.step_s
+            rows, chain_s = step.all_rows, work.chain_s
+            if prompt:
+                chain_s = overlapped_s(network, spec, prompt, rows, work.attn_s, work.ffn_s) + work.head_s
+                chain_s += ends_s(network, spec, prompt, step, gathered)
+            calls_s = 2 * (self._calls_s(fixed, rows / 2) + sent_s(spec, fixed, prompt, rows / 2))
+            return self._took(fixed, step, work, chain_s, chain_s - work.chain_s, calls_s)
 
-        worth = (rows for rows in OVERLAPS if prompt and halved_s(rows, 0.0) < whole_s(rows, 0.0))
+        prompts = (StepRows(rows, 0.0) for rows in OVERLAPS if prompt)
+        worth = (step.rows for step in prompts if halved(step).seconds < whole(step).seconds)
         overlap_rows = next(worth, NEVER)
 
-        def step_s(rows: int, context: float) -> float:
-            return (halved_s if rows >= overlap_rows else whole_s)(rows, context)
+        def took(step: StepRows) -> StepTook:
+            return (halved if step.all_rows >= overlap_rows else whole)(step)
 
-        network_s = self._sums_s(network, decode, 1, gathered)
-        return _Steps(step_s, decode, prompt, overlap_rows, network_s, compute(1, 0.0).disk_s)
+        return _Steps(took, decode, prompt, overlap_rows)
 
     def _divided(self, chunk: int, steps: _Steps) -> Figures:
-        figures = self._figures(chunk, steps.step_s, steps.step_s, steps.decode, steps.prompt)
-        return figures._replace(
-            overlap_rows=steps.overlap_rows, network_s=steps.network_s, disk_s=steps.disk_s
-        )
+        figures = self._figures(chunk, steps.took, steps.took, steps.decode, steps.prompt)
+        return figures._replace(overlap_rows=steps.overlap_rows)
+
+    def _took(
+        self,
+        fixed: FixedCosts,
+        step: StepRows,
+        work: StepWork,
+        chain_s: float,
+        network_s: float,
+        calls_s: float,
+    ) -> StepTook:
+        """A step whose blocks take `chain_s` with what goes between them, of which `network_s` is all that does."""
+        besides_s = fixed.step_s + (step.streams - 1) * fixed.stream_s + (step.logits - 1) * fixed.logits_s
+        seconds = max(chain_s + calls_s, work.disk_s) + besides_s
+        return StepTook.of(seconds, work, network_s, calls_s + besides_s)
 
     def _calls_s(self, fixed: FixedCosts, rows: float) -> float:
         """What all layers cost besides their blocks."""
@@ -304,90 +331,62 @@ class Cost:
     def _figures(
         self,
         chunk: int,
-        step_s: Callable[[int, float], float],
-        next_s: Callable[[int, float], float],
+        took: Callable[[StepRows], StepTook],
+        following: Callable[[StepRows], StepTook],
         decode: Means | None = None,
         prompt: Means | None = None,
     ) -> Figures:
-        """`next_s`: what a step takes that follows another one of its prompt."""
+        """`following`: what a step takes that follows another one of its prompt."""
 
-        def first_token_s(tokens: int) -> float:
-            whole, rest = divmod(tokens, chunk)
-            steps = [(chunk, whole, whole * chunk / 2), (rest, 1 if rest else 0, whole * chunk + rest / 2)]
-            (rows, count, context), *others = [step for step in steps if step[1]]
-            seconds = step_s(rows, context)
-            if count > 1:
-                seconds += (count - 1) * next_s(rows, context)
-            return seconds + sum(count * next_s(rows, context) for rows, count, context in others)
+        def reading(tokens: int) -> StepTook:
+            (count, step), *others = self._workload.prompts(tokens, chunk)
+            steps = [
+                (1, took(step)),
+                *((many, following(it)) for many, it in ((count - 1, step), *others) if many),
+            ]
+            return StepTook.together(steps)
 
-        workload = self._workload
-        token_s = step_s(1, min(workload.context_tokens, self._wanted.context_tokens))
-        usual, *others = (first_token_s(tokens) for tokens in self.prompts)
-        total_s = usual + workload.answer_tokens * token_s
-        return Figures(token_s, (usual, *others), total_s, decode, prompt, chunk)
+        workload, step = self._workload, took(self._decoding)
+        token_s = step.seconds / workload.step_tokens
+        prompts = [reading(tokens) for tokens in self.prompts]
+        first_s = tuple(it.seconds for it in prompts)
+        total_s = first_s[0] + workload.answer_tokens * token_s
+        return Figures(token_s, first_s, total_s, decode, prompt, chunk, step=step, prompts=prompts[0])
 
-    def _compute_s(
-        self, parts: Sequence[Placement], rows: int, context: float, head: Machine | None = None
-    ) -> StepWork:
-        """Of `rows` tokens that attend to `context` others."""
-        moe, crowd = self._wanted.spec.moe, 1.0
-        if moe and parts[0].portion.whole_experts and rows == 1:
-            crowd = crowding(moe.experts, moe.active, min(len(parts), moe.experts))
-        attn_s = ffn_s = disk_s = head_s = 0.0
+    def _compute_s(self, parts: Sequence[Placement], step: StepRows, head: Machine | None = None) -> StepWork:
+        moe, rows, crowd = self._wanted.spec.moe, step.all_rows, 1.0
+        crowded = parts[0].portion.whole_experts and step.answers  # prompts use nearly all experts
+        attn_s = ffn_s = disk_s = head_s = computed_s = reading = calling = 0.0
         for machine, portion, held in parts:
             laws = self._laws_of(machine)
-            own = laws.times(portion, rows, context, crowd)
+            if moe and crowded:
+                crowd = _crowd(moe.experts, laws.used(rows), min(len(parts), moe.experts))
+            own = laws.times(portion, step, crowd)
             disk = laws.disk(portion, held, rows, crowd, own) if held.streams else NO_DISK
+            if own.seconds > computed_s:  # the slowest is the one whose parts are told
+                computed_s = own.seconds
+                reading, calling = own.memory_s / computed_s, own.calls_s / computed_s
             attn_s = max(attn_s, disk.slower * own.attn_s)
             ffn_s = max(ffn_s, disk.slower * own.ffn_s + disk.stall_s)
             disk_s = max(disk_s, disk.least_s)
             head_s = max(head_s, own.head_s)
         if head is not None:
-            head_s = self._laws_of(head).head_s(1.0)
-        return StepWork(attn_s, ffn_s, head_s, disk_s)
+            head_s = self._laws_of(head).head_s(1.0, step.logits)
+        return StepWork(attn_s, ffn_s, head_s, disk_s, reading, calling)
 
     def _laws_of(self, machine: Machine) -> PartLaws:
-        return machine.laws or TwoSpeeds(
-            machine, self._sizes, self._work, self._windows, self._wanted.spec.moe
-        )
+        return machine.laws or self._two_speeds(machine)
 
-    def _overlapped_s(
-        self, network: Network, means: Means, rows: int, work: StepWork, gathered: float
-    ) -> float:
-        """Seconds of a step's blocks and sums if it is computed in halves: of every block, the sums of both halves or
-        computing both, with the work that sums make, whatever takes longer; then the last sum."""
-        spec = self._wanted.spec
-        layers, half = len(spec.layers), -(-rows // 2)
-        sums_s = 2 * layers * network.sum_s(means, half, spec.hidden)
-        busy_s = 2 * layers * network.busy_s(means, half, spec.hidden)
-        attn_s = max(work.attn_s + busy_s, sums_s)
-        if spec.qk_norm == "full":  # the squares of q and k wait for the sum before them
-            squares_s = 2 * layers * network.sum_s(means._replace(wire="f32"), half, 2)
-            attn_s = work.attn_s + sums_s + squares_s
-        ffn_s = max(work.ffn_s + busy_s, sums_s)
-        last_s = network.sum_s(means, half, spec.hidden)
-        return attn_s + ffn_s + last_s + work.head_s + self._ends_s(network, means, rows, gathered)
-
-    def _ends_s(self, network: Network, means: Means, rows: int, gathered: float) -> float:
-        """Seconds until all ranks have the rows of a step, and rank 0 the logits of one: rank 0 sends its rows, or all
-        add theirs and send their logits."""
-        spec = self._wanted.spec
-        if not gathered:
-            return network.broadcast_s(rows, spec.hidden)
-        return network.sum_s(means, rows, spec.hidden) + network.gathered_s(4 * spec.vocab * gathered)
-
-    def _sums_s(self, network: Network, means: Means | None, rows: int, gathered: float) -> float:
-        """Seconds of all that goes over the network in a step, with the work it makes."""
-        if means is None:
-            return 0.0
-        spec = self._wanted.spec
-        layers = len(spec.layers)
-        seconds = 2 * layers * network.sum_s(means, rows, spec.hidden)
-        seconds += self._ends_s(network, means, rows, gathered)
-        if spec.qk_norm == "full":  # the squares of q and of k
-            seconds += layers * network.sum_s(means._replace(wire="f32"), rows, 2)
-        return seconds
+    def _two_speeds(self, machine: Machine) -> TwoSpeeds:
+        return TwoSpeeds(machine, self._sizes, self._work, self._windows, self._wanted.spec.moe)
 
     def _best(self, network: Network, means: Sequence[Means], rows: int) -> Means | None:
         """The fastest means for steps of so many tokens; of equal ones the first."""
         return None if network.ranks == 1 else network.best(means, rows, self._wanted.spec.hidden)
+
+
+def _crowd(experts: int, used: float, ranks: int) -> float:
+    """`crowding` of so many that are used; between whole numbers on a line."""
+    few, more = int(used), min(int(used) + 1, experts)
+    busiest, busier = (count * crowding(experts, count, ranks) for count in (few, more))
+    return (busiest + (used - few) * (busier - busiest)) / used

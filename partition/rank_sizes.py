@@ -11,11 +11,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from math import comb
+from math import comb, prod
 from typing import NamedTuple
 
 from .hardware_guesses import KV_SHARE, SCRATCH_SHARE, WINDOW_SHARE
-from .machines import BlockTimes, DiskTimes, FixedCosts, Machine, RankHolds, RankShares
+from .machines import BlockTimes, DiskTimes, FixedCosts, Machine, RankHolds, RankShares, StepRows
 from .memory_layout import PAGE_TOKENS, kv_page_bytes
 from .pinning import between
 from .plan import Wanted, arena_slack, least_kv_pages, scratch_bytes
@@ -185,35 +185,49 @@ class TwoSpeeds(NamedTuple):
     work: Operations
     windows: Mapping[int | None, int]  # how many layers have each
     moe: MoeSpec | None
+    chosen: Callable[[int], float] | None = None  # `used`, where more is known; None: choices are independent
 
     def fixed(self, share: float) -> FixedCosts:
         """See `PartLaws`: nobody has measured it."""
         return FixedCosts()
 
-    def times(self, portion: RankShares, rows: int, context: float, crowd: float) -> BlockTimes:
+    def times(self, portion: RankShares, step: StepRows, crowd: float) -> BlockTimes:
         """See `PartLaws`."""
-        sizes, work, moe = self.sizes, self.work, self.moe
-        attended = sum(count * min(context, window or context) for window, count in self.windows.items())
-        nbytes = sizes.attn_of(portion) + work.kv_bytes * attended * portion.kv_heads
+        sizes, work, rows = self.sizes, self.work, step.all_rows
+        attended = sum(
+            count * min(step.context, window or step.context) for window, count in self.windows.items()
+        )
+        attn_bytes = sizes.attn_of(portion) + step.streams * work.kv_bytes * attended * portion.kv_heads
         count = (work.queries + work.scores * attended) * portion.heads + work.keys * portion.kv_heads
-        attn_s = self._longer_s(nbytes, rows * count)
+        attn_s = self._longer_s(attn_bytes, rows * count)
         experts = crowd * portion.experts
-        touched = 1 - (1 - moe.active / moe.experts) ** rows if moe else 1.0
-        nbytes = sizes.ffn_of(portion) + sizes.experts * experts * touched
+        ffn_bytes = sizes.ffn_of(portion) + sizes.experts * experts * self._touched(rows)
         count = work.ffn * portion.ffn + work.shared_ffn * portion.shared_ffn + work.routers
-        ffn_s = self._longer_s(nbytes, rows * (count + work.experts * experts))
-        return BlockTimes(attn_s, ffn_s, self.head_s(portion.vocab))
+        ffn_s = self._longer_s(ffn_bytes, rows * (count + work.experts * experts))
+        nbytes = attn_bytes + ffn_bytes + sizes.head_of(portion)
+        memory_s = nbytes / self.machine.memory_bytes_per_s
+        return BlockTimes(attn_s, ffn_s, self.head_s(portion.vocab, step.logits), memory_s)
 
-    def head_s(self, share: float) -> float:
+    def head_s(self, share: float, rows: int) -> float:
         """See `PartLaws`."""
-        return self._longer_s(self.sizes.head * share, self.work.head * share)
+        return self._longer_s(self.sizes.head * share, rows * self.work.head * share)
+
+    def used(self, rows: int) -> float:
+        """See `PartLaws`."""
+        if self.chosen is not None:
+            return self.chosen(rows)
+        moe = self.moe
+        return moe.experts * (1 - (1 - moe.active / moe.experts) ** rows) if moe else 0.0
+
+    def _touched(self, rows: int) -> float:
+        """The share of all experts."""
+        return self.used(rows) / self.moe.experts if self.moe else 0.0
 
     def disk(
         self, portion: RankShares, held: RankHolds, rows: int, crowd: float, own: BlockTimes
     ) -> DiskTimes:
         """See `PartLaws`: its bytes ÷ its speed, beside which everything is computed."""
-        touched = 1 - (1 - self.moe.active / self.moe.experts) ** rows if self.moe else 0.0
-        experts = self.sizes.experts * portion.experts * touched * crowd * held.missing_experts
+        experts = self.sizes.experts * portion.experts * self._touched(rows) * crowd * held.missing_experts
         return DiskTimes((held.streamed_bytes + experts) / max(self.machine.disk_bytes_per_s, 1.0))
 
     def _longer_s(self, nbytes: float, operations: float) -> float:
@@ -368,17 +382,15 @@ def crowding(experts: int, active: int, ranks: int) -> float:
     """How many times its share of the active experts the busiest rank has on average, if whole experts are dealt to
     ranks evenly and every choice is equally likely."""
     own = [experts // ranks + (rank < experts % ranks) for rank in range(ranks)]
-    choices = comb(experts, active)
+    choices, width = comb(experts, active), experts + 1
     busiest, before = 0.0, 0
-    for most in range(active + 1):
-        ways = [1] + [
-            0
-        ] * active  # to have chosen so many experts of the ranks so far, none of which has more
-        for size in own:
-            ways = [
-                sum(ways[total - few] * comb(size, few) for few in range(min(most, size, total) + 1))
-                for total in range(active + 1)
-            ]
-        busiest += most * (ways[active] - before) / choices
-        before = ways[active]
+    for most in range(-(-active // ranks), min(active, max(own)) + 1):
+        # Ways to choose so many experts of a rank are coefficients of a polynomial, here digits of `width` bits; those
+        # to choose so many of all ranks are digits of the product.
+        each = {
+            size: sum(comb(size, few) << few * width for few in range(min(most, size) + 1)) for size in {*own}
+        }
+        ways = prod(each[size] for size in own) >> active * width & (1 << width) - 1
+        busiest += most * (ways - before) / choices
+        before = ways
     return busiest * ranks / active

@@ -16,7 +16,7 @@ from itertools import permutations
 from typing import Literal, NamedTuple
 
 from .hardware_guesses import ADD_S, BYTE_S, DECODE_S, ENCODE_S, HANDED_S, MESSAGE_S
-from .machines import FixedCosts, Links, Machine, link_between
+from .machines import FixedCosts, Links, Machine, StepRows, link_between
 from .spec import ModelSpec
 
 Topology = Literal["star", "exchange", "sliced"]
@@ -56,6 +56,43 @@ def sums_of(spec: ModelSpec) -> int:
 def sent_s(spec: ModelSpec, fixed: FixedCosts, means: Means | None, rows: float) -> float:
     """What these sums cost besides the link and their messages; `means`: None if there are none."""
     return sums_of(spec) * WAYS[means.topology] * (fixed.way_s + rows * fixed.way_token_s) if means else 0.0
+
+
+def ends_s(network: Network, spec: ModelSpec, means: Means, step: StepRows, gathered: float) -> float:
+    """Seconds until all ranks have the rows of a step, and rank 0 the logits: rank 0 sends its rows, or all add theirs
+    and send their logits. `gathered`: the largest share of the vocabulary that is not rank 0's."""
+    if not gathered:
+        return network.broadcast_s(step.all_rows, spec.hidden)
+    logits_s = network.gathered_s(4 * step.logits * spec.vocab * gathered)
+    return network.sum_s(means, step.all_rows, spec.hidden) + logits_s
+
+
+def sums_s(network: Network, spec: ModelSpec, means: Means | None, step: StepRows, gathered: float) -> float:
+    """Seconds of all that goes over the network in a step, with the work it makes."""
+    if means is None:
+        return 0.0
+    layers, rows = len(spec.layers), step.all_rows
+    seconds = 2 * layers * network.sum_s(means, rows, spec.hidden)
+    seconds += ends_s(network, spec, means, step, gathered)
+    if spec.qk_norm == "full":  # the squares of q and of k
+        seconds += layers * network.sum_s(means._replace(wire="f32"), rows, 2)
+    return seconds
+
+
+def overlapped_s(
+    network: Network, spec: ModelSpec, means: Means, rows: int, attn_s: float, ffn_s: float
+) -> float:
+    """Seconds of a step's blocks and their sums if it is computed in halves: of every block, the sums of both halves or
+    computing both, with the work that sums make, whatever takes longer; then the last sum. `attn_s`, `ffn_s`: of the
+    blocks of all layers."""
+    layers, half = len(spec.layers), -(-rows // 2)
+    both_s = 2 * layers * network.sum_s(means, half, spec.hidden)
+    busy_s = 2 * layers * network.busy_s(means, half, spec.hidden)
+    attending_s = max(attn_s + busy_s, both_s)
+    if spec.qk_norm == "full":  # the squares of q and k wait for the sum before them
+        squares_s = 2 * layers * network.sum_s(means._replace(wire="f32"), half, 2)
+        attending_s = attn_s + both_s + squares_s
+    return attending_s + max(ffn_s + busy_s, both_s) + network.sum_s(means, half, spec.hidden)
 
 
 class Network:

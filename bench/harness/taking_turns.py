@@ -139,20 +139,24 @@ def in_turns(
     first_s = 0.0
     if turns > 1 and job.prompt_tokens < min(figures.overlap_rows, 1 + figures.chunk_tokens):
         first_s = further_s(usual.ttft_s, figures.prompt, job.prompt_tokens)
-    token_s = usual.token_s + further_s(usual.token_s, figures.decode, 1)
-    slower = token_s / usual.token_s
+    rows, step_s = job.batch * (1 + job.guesses), usual.token_s * job.step_tokens
+    step_more_s, moved_s = (
+        further_s(step_s, figures.decode, rows),
+        sent_s(model.spec, fixed, figures.decode, rows),
+    )
+    slower = 1 + step_more_s / step_s
     parts = dict(usual.parts)
-    parts["overhead"] -= sent_s(model.spec, fixed, figures.decode, 1)
-    parts["network"] += token_s - usual.token_s + usual.parts["overhead"] - parts["overhead"]
+    parts["overhead"] -= moved_s
+    parts["network"] += step_more_s + moved_s
     return replace(
         usual,
         ttft_s=usual.ttft_s + first_s,
-        token_s=token_s,
+        token_s=usual.token_s * slower,
         tokens_per_s=usual.tokens_per_s / slower,
         band=(usual.band[0] / slower, usual.band[1] / slower),
         parts=parts,
         binding=max(parts, key=lambda part: parts[part]),
-        prompt_parts={**usual.prompt_parts, "network": first_s},
+        prompt_parts={**usual.prompt_parts, "network": usual.prompt_parts["network"] + first_s},
     )
 
 

@@ -8,18 +8,18 @@ from itertools import combinations
 
 from ..group_choice import Choice, NoGroup
 from ..group_search import choose
-from ..machines import Links, LinkSpeed, Machine, Workload, nearest
+from ..machines import Links, LinkSpeed, Machine, StepTook, Workload, nearest
 from ..plan import Wanted
-from ..sum_cost import Wire, sent_s
-from .laws import fresh_pages, products
+from ..sum_cost import Wire
+from .laws import DISTINCT_SHARE, fresh_pages, products
 from .peak import beside_bytes
 from .prediction import Binding, Job, Prediction, uncertainty
 from .profile import Device, Profile, Repeats
 from .rank_laws import RankLaws
+from .step_time import and_overhead
 from .weights_of import Weighed
 
 _MANY_ROWS = 256  # of a long step
-_READING_SHARE = 0.9  # of a step's computing that reads memory, where nothing tells
 
 
 def machines_of(
@@ -91,7 +91,8 @@ class Groups:
 
     def of(self, ranks: int | None) -> Choice | NoGroup:
         """The best group of so many of the machines; None: what a daemon would choose."""
-        workload = Workload(self.job.prompt_tokens, self.job.new_tokens)
+        job = self.job
+        workload = Workload(job.prompt_tokens, job.new_tokens, job.batch, job.guesses, job.step_tokens)
         return choose(
             self.wanted,
             self._sizes,
@@ -104,50 +105,57 @@ class Groups:
         )
 
     def cost(self, choice: Choice) -> Prediction:
-        """What a group does with the job. Streams of a batch are taken to share a step whose sums are as many times
-        longer; what is not known is bounded by the band."""
-        figures = choice.figures
-        token_s = figures.token_s
+        """What a group does with the job. How many experts several tokens wake is not always known: the band has both
+        ends."""
+        figures, job = choice.figures, self.job
         largest = max(rank.share for rank in choice.ranks)
-        touch = fresh_pages(self.profile.head, self.model.spec, self.wanted.kv_type, self.job, largest)
-        ttft_s = figures.first_token_s[0] * self.job.batch + touch.ttft_s
-        alone_s = token_s - min(figures.network_s, token_s)
-        disk_s = figures.disk_s
-        laws, layers = self._machines[0].laws, self.model.spec.layers
-        assert laws is not None
-        own = laws.fixed(choice.ranks[0].share)
-        fixed_s = own.step_s + len(layers) * own.layer_s + own.mixture_s * sum(layer.moe for layer in layers)
-        overhead_s = min(alone_s, fixed_s + sent_s(self.model.spec, own, figures.decode, 1))
-        computing_s = max(0.0, alone_s - overhead_s - disk_s) if disk_s < alone_s else 0.0
-        parts: dict[Binding, float] = {
-            "memory": _READING_SHARE * computing_s,
-            "compute": (1 - _READING_SHARE) * computing_s,
-            "disk": min(disk_s, alone_s),
-            "network": token_s - alone_s,
-            "overhead": overhead_s + touch.token_s,
-        }
+        touch = fresh_pages(self.profile.head, self.model.spec, self.wanted.kv_type, job, largest)
+        step, prompts = figures.step, figures.prompts
+        parts = and_overhead(_parts(step), touch.token_s)
         binding = max(parts, key=lambda part: parts[part])
         repeats = reduce(Repeats.or_more, (device.repeats for device in self.profile.devices))
         measured = all(device.measured for device in self.profile.devices)
         off = 1 + uncertainty(parts, measured, repeats.by_part)
-        step_s = token_s + (self.job.batch - 1) * parts["network"] + touch.token_s
+        step_s, tokens = step.seconds + touch.token_s, job.batch * job.step_tokens
+        others = [it.figures.step.seconds + touch.token_s for it in self._with_other_experts(choice)]
         peaks = {
             rank.machine: int(rank.needed_bytes) + _beside_bytes(self.model, self.wanted.kv_type, place)
             for place, rank in enumerate(choice.ranks)
         }
-        speed = self.job.batch / step_s
         return Prediction(
-            ttft_s=ttft_s,
-            token_s=step_s,
-            tokens_per_s=speed,
-            band=(speed / off, speed * off),
+            ttft_s=prompts.seconds + touch.ttft_s,
+            token_s=step_s / job.step_tokens,
+            tokens_per_s=tokens / step_s,
+            band=(tokens / (max(step_s, *others) * off), tokens / min(step_s, *others) * off),
             peak_bytes=peaks,
-            stall_share=min(1.0, disk_s / token_s) if binding == "disk" else 0.0,
+            stall_share=step.disk_s / step.seconds if binding == "disk" else 0.0,
             binding=binding,
             parts=parts,
-            prompt_parts={"compute": ttft_s},  # mostly; what the network has of it is not told apart
+            prompt_parts=and_overhead(_parts(prompts), touch.ttft_s),
             load_s=_load_s(self.model, choice, self.profile),
         )
+
+    def _with_other_experts(self, choice: Choice) -> list[Choice]:
+        """The group of so many machines if several tokens woke fewer experts, or more; and the group itself."""
+        found = [choice]
+        several = self.job.batch * (1 + self.job.guesses) > 1
+        if self.model.spec.moe and self.job.distinct is None and several:
+            for share in (DISTINCT_SHARE, 1.0):
+                job = self.job._replace(distinct=share)
+                other = Groups(self.model, self.wanted, self.profile, job, self.wires)
+                its = other.of(None if choice.split == "prompts" else len(choice.ranks))
+                found += [its] if isinstance(its, Choice) and its.split == choice.split else []
+        return found
+
+
+def _parts(took: StepTook) -> dict[Binding, float]:
+    return {
+        "memory": took.memory_s,
+        "compute": took.compute_s,
+        "disk": took.disk_s,
+        "network": took.network_s,
+        "overhead": took.overhead_s,
+    }
 
 
 def _load_s(model: Weighed, choice: Choice, profile: Profile) -> float:

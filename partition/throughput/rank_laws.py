@@ -8,17 +8,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
 
-from ..machines import BlockTimes, DiskTimes, FixedCosts, RankHolds, RankShares
+from ..machines import BlockTimes, DiskTimes, FixedCosts, RankHolds, RankShares, StepRows
 from ..spec import BlockId
 from ..streamed_plan import experts_together
 from ..sum_cost import sums_of
 from .contention import Slower, settled, shares, together
 from .laws import (
     LEASE_CALLS,
+    NOTHING,
+    Share,
     attention,
     block_bytes_per_s,
     distinct_experts,
+    kv_token_bytes,
     products,
     ring_bytes_per_s,
 )
@@ -34,8 +39,9 @@ class RankLaws:
 
     def __init__(self, device: Device, model: Weighed, kv_type: str, distinct: float | None = None) -> None:
         self._device, self._model, self._kv_type, self._distinct = device, model, kv_type, distinct
-        self._known: dict[tuple[object, ...], float] = {}
-        self._rounds: dict[float, Device] = {}
+        self._known: dict[tuple[object, ...], Share] = {}
+        self._layers: dict[int, float] = {}
+        self._rounds: dict[tuple[float, float], Device] = {}
 
     def fixed(self, share: float) -> FixedCosts:
         """See `PartLaws`."""
@@ -47,7 +53,16 @@ class RankLaws:
         # A sum's two ways cost as much more as a layer's calls do (0.8 to 1.05 times as much: docs/LOG.md), each half.
         sum_s, sum_row_s = self._swept_s(share * len(spec.layers) / sums_of(spec))
         row_s = own.hidden_s * numbers + len(spec.layers) * layer_row_s
-        return FixedCosts(own.step_s, own.layer_s + one_s, own.mixture_s, row_s, sum_s / 2, sum_row_s / 2)
+        return FixedCosts(
+            own.step_s,
+            own.layer_s + one_s,
+            own.mixture_s,
+            row_s,
+            sum_s / 2,
+            sum_row_s / 2,
+            own.stream_s + len(spec.layers) * own.stream_layer_s,
+            own.logit_s * spec.vocab,
+        )
 
     def _swept_s(self, share: float) -> tuple[float, float]:
         """What calls cost besides after so much of a layer: for one row, and for each further one."""
@@ -56,8 +71,7 @@ class RankLaws:
 
     def _layer_s(self, rows: int) -> float:
         """For which kernels compute in a layer, on average, on a machine that has all of it."""
-        key = "layer", rows
-        if key not in self._known:
+        if rows not in self._layers:
             moe, device, seconds = self._model.spec.moe, self._with_round(1.0), 0.0
             kinds = Counter(map(self._model.kind_of, range(len(self._model.spec.layers))))
             for kind, layers in kinds.items():
@@ -66,36 +80,59 @@ class RankLaws:
                     used = distinct_experts(moe.experts, moe.active, rows, self._distinct)
                     one_s += used * products(device, kind.expert, rows * moe.active / used).seconds
                 seconds += layers * one_s
-            self._known[key] = seconds / len(self._model.spec.layers)
-        return self._known[key]
+            self._layers[rows] = seconds / len(self._model.spec.layers)
+        return self._layers[rows]
 
-    def times(self, portion: RankShares, rows: int, context: float, crowd: float) -> BlockTimes:
+    def times(self, portion: RankShares, step: StepRows, crowd: float) -> BlockTimes:
         """See `PartLaws`."""
-        spec = self._model.spec
-        attn_s = ffn_s = 0.0
+        spec, rows = self._model.spec, step.all_rows
+        attending = feeding = NOTHING
         cut = spec.heads * portion.heads + spec.kv_heads * portion.kv_heads
         share = cut / (spec.heads + spec.kv_heads)
-        before = max(0.0, context - (rows + 1) / 2)
+        before = max(0.0, step.context - (step.rows + 1) / 2)
+        beside = self._further_kv_bytes(step, before)
+        of = partial(_Part, portion, crowd, beside)
+        home = self._with_round(portion.heads, beside)
         for kind, layers in self._model.layer_kinds.items():
-            seen_s = attention(
-                self._with_round(portion.heads), spec, self._kv_type, rows, before, kind.window
-            ).seconds
-            attn_s += layers * (self._products_s(kind.attention, share, rows) + portion.heads * seen_s)
-            ffn_s += layers * self._fed_s(kind, portion, rows, crowd)
+            seen = attention(home, spec, self._kv_type, step.rows, before, kind.window)
+            projected = self._products(kind.attention, share, rows, beside)
+            attending += (projected + seen.times(step.streams * portion.heads)).times(layers)
+            feeding += self._fed(kind, of(rows)).times(layers)
         # Of the last layer, only what logits are wanted of is needed.
         last = self._model.kind_of(len(spec.layers) - 1)
-        ffn_s += self._fed_s(last, portion, 1, crowd) - self._fed_s(last, portion, rows, crowd)
-        return BlockTimes(attn_s, ffn_s, self.head_s(portion.vocab))
+        feeding += self._fed(last, of(step.logits)) + self._fed(last, of(rows)).times(-1)
+        calls_s = self._further_experts_s(portion, rows, crowd) if step.answers else 0.0
+        head = self._products(self._model.head, portion.vocab, step.logits, beside)
+        memory_s = attending.memory_s + feeding.memory_s + head.memory_s
+        return BlockTimes(attending.seconds, feeding.seconds + calls_s, head.seconds, memory_s, calls_s)
 
-    def _fed_s(self, kind: LayerKind, portion: RankShares, rows: int, crowd: float) -> float:
+    def _further_kv_bytes(self, step: StepRows, before: float) -> float:
+        """K and V that come round in a step besides those of its first text, of a machine that has all of them."""
+        spec = self._model.spec
+        tokens = (step.streams - 1) * (before + step.rows)
+        return tokens * len(spec.layers) * kv_token_bytes(spec, self._kv_type)
+
+    def _fed(self, kind: LayerKind, part: _Part) -> Share:
         """Of the feed-forward of one layer."""
         if kind.expert:
-            return self._mixture_s(kind.dense, kind.expert, portion, rows, crowd)
-        return self._products_s(kind.dense, portion.ffn, rows)
+            return self._mixture(kind.dense, kind.expert, part)
+        return self._products(kind.dense, part.portion.ffn, part.rows, part.beside_bytes)
 
-    def head_s(self, share: float) -> float:
+    def _further_experts_s(self, portion: RankShares, rows: int, crowd: float) -> float:
+        """What calls of experts cost that these rows use more of than one does."""
+        mixtures = sum(layer.moe for layer in self._model.spec.layers)
+        dealt = crowd * portion.experts if portion.whole_experts else 1.0
+        further = max(0.0, self.used(rows) - self.used(1))
+        return self._device.overheads.expert_s * mixtures * further * dealt
+
+    def used(self, rows: int) -> float:
         """See `PartLaws`."""
-        return self._products_s(self._model.head, share, 1)
+        moe = self._model.spec.moe
+        return distinct_experts(moe.experts, moe.active, rows, self._distinct) if moe is not None else 0.0
+
+    def head_s(self, share: float, rows: int) -> float:
+        """See `PartLaws`."""
+        return self._products(self._model.head, share, rows).seconds
 
     def disk(
         self, portion: RankShares, held: RankHolds, rows: int, crowd: float, own: BlockTimes
@@ -152,41 +189,51 @@ class RankLaws:
             right,
         )
 
-    def _mixture_s(
-        self,
-        dense: Sequence[Product],
-        expert: Sequence[Product],
-        portion: RankShares,
-        rows: int,
-        crowd: float,
-    ) -> float:
+    def _mixture(self, dense: Sequence[Product], expert: Sequence[Product], part: _Part) -> Share:
         """Every rank has the whole router, and its part of the shared expert; of experts columns, or some of them."""
         moe = self._model.spec.moe
+        portion, crowd, beside_bytes, rows = part
         assert moe is not None
         routers = tuple(it for it in dense if it.rows == moe.experts)
         shared = tuple(it for it in dense if it.rows != moe.experts)
-        seconds = self._products_s(routers, 1.0, rows) + self._products_s(shared, portion.shared_ffn, rows)
-        used = distinct_experts(moe.experts, moe.active, rows, self._distinct)
+        whole = self._products(routers, 1.0, rows, beside_bytes)
+        whole += self._products(shared, portion.shared_ffn, rows, beside_bytes)
+        used = self.used(rows)
         each = max(1.0, rows * moe.active / used)
         if portion.whole_experts:
-            return seconds + used * crowd * portion.experts * self._products_s(expert, 1.0, each)
-        return seconds + used * self._products_s(expert, portion.experts, each)
+            dealt = used * crowd * portion.experts
+            return whole + self._products(expert, 1.0, each, beside_bytes).times(dealt)
+        return whole + self._products(expert, portion.experts, each, beside_bytes).times(used)
 
-    def _products_s(self, matrices: Sequence[Product], share: float, rows: float) -> float:
+    def _products(
+        self, matrices: Sequence[Product], share: float, rows: float, beside_bytes: float = 0.0
+    ) -> Share:
         """Of so many rows with this share of each matrix."""
-        key = tuple(matrices), share, rows
+        key = tuple(matrices), share, rows, beside_bytes
         if key not in self._known:
-            part = [
+            cut = [
                 it._replace(rows=max(1, round(share * it.rows)), nbytes=max(1, round(share * it.nbytes)))
                 for it in matrices
             ]
-            self._known[key] = products(self._with_round(share), part, rows).seconds if share else 0.0
+            home = self._with_round(share, beside_bytes)
+            self._known[key] = products(home, cut, rows) if share else NOTHING
         return self._known[key]
 
-    def _with_round(self, share: float) -> Device:
-        """The device if its part of the model is so much of it."""
-        if share not in self._rounds:
+    def _with_round(self, share: float, beside_bytes: float = 0.0) -> Device:
+        """The device if its part of the model, and of so many bytes beside it, is so much."""
+        key = share, beside_bytes
+        if key not in self._rounds:
             embedding = 0 if self._model.spec.tied else self._model.block_bytes[BlockId("embed")]
             whole = self._model.weights_bytes - embedding
-            self._rounds[share] = self._device.going_round(share * whole)
-        return self._rounds[share]
+            self._rounds[key] = self._device.going_round(share * (whole + beside_bytes))
+        return self._rounds[key]
+
+
+class _Part(NamedTuple):
+    """What the feed-forward of a layer depends on: a rank's portion, times its share of the experts that it has of
+    whole ones, bytes that come round beside weights on a machine that has all, and rows."""
+
+    portion: RankShares
+    crowd: float
+    beside_bytes: float
+    rows: int

@@ -237,7 +237,7 @@ def _groups(
             continue
         prediction = groups.cost(choice)
         yield Candidate(f"group of {count}", model, asking.kv_type, prediction, "", 0, 10 + count)
-    if ranks is None and job.batch == 1:
+    if ranks is None:
         choice = groups.of(None)
         if isinstance(choice, Choice) and choice.split == "prompts":
             count, prediction = len(choice.ranks), groups.cost(choice)

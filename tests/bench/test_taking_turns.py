@@ -25,13 +25,13 @@ JOB = Job(16, 8)
 SUMS = 2 * len(MODEL.spec.layers)
 
 
-def group() -> tuple[Groups, Choice, Profile]:
+def group(job: Job = JOB) -> tuple[Groups, Choice, Profile]:
     links = tuple(ProfileLink((one, other), 1e-3, 1e12) for one in NAMES for other in NAMES if one < other)
     profile = Profile(tuple(device(name=name, overheads=OWN) for name in NAMES), links)
-    groups = Groups(MODEL, wanted(MODEL.spec), profile, JOB, ("f32",))
+    groups = Groups(MODEL, wanted(MODEL.spec), profile, job, ("f32",))
     choice = groups.of(4)
     assert isinstance(choice, Choice)
-    assert choice.figures.overlap_rows > JOB.prompt_tokens
+    assert choice.figures.overlap_rows > job.prompt_tokens
     return groups, choice, profile
 
 
@@ -57,9 +57,22 @@ def test_a_sum_that_takes_what_links_tell_changes_nothing() -> None:
     assert more.tokens_per_s == pytest.approx(1 / more.token_s)
     assert more.binding == "network"
     assert sum(more.parts.values()) == pytest.approx(sum(usual.parts.values()) + SUMS * 1e-3)
+    assert sum(more.prompt_parts.values()) == pytest.approx(more.ttft_s)
     assert (
         more.parts["overhead"] < usual.parts["overhead"]
     )  # what calls cost behind kernels is in what was tried
+
+
+def test_a_batch_s_step_waits_as_often_as_a_token_and_sends_more() -> None:
+    """What was tried is of one row; the bytes of the others take what links tell."""
+    eight = JOB._replace(batch=8, guesses=1, chance=0.5)
+    groups, choice, profile = group(eight)
+    usual = groups.cost(choice)
+    less, more = (in_turns(usual, choice, profile, MODEL, eight, 1.0, waits(it)) for it in (1e-3, 2e-3))
+    assert (more.token_s - less.token_s) * eight.step_tokens == pytest.approx(SUMS * 1e-3)
+    assert more.tokens_per_s == pytest.approx(8 / more.token_s)
+    for found in (less, more):
+        assert sum(found.parts.values()) == pytest.approx(found.token_s * eight.step_tokens)
 
 
 def test_what_a_sum_takes_goes_with_what_each_rank_computes_before_it() -> None:

@@ -8,7 +8,7 @@ import pytest
 from fakes.throughput.throughput_cases import MB, device, spec, wanted, weighed
 
 from shoal.partition.group_choice import Choice
-from shoal.partition.machines import BlockTimes, FixedCosts
+from shoal.partition.machines import BlockTimes, FixedCosts, StepRows
 from shoal.partition.plan import Plan, plan_in_ram
 from shoal.partition.rank_sizes import Held, Portion
 from shoal.partition.spec import MoeSpec
@@ -47,6 +47,8 @@ MEASURED = device(products=TABLES, attention=(SEEN,))
 NEAR = tuple(replace(law, byte_s=tuple(it / 2 for it in law.byte_s)) for law in TABLES)
 CACHED = replace(MEASURED, caches=CacheLaw((10 * MB, 1000 * MB), (0.0, 1.0), NEAR))
 
+ONE = StepRows(1, 1.0)
+
 
 @pytest.mark.parametrize(
     "machine", [device(), MEASURED, CACHED], ids=["as written", "tables", "tables and caches"]
@@ -73,13 +75,15 @@ def test_experts_of_a_group_multiply_the_rows_that_come_to_them() -> None:
     kind = MIXED.kind_of(0)
     each = products(MEASURED, kind.expert, 8.0).seconds
     router = products(MEASURED, kind.dense, 64).seconds
-    one_s = laws.times(whole, 1, 1, 1.0).ffn_s / 8
-    assert laws.times(whole, 64, 32.5, 1.0).ffn_s == pytest.approx(7 * (32 * each + router) + one_s, rel=0.01)
+    one_s = laws.times(whole, ONE, 1.0).ffn_s / 8
+    assert laws.times(whole, StepRows(64, 32.5), 1.0).ffn_s == pytest.approx(
+        7 * (32 * each + router) + one_s, rel=0.01
+    )
 
 
 def test_matrices_that_are_cut_are_as_slow_as_small_ones() -> None:
     laws = RankLaws(MEASURED, DENSE, "f16")
-    whole, half = (laws.times(Portion.even(DENSE.spec, share), 1, 1, 1.0) for share in (1.0, 0.5))
+    whole, half = (laws.times(Portion.even(DENSE.spec, share), ONE, 1.0) for share in (1.0, 0.5))
     assert 0.5 * whole.ffn_s < half.ffn_s < whole.ffn_s
     assert 0.5 * whole.attn_s < half.attn_s < whole.attn_s
 
@@ -87,7 +91,7 @@ def test_matrices_that_are_cut_are_as_slow_as_small_ones() -> None:
 def test_whole_experts_are_dealt_out_unevenly_and_columns_are_not() -> None:
     laws = RankLaws(device(), MIXED, "f16")
     columns = Portion.even(MIXED.spec, 0.5)
-    one, crowded = (laws.times(it, 1, 1, 1.5).ffn_s for it in (columns, columns._replace(whole_experts=True)))
+    one, crowded = (laws.times(it, ONE, 1.5).ffn_s for it in (columns, columns._replace(whole_experts=True)))
     router = 8 * products(device(), MIXED.kind_of(0).dense, 1).seconds
     assert crowded - router == pytest.approx(1.5 * (one - router), rel=0.01)
 
@@ -101,7 +105,7 @@ def test_what_links_cost_is_told_apart_from_the_rest() -> None:
         link = ProfileLink(("a", "b"), latency_s, 1e9)
         found = Groups(DENSE, asked, Profile(both, (link,)), job, ("f32",)).of(2)
         assert isinstance(found, Choice)
-        return found.figures.token_s, found.figures.network_s
+        return found.figures.token_s, found.figures.step.network_s
 
     near, far = token_s(1e-4), token_s(1e-3)
     assert near[0] - near[1] == pytest.approx(far[0] - far[1])
@@ -118,6 +122,8 @@ def test_fixed_costs_are_the_device_s() -> None:
         4.0 * numbers,
         0.0,
         0.0,
+        0.0,
+        own.logit_s * DENSE.spec.vocab,
     )
     mixed = MIXED.spec.hidden * len(MIXED.spec.layers)  # whose sums begin with zeros
     assert RankLaws(device(overheads=own), MIXED, "f16").fixed(1.0).token_s == 4.0 * 2 * mixed
@@ -146,7 +152,7 @@ def test_sums_cost_more_the_longer_ranks_compute_between_them() -> None:
     ways = {"star": 2, "exchange": 1, "sliced": 2}
     layers, fixed = len(DENSE.spec.layers), RankLaws(both[0], DENSE, "f16").fixed(0.5)
     assert fixed.way_s > 0
-    assert swept.network_s == plain.network_s  # which goes with the link
+    assert swept.step.network_s == plain.step.network_s  # which goes with the link
     assert swept.decode is not None
     token_s = 2 * layers * ways[swept.decode.topology] * fixed.way_s + layers * fixed.layer_s
     assert swept.token_s - plain.token_s == pytest.approx(token_s, rel=0.1)
@@ -225,8 +231,8 @@ def test_a_disk_takes_what_it_takes_through_a_window_while_others_compute() -> N
 def test_caches_keep_more_of_a_part_than_of_the_whole() -> None:
     """Of half of the model they keep more, so half of it takes less than half as long."""
     laws = RankLaws(CACHED, DENSE, "f16")
-    whole, half = (laws.times(Portion.even(DENSE.spec, share), 1, 1, 1.0) for share in (1.0, 0.5))
+    whole, half = (laws.times(Portion.even(DENSE.spec, share), ONE, 1.0) for share in (1.0, 0.5))
     bare = RankLaws(MEASURED, DENSE, "f16")
-    far, near = (bare.times(Portion.even(DENSE.spec, share), 1, 1, 1.0) for share in (1.0, 0.5))
+    far, near = (bare.times(Portion.even(DENSE.spec, share), ONE, 1.0) for share in (1.0, 0.5))
     assert whole.ffn_s < far.ffn_s
     assert half.ffn_s / whole.ffn_s < near.ffn_s / far.ffn_s

@@ -12,7 +12,7 @@ from shoal.daemon.cluster.choosing.known_machines import known_machines
 from shoal.daemon.cluster.control_messages import Attach
 from shoal.daemon.cluster.member import Member
 from shoal.daemon.cluster.speed import NodeSpeed
-from shoal.partition.machines import Machine
+from shoal.partition.machines import Machine, StepRows
 from shoal.partition.rank_sizes import Portion
 from shoal.partition.throughput.profile import Device, RowsLaw
 from shoal.partition.throughput.rank_laws import RankLaws
@@ -45,7 +45,7 @@ def known(own: Device | None, its: Device | None = None) -> list[Machine]:
 
 def layers_s(machine: Machine) -> float:
     assert machine.laws is not None
-    found = machine.laws.times(Portion.even(MODEL.spec, 1.0), 1, 1, 1.0)
+    found = machine.laws.times(Portion.even(MODEL.spec, 1.0), StepRows(1, 1.0), 1.0)
     return found.attn_s + found.ffn_s
 
 
