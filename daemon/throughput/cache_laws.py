@@ -6,6 +6,7 @@ machine that shares it keeps some. Sizes that processors state say nothing of th
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,6 +20,8 @@ from shoal.partition.memory_layout import BAND_ROWS
 from shoal.partition.throughput.profile import CacheLaw, RowsLaw
 
 from .kernel_laws import ROUNDS, SIZES, Pool, calls_s, narrow_sizes, table
+
+log = logging.getLogger(__name__)
 
 KEPT_BYTES = 24 << 20  # that a large last cache keeps, and the caches before it do not
 PARTS = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)  # of the pool, that come round
@@ -36,10 +39,16 @@ def cache_law(
     kinds: Sequence[WeightType],
     laws: Sequence[RowsLaw],
     done: Callable[[str], None],
+    late: Callable[[], bool] = lambda: False,
+    over: Callable[[], bool] = lambda: False,
 ) -> CacheLaw | None:
     """With tables for `kinds`, of which `laws` has those of weights from memory. None where caches keep too little to
-    matter. `done` is called before each point."""
-    nbytes, took = _rounds(home, pool, kinds[0], done)
+    matter, or if time is `over`. `done` is called before each point. When it is `late`, no further round is begun; when
+    time is over, no further type: weights of those are taken to come from memory."""
+    if over():
+        log.warning("measuring takes too long, as something else computes: what caches keep is left out")
+        return None
+    nbytes, took = _rounds(home, pool, kinds[0], done, late)
     least, whole = took[0], took[-1]
     if least > LEAST_GAIN * whole:
         return None
@@ -48,9 +57,14 @@ def cache_law(
     rising = tuple(min(shares[place:]) for place in range(len(shares)))
     few = Pool(KEPT_BYTES)
     calls = calls_s(home, few)
-    inputs = [(kind, size, WIDE_INPUTS) for kind in kinds for size in SIZES]
-    inputs += [(kind, size, NARROW_INPUTS) for kind in kinds for size in narrow_sizes(kind)]
-    tables = [table(home, few, *its, calls, done, below=COMPUTED_ROWS) for its in inputs]
+    tables: list[RowsLaw] = []
+    for kind in kinds:
+        if over():
+            said = "measuring takes too long, as something else computes: no tables for %s"
+            log.warning(said, f"what caches keep of {kind.name} and others")
+            break
+        inputs = [(size, WIDE_INPUTS) for size in SIZES] + [(it, NARROW_INPUTS) for it in narrow_sizes(kind)]
+        tables += (table(home, few, kind, *its, calls, done, below=COMPUTED_ROWS) for its in inputs)
     return CacheLaw(nbytes, rising, tuple(_with_more_rows(it, laws) for it in tables))
 
 
@@ -61,7 +75,7 @@ def _with_more_rows(law: RowsLaw, laws: Sequence[RowsLaw]) -> RowsLaw:
 
 
 def _rounds(
-    home: ComputeHome, pool: Pool, kind: WeightType, done: Callable[[str], None]
+    home: ComputeHome, pool: Pool, kind: WeightType, done: Callable[[str], None], late: Callable[[], bool]
 ) -> tuple[tuple[int, ...], list[float]]:
     """(bytes of rounds, from those that caches keep to all of the pool; seconds of one product with one row in them)"""
     rows = max(1, len(pool.memory) // MATRICES // kind.matrix_bytes(BAND_ROWS, COLUMNS)) * BAND_ROWS
@@ -70,7 +84,7 @@ def _rounds(
     each = [Linears((pool.matrix(kind, rows, COLUMNS),)) for _ in range(len(pool.memory) // one - 1)]
     counts = sorted({max(1, KEPT_BYTES // one), *(round(part * len(each)) for part in PARTS)})
     rounds: list[list[float]] = []
-    for _ in range(ROUNDS):
+    while not rounds or (len(rounds) < ROUNDS and not late()):
         rounds.append([])
         for count in counts:
             done("what caches keep")

@@ -79,14 +79,19 @@ def link_facts(profile: Profile) -> Iterator[tuple[str, str]]:
 
 
 def rows_table(device: Device) -> tuple[list[str], list[list[str]]]:
-    """(columns, rows): GB/s of weights by stored type, size of matrices and rows multiplied at once."""
-    columns = ["GB/s of weights", "matrix", *(f"{rows} row" + "s" * (rows > 1) for rows in _SHOWN_ROWS)]
+    """(columns, rows): GB/s of weights by stored type, size of matrices, bits of inputs and rows multiplied at once."""
+    columns = [
+        "GB/s of weights",
+        "matrix",
+        "inputs",
+        *(f"{rows} row" + "s" * (rows > 1) for rows in _SHOWN_ROWS),
+    ]
     table = []
     for law in device.products:
         known = dict(zip(law.rows, law.byte_s, strict=True))
         speeds = [f"{1 / known[rows] / 1e9:.3g}" if rows in known else "" for rows in _SHOWN_ROWS]
         size = format_bytes(law.nbytes) + " of an expert" * law.experts
-        table.append([law.kind, size, *speeds])
+        table.append([law.kind, size, f"{law.input_bits} bits", *speeds])
     return columns, table
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -50,7 +51,8 @@ from .kernel_laws import (
 log = logging.getLogger(__name__)
 
 FIRST = ("Q4_K", "Q6_K", "Q8_0", "Q4_0", "BF16", "F16", "F32")  # of the types, as models come
-LIMIT_S = 45.0  # then no further type is begun
+LIMIT_S = 45.0  # then no further type is begun …
+CACHES_LIMITS_S = 50.0, 55.0  # … nor then a further round of what caches keep, nor then a type's tables of it
 LEAST_FILE_BYTES = 64 << 20  # a file to read from
 
 
@@ -102,8 +104,8 @@ def measure(threads: int, place: Path, progress: Progress = no_progress) -> Prof
         told_s += time.monotonic() - telling_s
         at += 1
 
-    def late() -> bool:
-        return time.monotonic() - told_s > began_s + LIMIT_S
+    def late(limit_s: float) -> bool:
+        return time.monotonic() - told_s > began_s + limit_s
 
     keep_freed()  # as steps do
     kernels.set_threads(threads)
@@ -115,10 +117,11 @@ def measure(threads: int, place: Path, progress: Progress = no_progress) -> Prof
     kinds = sorted(
         WEIGHT_TYPES, key=lambda kind: FIRST.index(kind.name) if kind.name in FIRST else len(FIRST)
     )
-    rounds = table_rounds(home, pool, kinds, done, late)
+    rounds = table_rounds(home, pool, kinds, done, partial(late, LIMIT_S))
     laws = middle(rounds)
     tabled = {law.kind for law in laws}
-    caches = cache_law(home, pool, [kind for kind in kinds if kind.name in tabled], laws, done)
+    of_caches = [kind for kind in kinds if kind.name in tabled]
+    caches = cache_law(home, pool, of_caches, laws, done, *(partial(late, it) for it in CACHES_LIMITS_S))
     q4_k = next(kind for kind in WEIGHT_TYPES if kind.name == "Q4_K")
     flops = max(flops_of(law) for law in laws if law.kind == q4_k.name)
     device = Device(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.throughput.profile_files import parse_profile, profile_text, read_profile
-from shoal.daemon.throughput.profile_words import device_facts
+from shoal.daemon.throughput.profile_words import device_facts, rows_table
 from shoal.partition.throughput.laws import passing_bytes_per_s
 from shoal.partition.throughput.profile import AttentionLaw, CacheLaw, Profile, ReadLaw, RowsLaw
 from shoal.partition.throughput.profile_checks import MAX_LAWS
@@ -289,3 +290,13 @@ def test_what_copies_leave_of_other_speeds_is_said_if_it_is_known() -> None:
     name = head.accelerators[0].name
     said = f"the processor keeps 70%, {name} 85%, and the link 95%"
     assert dict(device_facts(head))["beside its copies"] == said
+
+
+def test_each_table_of_weights_is_shown_in_a_row_of_its_own() -> None:
+    laws = [RowsLaw("Q4_K", 8e6, (1, 64), (1e-10, 2e-10), bits) for bits in (16, 8)]
+    laws.append(RowsLaw("Q4_K", 8e6, (1, 64), (1e-10, 2e-10), experts=True))
+    columns, rows = rows_table(replace(parse(changed("links", [])).head, products=tuple(laws)))
+    assert columns[2] == "inputs"
+    assert [row[2] for row in rows] == ["16 bits", "8 bits", "16 bits"]
+    assert len({tuple(row) for row in rows}) == 3
+    assert {len(row) for row in rows} == {len(columns)}

@@ -8,7 +8,8 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import ClassVar, cast
+from types import ModuleType, SimpleNamespace
+from typing import Any, ClassVar, cast
 
 import pytest
 from fakes.throughput.throughput_cases import spec
@@ -118,6 +119,58 @@ def test_measuring_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(profiling, "LIMIT_S", 0.0)
     profile = profiling.measure(1, tmp_path)
     assert {law.kind for law in profile.head.products} == {"Q4_K"}
+
+
+class _Clock:
+    """Time passes only where something is measured."""
+
+    now_s = 1000.0
+
+    def passing(self, monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str, seconds: float) -> None:
+        """What the module calls so takes so long."""
+        measured = getattr(module, name)
+
+        def timed(*its: Any, **more: Any) -> Any:
+            self.now_s += seconds
+            return measured(*its, **more)
+
+        monkeypatch.setattr(module, name, timed)
+
+
+@pytest.mark.parametrize(
+    ("table_s", "round_s", "kept_s", "kinds", "said"),
+    [
+        (0.1, 0.1, 0.1, 2, ""),
+        (1.0, 0.4, 0.9, 2, ""),
+        (1.0, 1.0, 0.5, 1, "what caches keep of F32 and others"),
+        (2.0, 1.0, 1.0, 0, "what caches keep of Q4_K and others"),
+        (7.0, 1.0, 1.0, 0, "what caches keep is left out"),
+    ],
+)
+def test_measuring_ends_within_a_minute(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    table_s: float,
+    round_s: float,
+    kept_s: float,
+    kinds: int,
+    said: str,
+) -> None:
+    """On a machine so slow that each table takes so long, and each number of bytes that come round."""
+    clock = _Clock()
+    shown = SimpleNamespace(monotonic=lambda: clock.now_s)
+    monkeypatch.setattr(profiling, "time", shown)
+    monkeypatch.setattr(cache_laws, "_round_s", lambda home, x, each: float(len(each)))
+    clock.passing(monkeypatch, kernel_laws, "table", table_s)
+    clock.passing(monkeypatch, cache_laws, "_round_s", round_s)
+    clock.passing(monkeypatch, cache_laws, "table", kept_s)
+    profile = profiling.measure(1, tmp_path)
+    assert clock.now_s - _Clock.now_s < 60
+    caches = profile.head.caches
+    assert len({law.kind for law in caches.products} if caches else ()) == kinds
+    assert said in caplog.text
+    assert bool(said) == bool(caplog.text)
 
 
 def test_what_others_disturbed_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
