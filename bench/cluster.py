@@ -100,7 +100,7 @@ def attached(
     with tempfile.TemporaryDirectory(prefix="shoal-cluster-") as root, ExitStack() as stack:
         head, *workers = (Machine(Path(root) / str(rank), threads, pins[rank]) for rank in range(ranks))
         for machine in (head, *workers) if profile is not None else ():
-            key = profile_key(threads, machine.home.models)
+            key = profile_key(threads, machine.home.streamed)
             write_kept(profile_file(machine.home, threads), key, Kept(profile, looked_s=time.time()))
         head.serve(serving)
         stack.callback(head.close)

@@ -153,7 +153,7 @@ def _profile(home: Home) -> Iterator[Finding]:
         from shoal.daemon.throughput.own_machine import profile_file
 
         threads = default_threads()
-        known = read_kept(profile_file(home, threads), profile_key(threads, home.models))
+        known = read_kept(profile_file(home, threads), profile_key(threads, home.streamed))
     if known is None:
         yield Finding(
             "profile", "ok", "this machine is not measured yet (shoal profile): predictions are rough"

@@ -37,6 +37,12 @@ class Home:
         return self.root / "packs"
 
     @property
+    def streamed(self) -> Path:
+        """A directory on the disk that weights are streamed from, which is that of packs: the one of models, if it lies
+        there, too, since there are files to read before there is a pack."""
+        return self.models if disk_of(self.models) == disk_of(self.packs) else self.packs
+
+    @property
     def shards(self) -> Path:
         """Packs of what this machine holds of models that others have."""
         return self.root / "shards"
@@ -94,3 +100,9 @@ class Home:
     @property
     def address(self) -> str:
         return f"ipc://{self.socket}"
+
+
+def disk_of(path: Path) -> int:
+    """Which disk a path lies on, also one that is still to be made. Raises OSError."""
+    nearest = next((it for it in (path, *path.parents) if it.exists()), Path("/"))
+    return nearest.stat().st_dev

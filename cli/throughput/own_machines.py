@@ -30,7 +30,7 @@ def own_machines(home: Home, threads: int, *, anew: bool = False, measure_links:
 
     kept = profile_file(home, threads)
     with steps_bar() as progress:
-        measured = machine_profile(threads, home.models, kept, anew=anew, progress=_told(progress))
+        measured = machine_profile(threads, home.streamed, kept, anew=anew, progress=_told(progress))
     assert measured is not None
     found = clustered(measured, *_asked(home, measure_links=measure_links))
     for said in found.left_out:

@@ -1,4 +1,4 @@
-"""Looks again at a machine that was measured long ago: whether memory, processor and disk are as quick as then.
+"""Looks again at a machine that was measured before: whether memory, processor and disk are as quick as then.
 
 Takes a few seconds between requests, three rounds of each. What differs by more than its rounds do from each other, and
 by more than machines do from minute to minute, has changed; whoever asks takes what a second look says, too.
@@ -11,19 +11,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 from typing import NamedTuple
 
 from shoal import kernels
 from shoal.daemon.cluster.speed import files_below
 from shoal.kernels import NARROW_INPUTS, WEIGHT_TYPES
 from shoal.offload.errors import OffloadError
+from shoal.partition.throughput.explain import with_faster_disk
 from shoal.partition.throughput.laws import block_bytes_per_s, product
 from shoal.partition.throughput.prediction import Binding
-from shoal.partition.throughput.profile import Corrections, Device, ReadLaw, RowsLaw
+from shoal.partition.throughput.profile import Corrections, Device, RowsLaw
 from shoal.partition.throughput.weights_of import Product
 
 from .brief_profile import BRIEF_READ_S, Interrupted, enough_is_free
-from .disk_laws import READS, read_law, read_once, reread_speed
+from .disk_laws import READS, read_once, reread_speed
 from .kernel_laws import ROUNDS, Pool, middle, table_rounds
 from .profiling import LEAST_FILE_BYTES, others_compute
 
@@ -33,27 +35,23 @@ LEAST_CHANGE = 1.2  # times: a machine that others share differs by so much from
 
 
 class Looked(NamedTuple):
-    """How many times as long parts take as when they were measured, of those that have changed; the tables of the type
-    that was looked at, and the disk's, as they are now."""
+    """How many times as long parts take as the profile says, of those that have changed; and the tables of the type
+    that was looked at, as they are now."""
 
     changed: Mapping[Binding, float]
     products: tuple[RowsLaw, ...] = ()
-    reads: ReadLaw | None = None
 
     def applied(self, device: Device) -> Device:
-        """The device as it is now: tables of other types have changed as that one did. What running taught of a part
-        that has changed was about another one."""
-        memory, compute = (self.changed.get(part, 1.0) for part in ("memory", "compute"))
+        """The device as it is now: tables of other types have changed as that one did, and a disk with blocks of all
+        sizes as with the largest. What running taught of a part that has changed was about another one."""
+        memory, compute, disk = (self.changed.get(part, 1.0) for part in ("memory", "compute", "disk"))
         kinds = {law.kind for law in self.products}
         moved = device.slowed(memory, compute)
         kept = tuple(law for law in moved.products if law.kind not in kinds)
         forgotten = {part: getattr(Corrections(), part) for part in self.changed}
-        found = replace(
-            moved, products=(*kept, *self.products), corrections=replace(device.corrections, **forgotten)
-        )
-        if self.reads is None:
-            return found
-        return replace(found, reads=self.reads, disk_bytes_per_s=max(self.reads.bytes_per_s))
+        corrections = replace(device.corrections, **forgotten)
+        found = replace(moved, products=(*kept, *self.products), corrections=corrections)
+        return with_faster_disk(found, 1 / disk)
 
     def also_in(self, before: Looked) -> Looked:
         """What an earlier look saw as well: in the same direction, and as far as both did."""
@@ -63,29 +61,45 @@ class Looked(NamedTuple):
             if (times > 1) == (then > 1) and then != 1:
                 changed[part] = min(times, then) if times > 1 else max(times, then)
         tables = self.products if changed.keys() & {"memory", "compute"} else ()
-        return Looked(changed, tables, self.reads if "disk" in changed else None)
+        return Looked(changed, tables)
 
-    def describe(self) -> str:
-        """In words; "" if all is as it was."""
-        said = (f"{part} takes {times:.2g} times as long" for part, times in self.changed.items())
-        return ", ".join(said)
+    def since_measured(self, drift: Mapping[Binding, float]) -> dict[Binding, float]:
+        """What has changed since the machine was measured, if it had drifted so far before: what is about as it was
+        then has not."""
+        both = {
+            part: drift.get(part, 1.0) * self.changed.get(part, 1.0) for part in {**drift, **self.changed}
+        }
+        return {part: times for part, times in both.items() if max(times, 1 / times) > LEAST_CHANGE}
 
 
-def look_again(device: Device, place: Path, kinds: Sequence[str], idle: Callable[[], bool]) -> Looked | None:
-    """What has changed. None where memory is short, where others compute, before or afterwards, and when something is
-    to be done, which is asked for between any two points of a table and any two reads. Of stored types, the first of
-    `kinds` that has tables is looked at: others change about as much, since what changes is memory's speed or the
-    clock's (medians of 14 types, of two profiles: 1.02 to 1.10 times with one row, 1.01 to 1.25 with 256)."""
+def look_again(
+    device: Device,
+    place: Path,
+    kinds: Sequence[str],
+    idle: Callable[[], bool],
+    drift: Mapping[Binding, float] = MappingProxyType({}),
+) -> Looked | None:
+    """What has changed; `drift`: what had before, of the device as it is. None where memory is short, where others
+    compute, before or afterwards, and when something is to be done, which is asked for between any two points of a
+    table and any two reads. Of stored types, the first of `kinds` that has tables is looked at: others change about as
+    much, since what changes is memory's speed or the clock's (medians of 14 types, of two profiles: 1.02 to 1.10 times
+    with one row, 1.01 to 1.25 with 256)."""
     if not enough_is_free() or others_compute(device.threads):
         return None
     try:
-        found = _looked(device, place, kinds, idle)
+        found = _looked(device, place, kinds, idle, drift)
     except Interrupted:
         return None
     return None if others_compute(device.threads) else found
 
 
-def _looked(device: Device, place: Path, kinds: Sequence[str], idle: Callable[[], bool]) -> Looked:
+def _looked(
+    device: Device,
+    place: Path,
+    kinds: Sequence[str],
+    idle: Callable[[], bool],
+    drift: Mapping[Binding, float],
+) -> Looked:
     def going(_: str) -> None:
         if not idle():
             raise Interrupted
@@ -104,11 +118,8 @@ def _looked(device: Device, place: Path, kinds: Sequence[str], idle: Callable[[]
         if changed:
             products = middle(rounds)
     path = _largest(place)
-    if path is None:
-        return Looked(changed, products)
-    if slower := _slower_disk(_disk_times(device, path, going)):
-        reads, _ = read_law(path, going)
-        return Looked(changed | slower, products, reads)
+    if path is not None:
+        changed |= _changed_disk(_disk_times(device, path, going), drift.get("disk", 1.0))
     return Looked(changed, products)
 
 
@@ -121,9 +132,11 @@ def _changed(part: Binding, times: Sequence[float]) -> dict[Binding, float]:
     return {part: usual} if usual > least or usual < 1 / least else {}
 
 
-def _slower_disk(times: Sequence[float]) -> dict[Binding, float]:
-    """As `_changed`. A disk that seems quicker is not believed: what lies behind it may have kept what was read."""
-    return {part: usual for part, usual in _changed("disk", times).items() if usual > 1}
+def _changed_disk(times: Sequence[float], drift: float) -> dict[Binding, float]:
+    """As `_changed`, of a disk that takes `drift` times as long as when it was measured. That it is quicker than then
+    is not believed: what lies behind it may have kept what was read."""
+    changed = {part: max(usual, 1 / drift) for part, usual in _changed("disk", times).items()}
+    return {part: usual for part, usual in changed.items() if usual != 1}
 
 
 def _times(device: Device, law: RowsLaw, point: int) -> float:

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 from msgspec import Struct
 
+from shoal.comm.home import disk_of
 from shoal.daemon.cluster.speed import kernels_key
 from shoal.daemon.errors import DaemonError
+from shoal.partition.throughput.prediction import Binding
 from shoal.partition.throughput.profile import Profile
 
 from .profile_files import parse_profile, profile_text
@@ -30,30 +33,41 @@ class _File(Struct, frozen=True):
     disturbed: bool = False
     brief: bool = False
     looked_s: float = 0.0
-    changed: str = ""
+    drift: dict[Binding, float] = {}
 
 
 @dataclass(frozen=True)
 class Kept:
     """A profile as it is kept. `disturbed`: others computed meanwhile, so it is measured again when they do not.
     `brief`: in some seconds, between requests; whoever needs all of it measures. `looked_s`: when it was measured or
-    looked at again, Unix time; `changed`: what was no longer true then."""
+    looked at again, Unix time; `drift`: how many times as long parts took then as when it was measured, of those that
+    had changed. The profile is as it was then."""
 
     profile: Profile
     disturbed: bool = False
     brief: bool = False
     looked_s: float = 0.0
-    changed: str = ""
+    drift: Mapping[Binding, float] = field(default_factory=dict)
 
     @property
     def settled(self) -> bool:
-        return not (self.disturbed or self.brief)
+        """Whether whoever needs all of it need not measure."""
+        return not (self.disturbed or self.brief or self.drift)
+
+    @property
+    def slower(self) -> bool:
+        """Whether a part takes longer than when it was measured."""
+        return any(times > 1 for times in self.drift.values())
+
+    @property
+    def changed(self) -> str:
+        """The drift in words; "" if all is as it was."""
+        return ", ".join(f"{part} takes {times:.2g} times as long" for part, times in self.drift.items())
 
 
 def profile_key(threads: int, place: Path) -> str:
     """What speed depends on, as text: on so many threads, with the disk that `place` lies on."""
-    nearest = next((path for path in (place, *place.parents) if path.exists()), Path("/"))
-    return f"{FORM} | {kernels_key()} | {os.cpu_count()} | {threads} | {nearest.stat().st_dev}"
+    return f"{FORM} | {kernels_key()} | {os.cpu_count()} | {threads} | {disk_of(place)}"
 
 
 def read_kept(path: Path, key: str) -> Kept | None:
@@ -63,7 +77,7 @@ def read_kept(path: Path, key: str) -> Kept | None:
         if found.key != key:
             return None
         profile = parse_profile(bytes(found.profile), str(path))
-        return Kept(profile, found.disturbed, found.brief, found.looked_s, found.changed)
+        return Kept(profile, found.disturbed, found.brief, found.looked_s, found.drift)
     except (OSError, msgspec.MsgspecError, DaemonError):
         return None
 
@@ -74,7 +88,7 @@ def write_kept(path: Path, key: str, kept: Kept) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_name(path.name + ".new")
-        found = _File(key, text, kept.disturbed, kept.brief, kept.looked_s, kept.changed)
+        found = _File(key, text, kept.disturbed, kept.brief, kept.looked_s, dict(kept.drift))
         fresh.write_bytes(msgspec.json.encode(found))
         fresh.replace(path)
     except OSError as error:

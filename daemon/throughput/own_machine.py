@@ -2,7 +2,7 @@
 how long steps took.
 
 Never holds anybody up: whoever loads a model gets what is known. While nothing is to be done for a while, it measures
-for some ten seconds, or looks whether what was measured long ago still holds, and stops when something comes.
+for some ten seconds, or looks whether what was measured before still holds, and stops when something comes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 RESTED_S = 20.0  # without work, before it is measured
 ATTEMPTS_S = 60.0  # between two attempts, and between two times of writing corrections down
 FAILED_S = 3600.0  # after an attempt that failed: the next one would most likely fail, too
-AGED_S = 24 * 3600.0  # after so long it is looked at again
+AGED_S = 24 * 3600.0  # after so long it is looked at again, as it is once after a daemon has begun …
+SLOWER_S = 3600.0  # … and after so long while it is slower than when it was measured
 CONFIRMING_S = 600.0  # until what has changed is looked at once more: it may have been a busy minute
 MOST_SURPRISE = 2.718  # times as long as predicted, or as short: a step held up is not believed
 
@@ -59,12 +60,13 @@ class OwnMachine:
         self._idle_since_s: float | None = None
         self._next_s = 0.0  # before which nothing is attempted
         self._measuring: threading.Thread | None = None
+        self._looked = False  # whether it was measured or looked at since this began
         self._suspected: Looked | None = None  # what has changed, if that is still so
 
     @classmethod
     def of(cls, home: Home, threads: int, alone: Callable[[], bool] = lambda: True) -> OwnMachine:
-        """The machine as a home knows it, with the disk that its models lie on."""
-        return cls(threads, profile_file(home, threads), home.models, alone)
+        """The machine as a home knows it, with the disk that weights are streamed from."""
+        return cls(threads, profile_file(home, threads), home.streamed, alone)
 
     @property
     def alone(self) -> bool:
@@ -117,10 +119,10 @@ class OwnMachine:
         if now_s - self._idle_since_s < RESTED_S or now_s < self._next_s or self._measuring:
             return
         self._next_s = now_s + ATTEMPTS_S
-        if lacking := self._lacking(kinds()):
-            self._begin(self._measure, idle, lacking)
-        elif self._aged():
+        if self._due():  # before further types are measured, which would be looked at instead of those before
             self._begin(self._look_again, idle, list(kinds()))
+        elif lacking := self._lacking(kinds()):
+            self._begin(self._measure, idle, lacking)
 
     def _begin(
         self,
@@ -141,10 +143,13 @@ class OwnMachine:
         self._measuring = threading.Thread(target=run, name="shoal-measure", daemon=True)
         self._measuring.start()
 
-    def _aged(self) -> bool:
-        """Whether all of it was measured, but long ago."""
-        known = self._known
-        return known is not None and known.settled and abs(time.time() - known.looked_s) > AGED_S
+    def _due(self) -> bool:
+        """Whether what is known is to be looked at again."""
+        known = self._known if self.device.measured else None
+        if known is None:
+            return False
+        age_s = abs(time.time() - known.looked_s)
+        return not self._looked or age_s > (SLOWER_S if known.slower else AGED_S)
 
     def save(self) -> None:
         """Write corrections into the file, unless somebody has written another one meanwhile."""
@@ -170,22 +175,26 @@ class OwnMachine:
         from .brief_profile import measure_briefly
         from .kept_profile import Kept
 
-        before = self._known.profile.head if self._known is not None else None
+        stamp, known = self._stamp, self._known
+        before = known.profile.head if known is not None else None
         found = measure_briefly(self._threads, self._place, kinds, before, idle)
         if found is not None:
+            known = known or Kept(Profile((found,)), brief=True, looked_s=time.time())
             with self._lock:
-                self._take(Kept(Profile((found,)), brief=True))
-                self._unsaved = True
+                if self._stamp != stamp:  # somebody has measured it meanwhile
+                    return
+                self._take(replace(known, profile=_with_head(known.profile, found)))
+                self._looked = self._unsaved = True
             self.save()
 
     def _look_again(self, idle: Callable[[], bool], kinds: list[str]) -> None:
-        """What two looks find changed is taken as it is now; then all is measured anew when somebody wants to know
-        it."""
+        """What two looks find changed is taken as it is now. Until it is about as it was again, all is measured anew
+        when somebody wants to know all of it."""
         from .drift import look_again
 
         device = self.device
-        stamp = self._stamp
-        found = look_again(device, self._place, kinds, idle)
+        stamp, known = self._stamp, self._known
+        found = look_again(device, self._place, kinds, idle, known.drift) if known is not None else None
         if found is None:
             return
         before, self._suspected = self._suspected, None
@@ -194,19 +203,20 @@ class OwnMachine:
         elif found.changed:
             self._suspected, self._next_s = found, time.monotonic() + CONFIRMING_S
             return
-        said = found.describe()
         with self._lock:
             known = self._known
             if known is None or self._stamp != stamp:  # somebody has measured it meanwhile
                 return
             profile = _with_head(known.profile, found.applied(known.profile.head))
-            disturbed = known.disturbed or bool(found.products)
-            self._take(
-                replace(known, profile=profile, disturbed=disturbed, looked_s=time.time(), changed=said)
-            )
-            self._unsaved = True
-        if said:
-            log.warning("this machine has changed since it was measured: %s; shoal profile measures it", said)
+            drift = found.since_measured(known.drift)
+            known = replace(known, profile=profile, drift=drift, looked_s=time.time())
+            self._take(known)
+            self._looked = self._unsaved = True
+        if found.changed and known.changed:
+            said = "this machine has changed since it was measured: %s; shoal profile measures it"
+            log.warning(said, known.changed)
+        elif found.changed:
+            log.info("this machine is again about as it was when it was measured")
         self.save()
 
     def _take(self, known: Kept | None) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import shoal.comm.home
 from shoal import kernels
 from shoal.comm.home import Home
 from shoal.daemon.throughput import (
@@ -22,7 +24,16 @@ from shoal.daemon.throughput import (
 )
 from shoal.daemon.throughput.kept_profile import Kept, profile_key, read_kept, write_kept
 from shoal.daemon.throughput.own_machine import OwnMachine, profile_file
-from shoal.partition.throughput.profile import CORRECTED, Profile, RowsLaw, unmeasured
+from shoal.partition.throughput.prediction import Binding
+from shoal.partition.throughput.profile import (
+    CORRECTED,
+    Device,
+    Profile,
+    ReadLaw,
+    RingLaw,
+    RowsLaw,
+    unmeasured,
+)
 from shoal.partition.throughput.profile_checks import check_profile
 
 PARTS = {"memory": 3.0, "compute": 1.0, "disk": 0.0, "network": 0.0, "overhead": 0.0}
@@ -177,6 +188,23 @@ def aged(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> Kept:
     return Kept(Profile((machine.device,)), looked_s=1.0)
 
 
+@pytest.fixture
+def finding(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[drift.Looked]]:
+    """Has looks find what it is given, the last of it again and again; returns the looks that were made."""
+
+    def finds(*all: dict[Binding, float]) -> list[drift.Looked]:
+        made: list[drift.Looked] = []
+
+        def look(*_: object) -> drift.Looked:
+            made.append(drift.Looked(all[min(len(made), len(all) - 1)]))
+            return made[-1]
+
+        monkeypatch.setattr(drift, "look_again", look)
+        return made
+
+    return finds
+
+
 def slower(laws: tuple[RowsLaw, ...], times: float) -> tuple[RowsLaw, ...]:
     return tuple(replace(law, byte_s=tuple(times * it for it in law.byte_s)) for law in laws)
 
@@ -210,14 +238,112 @@ def test_what_has_changed_since_long_ago_is_taken_as_it_is_now(
     assert kept.read_bytes() == stands
 
 
-def test_what_holds_is_not_looked_at_again_before_a_day_is_over(tmp_path: Path, aged: Kept) -> None:
+KINDS = pytest.mark.parametrize("kind", [{}, {"brief": True}, {"disturbed": True}], ids=str)
+
+
+@KINDS
+def test_what_is_kept_is_looked_at_when_a_daemon_begins_and_when_it_is_old(
+    tmp_path: Path,
+    aged: Kept,
+    kind: dict[str, bool],
+    finding: Callable[..., list[drift.Looked]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However it was measured, and were it an hour ago: since then a laptop may have been throttled."""
     kept, key = tmp_path / "profile.json", profile_key(1, tmp_path)
-    write_kept(kept, key, replace(aged, looked_s=time.time() - 3600))
-    before = kept.read_bytes()
-    machine = OwnMachine(1, kept, tmp_path)
-    assert machine.device.measured
+    write_kept(kept, key, replace(aged, looked_s=time.time() - 3600, **kind))
+    looks = finding({})
+    for begun in (1, 2):
+        machine = OwnMachine(1, kept, tmp_path)
+        for _ in range(3):
+            looked(machine, "Q8_0")
+        assert len(looks) == begun
+    monkeypatch.setattr(own_machine, "AGED_S", 0.0)
     looked(machine, "Q8_0")
-    assert kept.read_bytes() == before
+    assert len(looks) == 3
+
+
+@KINDS
+def test_a_machine_that_became_slower_becomes_quick_again(
+    tmp_path: Path,
+    aged: Kept,
+    kind: dict[str, bool],
+    finding: Callable[..., list[drift.Looked]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is looked at sooner than in a day, and not all the time."""
+    kept, key, was = tmp_path / "profile.json", profile_key(1, tmp_path), aged.profile.head
+    write_kept(kept, key, replace(aged, **kind))
+    looks = finding({"memory": 2.0, "compute": 4.0})
+    machine = OwnMachine(1, kept, tmp_path)
+    for _ in range(4):
+        looked(machine, "Q8_0")
+    assert len(looks) == 2
+    assert machine.device.memory_bytes_per_s == was.memory_bytes_per_s / 2
+    found = read_kept(kept, key)
+    assert found is not None
+    assert found.drift == {"memory": 2.0, "compute": 4.0}
+    assert not found.settled
+    looks = finding({})
+    write_kept(kept, key, replace(found, looked_s=time.time() - own_machine.SLOWER_S - 1))
+    for _ in range(3):
+        looked(machine, "Q8_0")
+    assert len(looks) == 1
+    found = read_kept(kept, key)
+    assert found is not None
+    assert "memory takes 2 times" in found.changed, "it is as slow as it was, not as it was measured"
+    looks = finding({"memory": 0.5, "compute": 0.25})
+    write_kept(kept, key, replace(found, looked_s=time.time() - own_machine.SLOWER_S - 1))
+    for _ in range(4):
+        looked(machine, "Q8_0")
+    assert len(looks) == 2
+    assert machine.device.products[0].byte_s == pytest.approx(was.products[0].byte_s)
+    assert machine.device.memory_bytes_per_s == was.memory_bytes_per_s
+    found = read_kept(kept, key)
+    assert found is not None
+    assert (found.drift, found.settled) == ({}, not kind)
+    assert not found.slower
+
+
+def test_further_types_do_not_make_what_is_known_younger(tmp_path: Path, aged: Kept) -> None:
+    kept, key = tmp_path / "profile.json", profile_key(1, tmp_path)
+    looked_s = time.time() - 60
+    write_kept(kept, key, replace(aged, brief=True, looked_s=looked_s, drift={"disk": 2.0}))
+    machine = OwnMachine(1, kept, tmp_path)
+    machine._looked = True
+    looked(machine, "F32")
+    found = read_kept(kept, key)
+    assert found is not None
+    assert {law.kind for law in found.profile.head.products} == {"Q8_0", "F32"}
+    assert (found.looked_s, found.drift) == (looked_s, {"disk": 2.0})
+
+
+def test_what_was_measured_just_now_is_not_looked_at(
+    tmp_path: Path, quick: None, finding: Callable[..., list[drift.Looked]]
+) -> None:
+    machine, looks = OwnMachine(1, tmp_path / "profile.json", tmp_path), finding({})
+    for kinds in (("Q8_0",), ("Q8_0", "F32"), ("Q8_0", "F32")):
+        looked(machine, *kinds)
+    assert {law.kind for law in machine.device.products} == {"Q8_0", "F32"}
+    assert not looks
+
+
+def test_a_profile_that_somebody_wrote_while_this_measured_stays(
+    tmp_path: Path, aged: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, key = tmp_path / "profile.json", profile_key(1, tmp_path)
+    kept.unlink()
+    machine = OwnMachine(1, kept, tmp_path)
+
+    def measured(*_: object) -> Device:
+        write_kept(kept, key, aged)
+        assert machine.device == aged.profile.head  # somebody has asked
+        return unmeasured(1)
+
+    monkeypatch.setattr(brief_profile, "measure_briefly", measured)
+    looked(machine, "Q8_0")
+    assert read_kept(kept, key) == aged
+    assert machine.device == aged.profile.head
 
 
 def test_looking_again_stops_when_something_comes(tmp_path: Path, aged: Kept) -> None:
@@ -316,10 +442,21 @@ def test_rounds_that_differ_as_much_tell_nothing() -> None:
 
 
 def test_a_disk_that_seems_quicker_is_not_believed_and_a_slower_one_is() -> None:
-    """What lies behind a disk may have kept what was read lately."""
-    assert drift._slower_disk([1.5, 1.5, 1.5]) == {"disk": 1.5}
-    assert drift._slower_disk([0.5, 0.5, 0.5]) == {}
-    assert drift._slower_disk([]) == {}
+    """What lies behind a disk may have kept what was read lately. One that had become slower may be as it was."""
+    assert drift._changed_disk([1.5, 1.5, 1.5], 1.0) == {"disk": 1.5}
+    assert drift._changed_disk([0.5, 0.5, 0.5], 1.0) == {}
+    assert drift._changed_disk([], 1.0) == {}
+    assert drift._changed_disk([0.8, 0.8, 0.8], 2.0) == {"disk": 0.8}
+    assert drift._changed_disk([0.3, 0.3, 0.3], 2.0) == {"disk": 0.5}
+
+
+def test_a_disk_has_changed_for_all_blocks_and_rings() -> None:
+    reads = ReadLaw((1, 2), (1e9, 2e9), RingLaw((3,), (3e9,)))
+    device = replace(unmeasured(1, 1e9), disk_bytes_per_s=2e9, reads=reads)
+    slow = drift.Looked({"disk": 2.0}).applied(device)
+    assert slow.reads == ReadLaw((1, 2), (0.5e9, 1e9), RingLaw((3,), (1.5e9,)))
+    assert slow.disk_bytes_per_s == 1e9
+    assert drift.Looked({"disk": 0.5}).applied(slow) == device
 
 
 def test_tables_that_were_not_looked_at_have_changed_as_much() -> None:
@@ -368,3 +505,14 @@ def test_an_attempt_that_failed_is_not_made_again_soon(
     for _ in range(2):
         looked(machine, "Q8_0")
     assert caplog.text.count("could not be measured") == 3
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_disk_that_counts_is_the_one_of_packs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apart: bool
+) -> None:
+    """All that streams comes from packs. On the same disk, models are there to be read before any pack is."""
+    home = Home(tmp_path)
+    disks = {home.packs: 1, home.models: 2 if apart else 1}
+    monkeypatch.setattr(shoal.comm.home, "disk_of", disks.get)
+    assert OwnMachine.of(home, 1)._place == (home.packs if apart else home.models)
