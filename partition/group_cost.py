@@ -102,6 +102,20 @@ class _Steps(NamedTuple):
     disk_s: float
 
 
+def first_token_s(
+    tokens: int, chunk: int, step_s: Callable[[int, float], float], next_s: Callable[[int, float], float]
+) -> float:
+    """Of a prompt of so many tokens, read by `chunk`. `next_s`: what a step takes that follows another one of its
+    prompt."""
+    whole, rest = divmod(tokens, chunk)
+    steps = [(chunk, whole, whole * chunk / 2), (rest, 1 if rest else 0, whole * chunk + rest / 2)]
+    (rows, count, context), *others = [step for step in steps if step[1]]
+    seconds = step_s(rows, context)
+    if count > 1:
+        seconds += (count - 1) * next_s(rows, context)
+    return seconds + sum(count * next_s(rows, context) for rows, count, context in others)
+
+
 class Cost:
     """Predicts for one model and what it is wanted for."""
 
@@ -116,7 +130,7 @@ class Cost:
 
     def tensor(self, parts: Sequence[Placement], network: Network, means: Sequence[Means]) -> Figures:
         """Every layer is divided among these ranks. `means`: how several ranks can make sums."""
-        return self._divided(self._chunk(parts), self._together(parts, network, means))
+        return self._divided(self.chunk(parts), self.together(parts, network, means))
 
     def assisted(
         self,
@@ -132,8 +146,8 @@ class Cost:
         faster together, or the head streams."""
         if any(part.held.streams for part in alone):
             return None
-        chunk = self._chunk(parts)
-        together, by_itself = self._together(parts, network, means), self._together(alone, network, ())
+        chunk = self.chunk(parts)
+        together, by_itself = self.together(parts, network, means), self.together(alone, network, ())
 
         def gain_s(rows: int) -> float:
             return by_itself.step_s(rows, 0.0) - error * together.step_s(rows, 0.0)
@@ -233,13 +247,14 @@ class Cost:
             return max(*chains, disk)
 
         hops_s = sum(network.hop_s(*pair, width) or 0.0 for pair in ring)
-        return self._figures(self._chunk(parts), step_s, next_s)._replace(network_s=hops_s)
+        return self._figures(self.chunk(parts), step_s, next_s)._replace(network_s=hops_s)
 
-    def _together(self, parts: Sequence[Placement], network: Network, means: Sequence[Means]) -> _Steps:
+    def together(self, parts: Sequence[Placement], network: Network, means: Sequence[Means]) -> _Steps:
+        """What steps take that these ranks compute together."""
         return self._steps(
             network,
             means,
-            self._chunk(parts),
+            self.chunk(parts),
             lambda rows, context: self._compute_s(parts, rows, context),
             self._laws_of(parts[0].machine).fixed(parts[0].portion.heads),
             max((it.portion.vocab for it in parts[1:]), default=0.0),
@@ -295,7 +310,7 @@ class Cost:
         calls_s = fixed.layer_s * len(layers) + fixed.mixture_s * sum(layer.moe for layer in layers)
         return calls_s + rows * fixed.token_s
 
-    def _chunk(self, parts: Sequence[Placement]) -> int:
+    def chunk(self, parts: Sequence[Placement]) -> int:
         """Tokens of a prompt in one step. Steps get longer where weights stream, as far as everybody's memory goes."""
         if not any(part.held.streams for part in parts):
             return self._wanted.chunk_tokens
@@ -309,20 +324,10 @@ class Cost:
         decode: Means | None = None,
         prompt: Means | None = None,
     ) -> Figures:
-        """`next_s`: what a step takes that follows another one of its prompt."""
-
-        def first_token_s(tokens: int) -> float:
-            whole, rest = divmod(tokens, chunk)
-            steps = [(chunk, whole, whole * chunk / 2), (rest, 1 if rest else 0, whole * chunk + rest / 2)]
-            (rows, count, context), *others = [step for step in steps if step[1]]
-            seconds = step_s(rows, context)
-            if count > 1:
-                seconds += (count - 1) * next_s(rows, context)
-            return seconds + sum(count * next_s(rows, context) for rows, count, context in others)
-
+        """`next_s`: see `first_token_s`."""
         workload = self._workload
         token_s = step_s(1, min(workload.context_tokens, self._wanted.context_tokens))
-        usual, *others = (first_token_s(tokens) for tokens in self.prompts)
+        usual, *others = (first_token_s(tokens, chunk, step_s, next_s) for tokens in self.prompts)
         total_s = usual + workload.answer_tokens * token_s
         return Figures(token_s, (usual, *others), total_s, decode, prompt, chunk)
 

@@ -37,6 +37,11 @@ class RankLaws:
         self._known: dict[tuple[object, ...], float] = {}
         self._rounds: dict[float, Device] = {}
 
+    @property
+    def device(self) -> Device:
+        """Whose laws these are."""
+        return self._device
+
     def fixed(self, share: float) -> FixedCosts:
         """See `PartLaws`."""
         own, spec = self._device.overheads, self._model.spec

@@ -107,7 +107,7 @@ class _Passing:
         parts["disk"] = found.disk_s if self._read_bytes else 0.0
         others_s = max(found.weights_s, found.device_s, found.host_s)
         stall_s = max(0.0, found.step_s - others_s) if self._read_bytes else 0.0
-        return StepTime(found.step_s, stall_s, parts)
+        return StepTime(found.step_s, stall_s, parts, {"compute": found.device_s})
 
     @cached_property
     def _read_bytes(self) -> int:
