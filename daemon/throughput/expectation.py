@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from shoal.engine.sequence import Sequence
 from shoal.partition.amounts import counted
-from shoal.partition.group_steps import GroupSteps
+from shoal.partition.group_cuts import GroupSteps
 from shoal.partition.memory_layout import PAGE_TOKENS
 from shoal.partition.plan import Plan
 from shoal.partition.throughput.alone import usual_job

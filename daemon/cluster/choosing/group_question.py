@@ -18,7 +18,7 @@ from shoal.daemon.throughput.expectation import Together
 from shoal.models.checkpoint.checkpoint import Checkpoint
 from shoal.offload.pack.layout import grains_of
 from shoal.partition.group_choice import Choice, Split
-from shoal.partition.group_steps import group_steps
+from shoal.partition.group_cuts import group_steps
 from shoal.partition.machines import Links, LinkSpeed, Machine, link_between
 from shoal.partition.plan import Plan, Wanted, plan_in_ram
 from shoal.partition.slicing import Grains

@@ -25,7 +25,7 @@ from shoal.daemon.throughput.own_machine import OwnMachine, profile_file
 from shoal.partition.throughput.profile import CORRECTED, Profile, RowsLaw, unmeasured
 from shoal.partition.throughput.profile_checks import check_profile
 
-PARTS = {"memory": 3.0, "compute": 1.0, "disk": 0.0, "network": 0.0, "overhead": 0.0}
+PARTS = {"memory": 3.0, "compute": 1.0, "disk": 0.0, "link": 0.0, "overhead": 0.0}
 
 
 @pytest.fixture
