@@ -39,7 +39,7 @@ from shoal.partition.throughput.placing.rooms import accelerator
 from .budgeting import Shortfall, disk_buffer_bytes, plan_within_budget, require_plan
 from .device_rooms import device_asked_for, device_room, let_be, require_whole
 from .grouping import FormedGroup, Grouping, OwnShare, Seated, Unseated
-from .kept_uses import KeptUses
+from .kept_uses import KeptUses, with_chances
 from .stores import open_store
 
 
@@ -87,7 +87,11 @@ class Runnable:
         tight, device = bounded(config.memory_bytes), machine.device
         with ExitStack() as undo, open_checkpoint(path) as checkpoint:
             extra_bytes = disk_buffer_bytes(checkpoint, config)
-            model = weighed(checkpoint, config.quant)
+            model, uses, used = weighed(checkpoint, config.quant), None, NONE_YET
+            if machine.home is not None and checkpoint.spec.moe is not None:
+                uses = KeptUses(machine.home.experts, checkpoint, config.quant)
+                used = uses.read()
+                model = with_chances(model, used)
             room, trouble = device_room(device_asked_for(config, grouping), budget, model, machine)
             if room is not None:
                 grouping = None  # a device belongs to no group, and for others none was looked for
@@ -129,9 +133,8 @@ class Runnable:
                 peak_bytes += besides.plan.peak_bytes if besides is not None else 0
             else:
                 plan = require_plan(found, name)
-                if machine.home is not None and (splits_experts(plan) or plan.expert_slots):
-                    kept_uses = KeptUses(machine.home.experts, checkpoint, config.quant)
-                    counts = kept_uses.read()
+                if uses is not None and (splits_experts(plan) or plan.expert_slots):
+                    kept_uses, counts = uses, used
                     plan = with_used_experts(plan, counts)
                 peak_bytes = plan.peak_bytes + extra_bytes + tokenizer.nbytes
             if room is not None and not plan.device:

@@ -18,9 +18,9 @@ from .laws import (
     LEASE_CALLS,
     attention,
     block_bytes_per_s,
-    distinct_experts,
     products,
     ring_bytes_per_s,
+    used_experts,
 )
 from .profile import Device
 from .schedule import Experts, expert_waits, guessed_right, ring_s
@@ -68,7 +68,7 @@ class RankLaws:
             for kind, layers in kinds.items():
                 one_s = products(device, (*kind.attention, *kind.dense), rows).seconds
                 if kind.expert and moe is not None:
-                    used = distinct_experts(moe.experts, moe.active, rows, self._distinct)
+                    used = used_experts(self._model, rows, self._distinct)
                     one_s += used * products(device, kind.expert, rows * moe.active / used).seconds
                 seconds += layers * one_s
             self._known[key] = seconds / len(self._model.spec.layers)
@@ -139,7 +139,7 @@ class RankLaws:
         spec = self._model.spec
         assert spec.moe is not None
         kind = next(kind for kind in self._model.layer_kinds if kind.expert)
-        used = distinct_experts(spec.moe.experts, spec.moe.active, rows, self._distinct)
+        used = used_experts(self._model, rows, self._distinct)
         right = guessed_right(used, spec.moe.experts)
         nbytes = sum(it.nbytes for it in kind.expert)
         if portion.whole_experts:
@@ -171,7 +171,7 @@ class RankLaws:
         routers = tuple(it for it in dense if it.rows == moe.experts)
         shared = tuple(it for it in dense if it.rows != moe.experts)
         seconds = self._products_s(routers, 1.0, rows) + self._products_s(shared, portion.shared_ffn, rows)
-        used = distinct_experts(moe.experts, moe.active, rows, self._distinct)
+        used = used_experts(self._model, rows, self._distinct)
         each = max(1.0, rows * moe.active / used)
         if portion.whole_experts:
             return seconds + used * crowd * portion.experts * self._products_s(expert, 1.0, each)

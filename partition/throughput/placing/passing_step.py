@@ -18,12 +18,12 @@ from ..laws import (
     Rows,
     as_it_ran,
     attention,
-    distinct_experts,
     embedded_s,
     passing_bytes_per_s,
     product,
     products,
     ring_bytes_per_s,
+    used_experts,
 )
 from ..prediction import Binding
 from ..profile import Accelerator, Device
@@ -278,7 +278,7 @@ class _Passing:
         """How many experts of a layer are used, and for how many rows each."""
         moe = self._model.spec.moe
         assert moe is not None
-        used = distinct_experts(moe.experts, moe.active, rows, self._share)
+        used = used_experts(self._model, rows, self._share)
         return used, max(1.0, rows * moe.active / used)
 
     def _carried_s(self, numbers: float) -> float:
