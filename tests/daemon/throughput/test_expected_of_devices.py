@@ -19,6 +19,7 @@ from shoal.daemon.node import Node
 from shoal.daemon.throughput import expectation, fixed_costs
 from shoal.daemon.throughput.own_machine import OwnMachine, profile_file
 from shoal.devices import opening, sim_device
+from shoal.partition.throughput.cost import Took
 from shoal.partition.throughput.placing import staging_worth
 from shoal.partition.throughput.profile import Corrections, unmeasured
 
@@ -85,24 +86,15 @@ def test_a_device_that_nobody_tried_is_not(
     assert "predicted" not in caplog.text
 
 
-def test_it_is_predicted_as_the_device_and_not_as_the_processor(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """First steps are thought to take that, too."""
-    predicted, seeds = [], []
-    for slower in (1.0, 100.0):
-        monkeypatch.setattr(sim_device, "LAUNCH_S", slower * 1e-4)
-        opening._opened.clear()
-        with Node(replace(CONFIG, device="auto"), machine=machine(tmp_path / str(slower))) as node:
-            node.load(Load(model=str(path)))
-            (model,) = node._models
-            if not model.plan.device:
-                continue
-            usual = model.main.expectation.usual
-            assert usual is not None
-            predicted.append(usual.token_s)
-            seeds.append(model.engine.scheduler.speeds.cost.seconds(1))
-    assert seeds == pytest.approx(predicted, rel=0.5)
+def test_first_steps_are_thought_to_take_what_the_device_does(path: Path, tmp_path: Path) -> None:
+    """And not what the processor would."""
+    with Node(replace(CONFIG, device="auto"), machine=machine(tmp_path)) as node:
+        node.load(Load(model=str(path)))
+        (model,) = node._models
+        took = model.main.expectation._step(64, model.plan.context_tokens // 2)
+        assert sum(took.away.values()) > 0
+        assert took.parts["link"] > 0
+        assert model.engine.scheduler.speeds.cost.seconds(64) == pytest.approx(took.seconds)
 
 
 def test_only_what_the_machine_itself_takes_is_learnt(
@@ -115,7 +107,16 @@ def test_only_what_the_machine_itself_takes_is_learnt(
     monkeypatch.setattr(expectation, "TELLING_STEPS", 1)
     with Node(replace(CONFIG, device="auto"), machine=machine(tmp_path)) as node:
         answered(node, path)
+        (model,) = node._models
     parts, _, others_s = taught[-1]
     assert "link" in parts
     assert parts["link"] > 0
     assert others_s > 0
+    taught.clear()
+    took = Took(1.0, {"compute": 0.9, "link": 0.1}, {"compute": 0.9})
+    for measured_s in (0.95, 1.0, 1.05, 2.0):
+        model.main.expectation._correct(took, measured_s)
+    assert [it[0] for it in taught] == [{"compute": 0.0, "link": pytest.approx(0.1)}] * 4
+    times = [it[1] for it in taught]
+    assert times[:3] == [1.0, 1.0, 1.0], "its laws may be off by so much"
+    assert 1.5 < times[3] < 2
