@@ -121,11 +121,10 @@ def _words(found: Outlook) -> Table:
         rows.add_row("a token", f"about {found.step_s:.2g} s alone: {read}" if found.step_s else read)
     if found.device:
         rows.add_row(found.device, f"{format_bytes(found.device_bytes)} of its memory, with scratch")
-        rows.add_row("speed", found.why or f"not predicted: nothing is known of how fast {found.device} is")
-    else:
-        rows.add_row("speed", _speed(found))
-        if found.why:
-            rows.add_row("devices", found.why)
+    unknown = f"not predicted: nothing is known of how fast {found.device} is"
+    rows.add_row("speed", _speed(found) if found.tokens_per_s else unknown)
+    if found.why:
+        rows.add_row("devices", found.why)
     if found.trouble:
         rows.add_row("trouble", found.trouble)
     if found.pack_bytes:

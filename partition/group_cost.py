@@ -112,7 +112,7 @@ class Cost:
 
     def tensor(self, parts: Sequence[Placement], network: Network, means: Sequence[Means]) -> Figures:
         """Every layer is divided among these ranks. `means`: how several ranks can make sums."""
-        return self._divided(self._chunk(parts), self._together(parts, network, means))
+        return self._divided(self.chunk(parts), self.together(parts, network, means))
 
     def assisted(
         self,
@@ -128,8 +128,8 @@ class Cost:
         times as long as predicted. None if the longest step is no faster together, or the head streams."""
         if any(part.held.streams for part in alone):
             return None
-        chunk = self._chunk(parts)
-        together, by_itself = self._together(parts, network, means), self._together(alone, network, ())
+        chunk = self.chunk(parts)
+        together, by_itself = self.together(parts, network, means), self.together(alone, network, ())
 
         def gain_s(rows: int) -> float:
             step = StepRows(rows, 0.0)
@@ -241,13 +241,14 @@ class Cost:
             )
             return max(each)
 
-        return self._figures(self._chunk(parts), took, following)
+        return self._figures(self.chunk(parts), took, following)
 
-    def _together(self, parts: Sequence[Placement], network: Network, means: Sequence[Means]) -> _Steps:
+    def together(self, parts: Sequence[Placement], network: Network, means: Sequence[Means]) -> _Steps:
+        """What steps take that these ranks compute together."""
         return self._steps(
             network,
             means,
-            self._chunk(parts),
+            self.chunk(parts),
             lambda step: self._compute_s(parts, step),
             self._laws_of(parts[0].machine).fixed(parts[0].portion.heads),
             max((it.portion.vocab for it in parts[1:]), default=0.0),
@@ -322,11 +323,24 @@ class Cost:
         calls_s = fixed.layer_s * len(layers) + fixed.mixture_s * sum(layer.moe for layer in layers)
         return calls_s + rows * fixed.token_s
 
-    def _chunk(self, parts: Sequence[Placement]) -> int:
+    def chunk(self, parts: Sequence[Placement]) -> int:
         """Tokens of a prompt in one step. Steps get longer where weights stream, as far as everybody's memory goes."""
         if not any(part.held.streams for part in parts):
             return self._wanted.chunk_tokens
         return min(part.held.chunk_tokens for part in parts)
+
+    def reading(
+        self,
+        tokens: int,
+        chunk: int,
+        took: Callable[[StepRows], StepTook],
+        following: Callable[[StepRows], StepTook],
+    ) -> StepTook:
+        """All steps that read prompts of so many tokens by `chunk`. `following`: what a step takes that follows another
+        one of its prompt."""
+        (count, step), *others = self._workload.prompts(tokens, chunk)
+        further = ((many, following(it)) for many, it in ((count - 1, step), *others) if many)
+        return StepTook.together([(1, took(step)), *further])
 
     def _figures(
         self,
@@ -336,19 +350,10 @@ class Cost:
         decode: Means | None = None,
         prompt: Means | None = None,
     ) -> Figures:
-        """`following`: what a step takes that follows another one of its prompt."""
-
-        def reading(tokens: int) -> StepTook:
-            (count, step), *others = self._workload.prompts(tokens, chunk)
-            steps = [
-                (1, took(step)),
-                *((many, following(it)) for many, it in ((count - 1, step), *others) if many),
-            ]
-            return StepTook.together(steps)
-
+        """`following`: see `reading`."""
         workload, step = self._workload, took(self._decoding)
         token_s = step.seconds / workload.step_tokens
-        prompts = [reading(tokens) for tokens in self.prompts]
+        prompts = [self.reading(tokens, chunk, took, following) for tokens in self.prompts]
         first_s = tuple(it.seconds for it in prompts)
         total_s = first_s[0] + workload.answer_tokens * token_s
         return Figures(token_s, first_s, total_s, decode, prompt, chunk, step=step, prompts=prompts[0])

@@ -1,4 +1,5 @@
-"""How a model may be cut for the machines of one group: every layer divided, or the layers dealt out.
+"""How a model may be cut for the machines of one group: every layer divided, or the layers dealt out; and what steps
+take with a cut that was chosen.
 
 Shares are first what would make all machines ready at once, then what can really be cut (`slicing`), then changed a
 little where a part does not fit.
@@ -6,19 +7,22 @@ little where a part does not fit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 from typing import NamedTuple
 
 from .amounts import format_bytes
 from .errors import ShardError
-from .group_cost import Placement
-from .machines import Machine
+from .group_choice import Choice
+from .group_cost import Cost, Placement
+from .machines import Links, Machine, StepRows, Workload
 from .plan import Wanted
 from .rank_plans import Fit
 from .rank_sizes import Held, Memory, Portion, Sizes
 from .shares import level, level_by
 from .slicing import CutOfExperts, Grains, divide
+from .spec import BlockId
+from .sum_cost import Means, Network
 
 _REPAIRS = 3  # times shares are changed because a part does not fit
 _GRAIN = 256  # shares are whole numbers of about this sum
@@ -244,3 +248,53 @@ def _rounded(shares: Sequence[float]) -> tuple[float, ...]:
     """Shares as whole numbers, so that nearly equal ones are equal and dividing by them is quick."""
     whole = sum(shares)
     return tuple(max(1, round(_GRAIN * share / whole)) for share in shares)
+
+
+class GroupSteps(NamedTuple):
+    """`answer_s`: seconds of a step, by its rows and by the tokens before them; `prompt_s`: until the first token, by
+    the tokens of a prompt that all machines read."""
+
+    answer_s: Callable[[int, float], float]
+    prompt_s: Callable[[int], float]
+
+
+def group_steps(
+    choice: Choice,
+    wanted: Wanted,
+    block_bytes: Mapping[BlockId, int],
+    machines: Sequence[Machine],
+    links: Links,
+    means: Sequence[Means],
+    grains: Grains,
+    *,
+    may_cut_vocabulary: bool,
+    workload: Workload = Workload(),  # noqa: B008 it is frozen
+) -> GroupSteps | None:
+    """Of what `choose` chose with the same arguments: usual requests take what its figures say, with what was measured
+    of these machines. None if its cut cannot be made any more."""
+    sizes, places = Sizes.of(wanted.spec, block_bytes), [rank.place for rank in choice.ranks]
+    memory, cost = Memory(wanted, sizes), Cost(wanted, sizes, workload)
+    cuts = Cuts(wanted, sizes, memory, grains, may_cut_vocabulary=may_cut_vocabulary)
+    its, beside = [machines[place] for place in places], choice.split == "prompts"
+    parts = cuts.as_before(
+        memory.beside(its) if beside else its, choice.shares, choice.experts, beside=beside
+    )
+    network = Network(machines, links, places)
+    if not parts:
+        return None
+    able = [it for it in means if network.can(it.topology)]
+    took, chunk = cost.together(parts, network, able).took, cost.chunk(parts)
+
+    def step_s(rows: int, context: float) -> float:
+        return took(StepRows(rows, context, logits=rows)).seconds
+
+    def first_s(tokens: int) -> float:
+        return cost.reading(tokens, chunk, took, took).seconds
+
+    usual = min(workload.context_tokens, wanted.context_tokens)
+    answers = choice.figures.token_s / step_s(1, usual)
+    prompts = choice.figures.first_token_s[0] / first_s(cost.prompts[0])
+    return GroupSteps(
+        lambda rows, before: answers * step_s(rows, before + rows / 2),
+        lambda tokens: prompts * first_s(tokens),
+    )

@@ -69,7 +69,8 @@ class ExpertTimes(NamedTuple):
 class DeviceRoom(NamedTuple):
     """Memory of a device: what is free of it, what its kernels need for themselves, whether their attention copies K
     and V of a text and has all scores of a part of it, and all of it. `expert`: what one of a mixture takes there, if
-    that was tried. `laws`: how fast it is, if nobody insists on it and the processor alone may be faster."""
+    that was tried. `laws`: how fast it is, where that is known; `optional`: they are, and nobody insists on it, as the
+    processor alone may be faster."""
 
     name: str
     free_bytes: int
@@ -78,6 +79,7 @@ class DeviceRoom(NamedTuple):
     limit_bytes: int
     expert: ExpertTimes | None = None
     laws: Accelerator | None = None
+    optional: bool = False
 
 
 class ModelBytes(NamedTuple):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from itertools import combinations, product
+from itertools import product
 from typing import NamedTuple, Protocol
 
 from shoal import kernels
@@ -18,25 +18,25 @@ from shoal.daemon.error_codes import refusing
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library.kv_files import fingerprint, group_fingerprint
 from shoal.daemon.loading.grouping import FormedGroup, Judgement, OwnShare, Seated, Unseated
-from shoal.daemon.loading.planning import wanted_of
 from shoal.daemon.memory import bounded
+from shoal.daemon.throughput.expectation import Together
 from shoal.daemon.throughput.model_sizes import weighed
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shoal.models.checkpoint.shard import CheckpointShard
-from shoal.offload.pack.layout import grains_of
 from shoal.offload.pack.manifest import Quant
 from shoal.partition.amounts import format_bytes
 from shoal.partition.group_choice import Choice, KeptCuts, NoGroup, Places, Split
 from shoal.partition.group_search import choose
 from shoal.partition.machines import Links, LinkSpeed, Machine
-from shoal.partition.plan import Plan, Wanted, plan_in_ram
+from shoal.partition.plan import Plan, Wanted
 from shoal.partition.slicing import Grains, Shard
 from shoal.partition.spec import BlockId
 from shoal.partition.sum_cost import Means, Network, Topology
 from shoal.partition.throughput.profile import Device
 from shoal.partition.throughput.weights_of import Weighed
 
-from .choosing.known_machines import known_machines, possible_splits, possible_topologies
+from .choosing.group_question import Question, question
+from .choosing.known_machines import known_machines, possible_topologies
 from .choosing.measured_groups import MeasuredGroups
 from .choosing.planned_cut import PlannedCut, TooTight, planned_cut
 from .group import Group, Seat, SendsWeights, Settle
@@ -125,8 +125,9 @@ class Forming:
         group = self._group(name, checkpoint, config, made)
         group.begin()
         if made.share is None:
-            return Seated(made.parts[0], made.plans[0], group, made.why)
-        return Seated(checkpoint, made.plans[0], group, made.why, OwnShare(made.parts[0], made.share))
+            return Seated(made.parts[0], made.plans[0], group, made.why, together=made.together)
+        share = OwnShare(made.parts[0], made.share)
+        return Seated(checkpoint, made.plans[0], group, made.why, share, made.together)
 
     def prepare(self, name: str, checkpoint: Checkpoint, config: NodeConfig, free_bytes: int) -> None:
         made = self._seating(name, checkpoint, config, free_bytes)
@@ -202,7 +203,11 @@ class Forming:
         if len(choice.ranks) == 1:
             return Unseated(choice.describe())
         cut = self._best_cut(checkpoint, config, choice, members, rooms)
-        return self._planned(name, _model_key(checkpoint, config), config, members, cut)
+        made = self._planned(name, _model_key(checkpoint, config), config, members, cut)
+        if isinstance(made, Unseated):
+            return made
+        expected = self._question(checkpoint, config, members, rooms).expected(cut.choice)
+        return made._replace(together=expected)
 
     def better(
         self,
@@ -237,32 +242,28 @@ class Forming:
     ) -> Choice | NoGroup:
         """`rooms`: bytes of memory, this machine's first. `steady`: the last cut, if it is nearly as good."""
         model, there = _model_key(checkpoint, config), [member.fingerprint for member in members]
-        found = weighed(checkpoint, config.quant)
-        machines = self._machines(config, members, rooms, found)
-        links = {(0, place): member.link for place, member in enumerate(members, 1)}
-        for (one, near), (other, far) in combinations(enumerate(members, 1), 2):
-            if (link := self._roster.pairs.between(near, far)) is not None:
-                links[one, other] = link
-        sizes = found.extents
-        grains = grains_of(checkpoint, config.quant)
-        # If no context was asked for, a shorter one may keep it in memory alone: that is what groups are compared with.
-        contexts = wanted_of(checkpoint.spec, config)
-        resident = (it for it in contexts if isinstance(plan_in_ram(it, sizes, memory_bytes=rooms[0]), Plan))
-        wanted = next(resident, contexts[0])
+        asked = self._question(checkpoint, config, members, rooms)
         return self._choosing(
-            wanted,
-            sizes,
-            machines,
-            links,
-            grains=grains,
-            splits=possible_splits(members),
-            topologies=possible_topologies(members),
-            wires=config.wires,
-            may_cut_vocabulary=all(member.divides_vocabulary for member in members),
+            asked.wanted,
+            asked.model.extents,
+            asked.machines,
+            asked.links,
+            grains=asked.grains,
+            splits=asked.splits,
+            topologies=asked.topologies,
+            wires=asked.wires,
+            may_cut_vocabulary=asked.may_cut_vocabulary,
             ranks=config.ranks,
             kept=self._steady.cuts(model, there) if steady else KeptCuts(),
             measured=self._measured_at(model, there),
         )
+
+    def _question(
+        self, checkpoint: Checkpoint, config: NodeConfig, members: Sequence[Member], rooms: Sequence[int]
+    ) -> Question:
+        model = weighed(checkpoint, config.quant)
+        machines = self._machines(config, members, rooms, model)
+        return question(checkpoint, config, model, machines, members, self._roster.pairs.between)
 
     def _speeds(self, members: Sequence[Member]) -> Mapping[str, NodeSpeed]:
         """Those that count, by fingerprint; this machine's is ''."""
@@ -368,6 +369,7 @@ class _Seating(NamedTuple):
     plans: Sequence[Plan]
     why: str
     share: Plan | None = None  # of this machine, if the first of the plans is that of the whole model
+    together: Together | None = None
 
 
 def _differs(choice: Choice, group: FormedGroup | None) -> bool:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from math import inf
 from pathlib import Path
 
 from shoal.daemon.config import NodeConfig
@@ -265,7 +266,7 @@ class Assembly:
             group.kv_heads,
             min(plan.kv.pages for plan in group.plans),
             disk,
-            main.expectation.step_curve(),
+            main.expectation.step_curve() or (lambda rows: inf),
             group.blame,
         )
 

@@ -59,8 +59,8 @@ def device_room(
 ) -> Chosen:
     """The room on a device for a model. Of models that may go, `idle_bytes` on it count as free. A device that was lost
     is done without. With `auto` it is that of the first card that there is, if that can be used, and has laws, by which
-    it is judged whether the processor alone would be quicker; `laws`: so has one that was named. Raises DaemonError
-    `unsupported` when one that was named cannot be used.
+    it is judged whether the processor alone would be quicker; `laws`: so has one that was named, which otherwise has
+    them if they are kept. Raises DaemonError `unsupported` when one that was named cannot be used.
     """
     auto = device == AUTO
     laws = laws or auto
@@ -102,7 +102,7 @@ def device_room(
         return Chosen(None, lacks)
     room = home.room(free_bytes + idle_bytes)
     trouble = "; ".join(filter(None, troubles))
-    return Chosen(room._replace(expert=figures.expert, laws=figures.laws if laws else None), trouble)
+    return Chosen(room._replace(expert=figures.expert, laws=figures.laws, optional=auto), trouble)
 
 
 def let_idle_be(budget: Budget) -> None:

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.progress import Progress
+from shoal.daemon.throughput.expectation import Together
 from shoal.engine.collective import Collective
 from shoal.engine.leader import Others
 from shoal.models.checkpoint.checkpoint import Checkpoint
@@ -107,13 +108,14 @@ class OwnShare(NamedTuple):
 
 class Seated(NamedTuple):
     """This node's part in a group: its shard of the checkpoint and its plan. If the group is for prompts only, that is
-    the whole model, and its `share` comes besides."""
+    the whole model, and its `share` comes besides. `together`: what is predicted of it, None if nothing is."""
 
     part: AnyCheckpoint
     plan: Plan
     group: FormedGroup
     why: str
     share: OwnShare | None = None
+    together: Together | None = None
 
 
 class Unseated(NamedTuple):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Annotated
@@ -24,9 +25,12 @@ from shoal.models.checkpoint.checkpoint import Checkpoint
 from shoal.models.regular_files import read_regular
 from shoal.offload.pack.manifest import Quant
 from shoal.partition.spec import BlockId, ModelSpec
+from shoal.partition.throughput.laws import token_chances
+from shoal.partition.throughput.weights_of import Weighed
 
 log = logging.getLogger(__name__)
 
+TELLING_PARTS = 256  # of steps: fewer tell too little of a layer
 _FORM = 1  # of what is in a file
 MOST_FILES = 64  # the oldest go first
 USES_FILE_BYTES = 4 << 20  # at most: ten times what a model of 100 layers with 512 experts takes
@@ -92,6 +96,19 @@ class KeptUses:
             "%s: how often experts were used is not known, as the file is of no use: %s", self._path, said
         )
         return NONE_YET
+
+
+def with_chances(model: Weighed, counts: UseCounts) -> Weighed:
+    """The model with what counts tell of its routers; as it was where they tell nothing."""
+    found = []
+    for layer, parts in counts.parts.items():
+        experts = _experts(model.spec, layer)
+        # As if each had been used in half of one part more: what was not used yet may be, and what always was, not.
+        shares = [(counts.uses.get(block, 0) + 0.5) / (parts + 1) for block in experts]
+        if model.spec.moe and parts >= TELLING_PARTS:
+            found.append(token_chances(shares, model.spec.moe.active))
+    told = tuple(it for it in found if it is not None)
+    return replace(model, chances=told) if told else model
 
 
 def _key(checkpoint: Checkpoint, quant: Quant) -> str:

@@ -172,7 +172,7 @@ class LoadedModel:
             sequence = self.begun.popleft()
             if not sequence.ended:
                 self.begun.append(sequence)
-            elif self.main.foreseen:
+            else:
                 self._look_back_at(sequence)
 
     def _look_back_at(self, sequence: Sequence) -> None:
@@ -185,8 +185,7 @@ class LoadedModel:
     def loaded_in(self, seconds: float) -> Loaded:
         """The answer to who had it loaded; the log has it beside what was predicted."""
         said = f"{self.name} in {seconds:.2g} s: {self.plan.describe()}"
-        if self.main.foreseen:
-            usual = self.main.expectation.usual
+        if (usual := self.main.expectation.usual) is not None:
             (low, high), speed = usual.band, usual.tokens_per_s
             said += f"; predicted {usual.load_s:.2g} s from the disk, {speed:.3g} tokens/s ({low:.3g} to {high:.3g})"
         log.info("loaded %s", said)
@@ -234,7 +233,7 @@ class LoadedModel:
         group = self.main.group
         keeping = [self.plan, *(group.plans if group and not group.prompts_only else ())]  # KV
         totals, cache, disk = scheduler.totals, scheduler.cache, self.engine.rank.disk
-        usual = self.main.expectation.usual if self.main.foreseen else None
+        usual = self.main.expectation.usual
         learnt = scheduler.speeds.cost
         return ModelStatus(
             name=self.name,

@@ -23,7 +23,8 @@ from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shoal.offload.pack.builder import source_of
 from shoal.offload.pack.layout import layout
 from shoal.offload.read_speed import read_speed
-from shoal.partition.throughput.placing.device_ways import batch_rate, with_laws
+from shoal.partition.throughput.placing.device_ways import batch_rate, expert_of, with_laws
+from shoal.partition.throughput.placing.rooms import accelerator
 from shoal.partition.throughput.prediction import Binding
 
 from .budgeting import Shortfall, disk_buffer_bytes, plan_within_budget
@@ -48,10 +49,10 @@ class Outlook(Struct, frozen=True):
     `step_s`: what the disk takes for a token. Both are 0 if nothing is streamed. `tokens_per_s`, between the two of
     `band`: of an answer of usual length, whose first token comes after `first_s`; `binding` is what decides that.
     `measured`: whether this machine's speed is known. `device`: which one computes blocks besides the CPU, "" if none;
-    with one, no more is predicted than `batch_tokens_per_s`: of answers to many requests at once. That is predicted
-    where a device may compute, whether it does or not; 0: it is not. `device_bytes`: of the device's memory; `placed`:
-    what lies where, in words; `why` that, where it was a choice; `trouble`: what is not as it should be with the
-    device."""
+    with one of which nothing is known, nothing is predicted (0). `batch_tokens_per_s`, of answers to many requests at
+    once, is predicted where a device may compute, whether it does or not; 0: it is not. `device_bytes`: of the
+    device's memory; `placed`: what lies where, in words; `why` that, where it was a choice; `trouble`: what is not as
+    it should be with the device."""
 
     plan: str
     quant: Quant
@@ -144,9 +145,10 @@ def _outlook(
     )
     if room is not None and (host := with_laws(model, machine.device, room)) is not None:
         found = replace(found, batch_tokens_per_s=batch_rate(model, plan, host))
-    if plan.device:
+    there = accelerator(room, expert_of(model)) if room is not None else None
+    usual = Expectation(model, plan, machine, speed, there=there).usual
+    if usual is None:
         return found
-    usual = Expectation(model, plan, machine, speed).usual
     return replace(
         found,
         tokens_per_s=usual.tokens_per_s,

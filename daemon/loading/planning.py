@@ -44,7 +44,7 @@ def make_plan(
 ) -> Plan | Misfit:
     """The plan for a model within `memory_bytes`. If no context was asked for, it gets the largest that fits.
     `device`: what this machine can do, if that was measured. `streaming`: its weights may come from disk. `room`: of
-    the device that computes as much of it as fits there; if its laws are known, only where that is predicted to be
+    the device that computes as much of it as fits there; if it is optional, only where that is predicted to be
     quicker.
 
     Raises DaemonError `context_overflow`, and `resources` where nothing fits on the device.
@@ -52,7 +52,7 @@ def make_plan(
     contexts = wanted_of(model.spec, config)
     device = device or unmeasured(config.thread_count)
     machine, many = device.on(config.threads), math.isinf(config.slowdown)
-    if room is not None and room.laws is None:
+    if room is not None and not room.optional:
         return _on_device(model, contexts, room, memory_bytes, machine, many=many, streaming=streaming)
     if room is not None:
         made = with_device_or_alone(

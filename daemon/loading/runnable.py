@@ -33,18 +33,20 @@ from shoal.offload.kv.pool import KvPool
 from shoal.partition.hardware_guesses import DISK_BYTES_PER_S
 from shoal.partition.plan import Plan
 from shoal.partition.slicing import cut_rows
+from shoal.partition.throughput.placing.device_ways import expert_of
+from shoal.partition.throughput.placing.rooms import accelerator
 
 from .budgeting import Shortfall, disk_buffer_bytes, plan_within_budget, require_plan
 from .device_rooms import device_asked_for, device_room, let_be, require_whole
 from .grouping import FormedGroup, Grouping, OwnShare, Seated, Unseated
-from .kept_uses import KeptUses
+from .kept_uses import KeptUses, with_chances
 from .stores import open_store
 
 
 @dataclass(eq=False)
 class Runnable:
     """A checkpoint that is ready to compute. `read_bytes_per_s`: the disk's speed while loading, 0 if none streams.
-    `expectation`: how long this machine takes for its part, which is all of it without a `group`."""
+    `expectation`: how long it takes, with a device and with a `group`, too."""
 
     checkpoint: Checkpoint
     plan: Plan
@@ -60,11 +62,6 @@ class Runnable:
     kv_trouble: str = ""  # why its KV is not kept on disk though it was to be
     device_trouble: str = ""  # why the device that was named does not compute it, or not as fast as it could
     kept_uses: KeptUses | None = None  # of its experts, if they are in different places
-
-    @property
-    def foreseen(self) -> bool:
-        """Whether anything is predicted of it: it is computed by this machine's CPU alone."""
-        return self.group is None and not self.plan.device
 
     @classmethod
     def read(
@@ -90,7 +87,11 @@ class Runnable:
         tight, device = bounded(config.memory_bytes), machine.device
         with ExitStack() as undo, open_checkpoint(path) as checkpoint:
             extra_bytes = disk_buffer_bytes(checkpoint, config)
-            model = weighed(checkpoint, config.quant)
+            model, uses, used = weighed(checkpoint, config.quant), None, NONE_YET
+            if machine.home is not None and checkpoint.spec.moe is not None:
+                uses = KeptUses(machine.home.experts, checkpoint, config.quant)
+                used = uses.read()
+                model = with_chances(model, used)
             room, trouble = device_room(device_asked_for(config, grouping), budget, model, machine)
             if room is not None:
                 grouping = None  # a device belongs to no group, and for others none was looked for
@@ -126,15 +127,14 @@ class Runnable:
             kept_uses, counts = None, NONE_YET
             besides: OwnShare | None = None
             if isinstance(seated, Seated):
-                part, plan, group, _, besides = seated
+                part, plan, group, _, besides, _ = seated
                 undo.callback(group.close)
                 peak_bytes = plan.peak_bytes + disk_buffer_bytes(part, config) + tokenizer.nbytes
                 peak_bytes += besides.plan.peak_bytes if besides is not None else 0
             else:
                 plan = require_plan(found, name)
-                if machine.home is not None and (splits_experts(plan) or plan.expert_slots):
-                    kept_uses = KeptUses(machine.home.experts, checkpoint, config.quant)
-                    counts = kept_uses.read()
+                if uses is not None and (splits_experts(plan) or plan.expert_slots):
+                    kept_uses, counts = uses, used
                     plan = with_used_experts(plan, counts)
                 peak_bytes = plan.peak_bytes + extra_bytes + tokenizer.nbytes
             if room is not None and not plan.device:
@@ -178,7 +178,15 @@ class Runnable:
         if group is not None and besides is not None and divided is not None:
             share, share_bytes = _share(besides, executor, divided, group), besides.plan.peak_bytes
         own = model if part is checkpoint else weighed(part, config.quant)
-        expectation = Expectation(own, plan, machine, 0.0 if device.measured else speed)
+        expectation = Expectation(
+            own,
+            plan,
+            machine,
+            0.0 if device.measured else speed,
+            there=accelerator(room, expert_of(model)) if room is not None else None,
+            grouped=group is not None,
+            together=seated.together if isinstance(seated, Seated) else None,
+        )
         return cls(
             checkpoint,
             plan,

@@ -88,11 +88,12 @@ class OwnMachine:
                 self._take(self._read() if stamp else None)
             return self._device
 
-    def correct(self, parts: Mapping[Binding, float], times: float) -> None:
-        """What was predicted to take these seconds, by what takes them, took `times` as long."""
+    def correct(self, parts: Mapping[Binding, float], times: float, others_s: float = 0.0) -> None:
+        """What was predicted to take these seconds, by what takes them, took `times` as long. `others_s`: what others
+        take of it besides."""
         times = min(MOST_SURPRISE, max(1 / MOST_SURPRISE, times))
         with self._lock:
-            device = replace(self._device, corrections=self._device.corrections.moved(parts, times))
+            device = replace(self._device, corrections=self._device.corrections.moved(parts, times, others_s))
             self._device = device
             if self._known is not None:
                 self._known = replace(self._known, profile=_with_head(self._known.profile, device))

@@ -6,7 +6,7 @@ an accelerator. Pure. docs/throughput-model.md has the formulas with their units
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -24,10 +24,16 @@ _SAMPLES = 4  # chunks of a long prompt that are worked out; the others lie betw
 
 
 class Took(NamedTuple):
-    """Seconds, and of what they are put together."""
+    """Seconds, and of what they are put together; `away`: what of that an accelerator takes."""
 
     seconds: float
     parts: Mapping[Binding, float]
+    away: Mapping[Binding, float] = {}
+
+    @property
+    def own(self) -> dict[Binding, float]:
+        """What the machine itself takes: its processor, its disk, its link."""
+        return {part: max(0.0, its - self.away.get(part, 0.0)) for part, its in self.parts.items()}
 
 
 def cost(model: Weighed, plan: Plan, device: Device, job: Job) -> Prediction:
@@ -58,7 +64,7 @@ def cost(model: Weighed, plan: Plan, device: Device, job: Job) -> Prediction:
         stall_share=decode.stall_s / decode.seconds,
         binding=_binding(shown),
         parts=shown.parts,
-        prompt_parts=and_overhead(_together(prompt), touch.ttft_s),
+        prompt_parts=and_overhead(_parts_of(prompt), touch.ttft_s),
         load_s=load_s,
         pack_s=pack_s,
     )
@@ -74,13 +80,14 @@ def step_cost(model: Weighed, plan: Plan, device: Device, rows: int, before: flo
     """A step in which one stream has `rows` rows behind `before` tokens, all of which want logits: as a decode, or a
     token with guesses behind it."""
     found = step_of(model, plan, device.on(plan.threads), [Rows(1, rows, before)], rows)
-    return Took(found.seconds, found.parts)
+    return Took(found.seconds, found.parts, found.away)
 
 
 def prompt_cost(model: Weighed, plan: Plan, device: Device, tokens: int) -> Took:
     """All steps that read a prompt of one stream."""
     steps = list(_prompt(model, plan, device.on(plan.threads), Job(tokens, 1)))
-    return Took(sum(count * step.seconds for count, step in steps), _together(steps))
+    away = _together((count, step.away) for count, step in steps)
+    return Took(sum(count * step.seconds for count, step in steps), _parts_of(steps), away)
 
 
 class SteadyBatch(NamedTuple):
@@ -110,9 +117,17 @@ def steady_batch(model: Weighed, plan: Plan, device: Device, job: Job) -> Steady
     return SteadyBatch(streams, step.seconds)
 
 
-def _together(steps: Sequence[tuple[float, StepTime]]) -> dict[Binding, float]:
+def _parts_of(steps: Sequence[tuple[float, StepTime]]) -> dict[Binding, float]:
     """The parts of so many of each step."""
-    return {part: sum(count * step.parts[part] for count, step in steps) for part in steps[0][1].parts}
+    return _together((count, step.parts) for count, step in steps)
+
+
+def _together(each: Iterable[tuple[float, Mapping[Binding, float]]]) -> dict[Binding, float]:
+    found: dict[Binding, float] = {}
+    for count, parts in each:
+        for part, seconds in parts.items():
+            found[part] = found.get(part, 0.0) + count * seconds
+    return found
 
 
 def _binding(step: StepTime) -> Binding:

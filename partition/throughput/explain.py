@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ..amounts import format_bytes
 from .alone import AS_QUICK
-from .laws import distinct_experts
+from .laws import used_experts
 from .prediction import Binding, Job
 from .profile import ANY, Device, Profile, ProfileLink
 from .solve import Asks, Candidate, Choices, Solved, solve
@@ -126,7 +126,7 @@ def _read_bytes(chosen: Candidate, job: Job) -> float:
     whole += sum(it.nbytes for it in model.head)
     if moe:
         experts = sum(nbytes for block, nbytes in model.block_bytes.items() if block.kind == "expert")
-        used = distinct_experts(moe.experts, moe.active, job.batch * (1 + job.guesses), job.distinct)
+        used = used_experts(model, job.batch * (1 + job.guesses), job.distinct)
         whole += int(experts * used / moe.experts)
     return float(whole)
 

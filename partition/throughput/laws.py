@@ -14,7 +14,7 @@ from ..plan import Plan
 from ..spec import ModelSpec
 from .prediction import Job
 from .profile import ANY, Accelerator, AttentionLaw, Device, RowsLaw
-from .weights_of import Product
+from .weights_of import Product, Weighed
 
 _WIDE = 16  # bits of inputs, where nothing else is said
 _LAW_ROWS = 64  # of a chunk, with which attention of prompts is measured
@@ -30,6 +30,7 @@ _ROW_BYTES = 256 << 10  # … those that take as long as a row
 
 # Published traces of mixtures touch 61% of the experts that independent choices would; the truth lies between.
 DISTINCT_SHARE = 0.61
+_HALVINGS = 40  # until 1 / r is found
 ALL_TOUCHED = 16  # times experts / active: with so many rows even the least popular experts are chosen
 
 
@@ -232,6 +233,41 @@ def distinct_experts(experts: int, active: int, rows: float, share: float | None
     if share is None:
         share = DISTINCT_SHARE + (1 - DISTINCT_SHARE) * min(1.0, rows * active / (ALL_TOUCHED * experts))
     return min(uniform, max(min(active, uniform), share * uniform))
+
+
+def used_experts(model: Weighed, rows: float, share: float | None = None) -> float:
+    """How many experts of a layer of this mixture are chosen by `rows` tokens: `share` of independent, uniform choices;
+    where none is given, by how often each was used, if that was counted, or as `distinct_experts` has it."""
+    moe = model.spec.moe
+    assert moe is not None
+    if share is None and model.chances:
+        known = model.chosen
+        if rows not in known:
+            known[rows] = sum(chosen_by(it, rows) for it in model.chances) / len(model.chances)
+        return known[rows]
+    return distinct_experts(moe.experts, moe.active, rows, share)
+
+
+def chosen_by(chances: Sequence[float], rows: float) -> float:
+    """How many experts of a layer `rows` tokens choose together that choose independently, each expert with its
+    chance: Σ 1 − (1 − p)^n. With even chances that is `distinct_experts`' upper bound, with uneven ones less."""
+    found: float = sum(1 - (1 - chance) ** rows for chance in chances)
+    return found
+
+
+def token_chances(shares: Sequence[float], active: int) -> tuple[float, ...] | None:
+    """How likely one token is to choose each expert of a layer, by the shares of parts of steps in which they were
+    used: as if each part had had as many rows r, which chose independently, so that a share is 1 − (1 − p)^r, and the
+    chances of a token's `active` experts come to as many. None where parts used half of all experts and more: they had
+    so many rows that they tell little."""
+    if not active <= sum(shares) <= len(shares) / 2:
+        return None
+    low, high = 0.0, 1.0  # 1 / r
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        few = chosen_by(shares, middle) < active
+        low, high = (middle, high) if few else (low, middle)
+    return tuple(1 - (1 - share) ** high for share in shares)
 
 
 def interpolated(at: float, points: tuple[float, ...] | tuple[int, ...], values: tuple[float, ...]) -> float:

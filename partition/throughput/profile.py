@@ -181,7 +181,6 @@ class Corrections:
     memory: float = 1.0
     compute: float = 1.0
     disk: float = 1.0
-    network: float = 1.0
     link: float = 1.0
     overhead: float = 1.0
 
@@ -190,10 +189,10 @@ class Corrections:
         """Those of parts that steps have taught something about."""
         return {part: times for part, times in vars(self).items() if times != 1}
 
-    def moved(self, parts: Mapping[Binding, float], times: float) -> Corrections:
+    def moved(self, parts: Mapping[Binding, float], times: float, others_s: float = 0.0) -> Corrections:
         """After a step with these parts took `times` as long as predicted: a little of that, each part by its
-        weight."""
-        whole = sum(parts.values())
+        weight. `others_s`: what takes the step besides, and is not corrected."""
+        whole = sum(parts.values()) + others_s
         low, high = CORRECTED
         moved = {
             part: min(high, max(low, getattr(self, part) * times ** (_FOLLOW * seconds / whole)))

@@ -42,7 +42,7 @@ _LIMITS: Mapping[str, tuple[float, float]] = {
     "disk_keeps": (0.01, 1),
     **dict.fromkeys(("host_keeps", "device_keeps", "link_keeps"), (0.01, 1)),
     **dict.fromkeys(("memory_apart", "compute_apart", "disk_apart"), (0, 1)),
-    **dict.fromkeys(("memory", "compute", "disk", "network", "link", "overhead"), CORRECTED),
+    **dict.fromkeys(("memory", "compute", "disk", "link", "overhead"), CORRECTED),
 }
 _LEAST_PER_S = 1e3  # of speeds that may also be 0, which means that there is none
 _POINTS: Mapping[str, tuple[float, float]] = {

@@ -22,10 +22,10 @@ from .laws import (
     Share,
     attention,
     block_bytes_per_s,
-    distinct_experts,
     kv_token_bytes,
     products,
     ring_bytes_per_s,
+    used_experts,
 )
 from .profile import Device
 from .schedule import Experts, expert_waits, guessed_right, ring_s
@@ -42,6 +42,11 @@ class RankLaws:
         self._known: dict[tuple[object, ...], Share] = {}
         self._layers: dict[int, float] = {}
         self._rounds: dict[tuple[float, float], Device] = {}
+
+    @property
+    def device(self) -> Device:
+        """Whose laws these are."""
+        return self._device
 
     def fixed(self, share: float) -> FixedCosts:
         """See `PartLaws`."""
@@ -77,7 +82,7 @@ class RankLaws:
             for kind, layers in kinds.items():
                 one_s = products(device, (*kind.attention, *kind.dense), rows).seconds
                 if kind.expert and moe is not None:
-                    used = distinct_experts(moe.experts, moe.active, rows, self._distinct)
+                    used = used_experts(self._model, rows, self._distinct)
                     one_s += used * products(device, kind.expert, rows * moe.active / used).seconds
                 seconds += layers * one_s
             self._layers[rows] = seconds / len(self._model.spec.layers)
@@ -127,8 +132,7 @@ class RankLaws:
 
     def used(self, rows: int) -> float:
         """See `PartLaws`."""
-        moe = self._model.spec.moe
-        return distinct_experts(moe.experts, moe.active, rows, self._distinct) if moe is not None else 0.0
+        return used_experts(self._model, rows, self._distinct) if self._model.spec.moe is not None else 0.0
 
     def head_s(self, share: float, rows: int) -> float:
         """See `PartLaws`."""
@@ -171,7 +175,7 @@ class RankLaws:
         spec = self._model.spec
         assert spec.moe is not None
         kind = next(kind for kind in self._model.layer_kinds if kind.expert)
-        used = distinct_experts(spec.moe.experts, spec.moe.active, rows, self._distinct)
+        used = used_experts(self._model, rows, self._distinct)
         right = guessed_right(used, spec.moe.experts)
         nbytes = sum(it.nbytes for it in kind.expert)
         if portion.whole_experts:

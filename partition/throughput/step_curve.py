@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..plan import Plan
-from .cost import step_cost
 from .laws import interpolated
-from .profile import Device
-from .weights_of import Weighed
 
 _ROWS = (1, 2, 3, 4, 6, 8, 16, 64, 256)  # that are worked out; the others lie between
 _BEFORE = 512  # tokens, if the context is as long
 
 
-def step_curve(model: Weighed, plan: Plan, device: Device) -> Callable[[int], float]:
-    """Rows → seconds. Beyond the last point each further row takes as long as one of the last did."""
+def step_curve(plan: Plan, step_s: Callable[[int, float], float]) -> Callable[[int], float]:
+    """Rows → seconds. `step_s`: of a step, by its rows and the tokens before them.
+    Beyond the last point each further row takes as long as one of the last did."""
     before = min(_BEFORE, plan.context_tokens // 2)
-    seconds = tuple(step_cost(model, plan, device, rows, before).seconds for rows in _ROWS)
+    seconds = tuple(step_s(rows, before) for rows in _ROWS)
 
     def expected(rows: int) -> float:
         if rows > _ROWS[-1]:

@@ -10,7 +10,7 @@ from functools import partial
 
 from ..plan import Plan
 from ..streamed_plan import experts_together
-from .laws import NOTHING, Rows, Share, as_it_ran, attention, distinct_experts, products
+from .laws import NOTHING, Rows, Share, as_it_ran, attention, products, used_experts
 from .profile import Device
 from .schedule import Experts, guessed_right
 from .weights_of import LayerKind, Product, Weighed
@@ -97,9 +97,7 @@ class Pieces:
 
     def used(self, rows: int) -> float:
         """How many of a layer's experts these rows use."""
-        moe = self._model.spec.moe
-        assert moe is not None
-        return distinct_experts(moe.experts, moe.active, rows, self._share)
+        return used_experts(self._model, rows, self._share)
 
     def _products(self, matrices: Sequence[Product], rows: int) -> Share:
         one = partial(products, self._device, matrices, narrow=self._plan.narrow_inputs)

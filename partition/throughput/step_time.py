@@ -13,7 +13,7 @@ fast. Pure.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from ..plan import Plan
@@ -30,15 +30,16 @@ NUMBER_BYTES = 4  # of hidden states, scores and logits
 
 class StepTime(NamedTuple):
     """Seconds, those of them that wait for the disk, and what the parts would take if nothing ran beside anything
-    else."""
+    else; `away`: what of them an accelerator takes."""
 
     seconds: float
     stall_s: float
     parts: dict[Binding, float]
+    away: Mapping[Binding, float] = {}
 
     def after(self, seconds: float) -> StepTime:
         """With so many seconds besides."""
-        return StepTime(self.seconds + seconds, self.stall_s, and_overhead(self.parts, seconds))
+        return self._replace(seconds=self.seconds + seconds, parts=and_overhead(self.parts, seconds))
 
 
 def and_overhead(parts: dict[Binding, float], seconds: float) -> dict[Binding, float]:
@@ -98,7 +99,8 @@ class _Step:
         self._experts = Counter(it.layer for it in experts)
         self._experts_gone = Counter(it.layer for it in experts if it in self._gone)
         self._on_disk = {it.block: it.nbytes for it in plan.blocks if it.tier == "disk" and not it.slotted}
-        self._computing, self._calls_s, self._link_s = NOTHING, 0.0, 0.0
+        self._computing = dict.fromkeys((False, True), NOTHING)
+        self._calls_s, self._link_s = dict.fromkeys((False, True), 0.0), 0.0
         self._seconds = 0.0
         self._uses: list[Use] = []
         self._used_s = 0.0  # in which those before were computed
@@ -111,7 +113,7 @@ class _Step:
         for block in (it.block for it in self._plan.blocks if it.block.kind == "head" and wanted):
             away = self._moved(away, block, wanted)
             home = self._homes[away]
-            self._compute(as_it_ran(home, products(home, self._model.products[block], wanted)))
+            self._compute(as_it_ran(home, products(home, self._model.products[block], wanted)), away)
             self._use(block)
         if away and wanted:
             self._copied(self._carry_s(wanted * self._model.spec.vocab))
@@ -125,15 +127,19 @@ class _Step:
             self._machine.corrections.disk,
         )
         seconds = max(found.step_s, found.disk_s)
-        parts: dict[Binding, float] = {
-            "memory": self._computing.memory_s,
-            "compute": self._computing.seconds - self._computing.memory_s,
-            "disk": found.disk_s,
-            "overhead": self._calls_s,
-        }
+        ours, theirs = self._parts(away=False), self._parts(away=True)
+        parts = {part: its + theirs[part] for part, its in ours.items()} | {"disk": found.disk_s}
         if self._link is not None:
             parts["link"] = self._link_s
-        return StepTime(seconds, max(0.0, seconds - self._seconds), parts)
+        return StepTime(seconds, max(0.0, seconds - self._seconds), parts, theirs)
+
+    def _parts(self, *, away: bool) -> dict[Binding, float]:
+        computing = self._computing[away]
+        return {
+            "memory": computing.memory_s,
+            "compute": computing.seconds - computing.memory_s,
+            "overhead": self._calls_s[away],
+        }
 
     def _layer(self, layer: int, away: bool, fed: int, *, last: bool) -> bool:
         """→ where its last block is computed. `fed`: rows that its feed-forward part is computed of."""
@@ -149,14 +155,14 @@ class _Step:
         away = self._moved(away, attn, rows)
         its = self._homes[away].overheads
         normed_s = its.hidden_s * queried(spec) / 2 if spec.qk_norm == "full" else 0.0
-        self._compute(attending)
+        self._compute(attending, away)
         self._call(swept_s)
         self._call(its.layer_s / 2 + (self._added_s(its) + normed_s) * rows, away)
         self._use(attn)
 
         away = self._moved(away, feed, fed)
         its = self._homes[away].overheads
-        self._compute(feeding)
+        self._compute(feeding, away)
         self._call(swept_s)
         self._call(its.layer_s / 2 + self._added_s(its) * fed, away)
         if kind.expert and fed:
@@ -205,7 +211,8 @@ class _Step:
             if mixed.on_disk.right and not last and not away:  # guessing takes what routing does
                 self._compute(here.router(kind, fed))
                 self._call(its.mixture_s + self._added_s(its) * fed)
-        self._computing += mixed.ours + mixed.theirs
+        self._computing[False] += mixed.ours
+        self._computing[True] += mixed.theirs
         self._link_s += mixed.link_s
         self._seconds += mixed.seconds
 
@@ -226,13 +233,13 @@ class _Step:
         """Of a row, by one block of two."""
         return its.hidden_s * self._model.spec.hidden / 2
 
-    def _compute(self, its: Share) -> None:
-        self._computing += its
+    def _compute(self, its: Share, away: bool = False) -> None:
+        self._computing[away] += its
         self._seconds += its.seconds
 
     def _call(self, seconds: float, away: bool = False) -> None:
         seconds *= self._homes[away].corrections.overhead
-        self._calls_s += seconds
+        self._calls_s[away] += seconds
         self._seconds += seconds
 
     def _use(self, block: BlockId) -> None:

@@ -45,7 +45,8 @@ class Weighed:
     `products`: of every block; of a head in slices those of each slice besides. `block_bytes`: of every block in
     memory, in the order of a step; `extents`: of every block in a pack, with the head in slices, and `vectors_bytes`
     of its norms (see `plan_streamed`). `stored_bytes`: of the files. `tokenizer_bytes`: what the tokenizer
-    takes. `buffers`: by type of K and V, bytes of pages on their way to a disk.
+    takes. `buffers`: by type of K and V, bytes of pages on their way to a disk. `chances`: how likely a token is to
+    choose each expert, of layers where that was counted (`token_chances`).
     """
 
     spec: ModelSpec
@@ -57,11 +58,17 @@ class Weighed:
     stored_bytes: int
     tokenizer_bytes: int = 0
     buffers: Mapping[str, int] = field(default_factory=dict)
+    chances: tuple[tuple[float, ...], ...] = ()
 
     @cached_property
     def layer_kinds(self) -> Mapping[LayerKind, int]:
         """How many layers there are of each kind."""
         return Counter(map(self.kind_of, range(len(self.spec.layers))))
+
+    @cached_property
+    def chosen(self) -> dict[float, float]:
+        """How many experts of a layer so many tokens choose by `chances`, as far as that was worked out."""
+        return {}
 
     def kind_of(self, layer: int) -> LayerKind:
         feeding, *experts = self.spec.ffn_blocks(layer)

@@ -18,12 +18,12 @@ from ..laws import (
     Rows,
     as_it_ran,
     attention,
-    distinct_experts,
     embedded_s,
     passing_bytes_per_s,
     product,
     products,
     ring_bytes_per_s,
+    used_experts,
 )
 from ..prediction import Binding
 from ..profile import Accelerator, Device
@@ -107,7 +107,7 @@ class _Passing:
         parts["disk"] = found.disk_s if self._read_bytes else 0.0
         others_s = max(found.weights_s, found.device_s, found.host_s)
         stall_s = max(0.0, found.step_s - others_s) if self._read_bytes else 0.0
-        return StepTime(found.step_s, stall_s, parts)
+        return StepTime(found.step_s, stall_s, parts, {"compute": found.device_s})
 
     @cached_property
     def _read_bytes(self) -> int:
@@ -278,7 +278,7 @@ class _Passing:
         """How many experts of a layer are used, and for how many rows each."""
         moe = self._model.spec.moe
         assert moe is not None
-        used = distinct_experts(moe.experts, moe.active, rows, self._share)
+        used = used_experts(self._model, rows, self._share)
         return used, max(1.0, rows * moe.active / used)
 
     def _carried_s(self, numbers: float) -> float:

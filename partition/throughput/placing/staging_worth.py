@@ -1,6 +1,6 @@
 """From how many tokens of a step on experts that lie with the CPU should come to a device.
 
-For n tokens a layer with N experts, of which each token takes k, uses u of them (`distinct_experts`) for n·k/u rows
+For n tokens a layer with N experts, of which each token takes k, uses u of them (`used_experts`) for n·k/u rows
 each. The CPU reads and multiplies by these, and hidden states go out and come back. Or they come, and while some are
 computed the next come, so that what takes longer counts, and of the other what the first or the last group takes. Where
 the CPU does `compute` operations a second and the link carries `link` bytes a second, coming is worth it from about
@@ -13,7 +13,7 @@ from bisect import bisect_left
 
 from ...hardware_guesses import FAST_FLOPS, FAST_MEMORY_BYTES_PER_S
 from ...placement import STAGED_EXPERTS, ExpertTimes
-from ..laws import as_it_ran, distinct_experts, products
+from ..laws import as_it_ran, products, used_experts
 from ..profile import Device
 from ..weights_of import LayerKind, Weighed
 
@@ -47,7 +47,7 @@ def _gain_s(model: Weighed, kind: LayerKind, machine: Device, expert: ExpertTime
     """What the CPU takes longer for one layer than they do if they come."""
     moe = model.spec.moe
     assert moe is not None
-    used = distinct_experts(moe.experts, moe.active, tokens)
+    used = used_experts(model, tokens)
     rows = tokens * moe.active / used
     size = sum(it.nbytes for it in kind.expert) / expert.nbytes
     come_s = size * expert.come_s

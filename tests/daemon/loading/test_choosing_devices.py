@@ -447,7 +447,7 @@ def test_what_is_kept_of_a_card_holds_by_whatever_name(
     assert tried.by(path, kept) == 0
     with loaded(path, OwnMachine(2, kept)) as node:
         assert status(node).device == CARD
-    laws, _ = device_rooms.device_laws(CARD, weighed_of(path), OwnMachine(2, kept))
+    laws, _ = device_rooms.device_laws(CARD, OwnMachine(2, kept), weighed_of(path))
     assert [(it.name, it.memory_bytes) for it in laws] == [(CARD, 64e6)]
 
 

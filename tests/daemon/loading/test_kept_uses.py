@@ -11,8 +11,14 @@ from typing import Any
 import pytest
 from fakes import tiny
 
+from shoal.comm.home import Home
+from shoal.comm.messages import Load
+from shoal.daemon.config import NodeConfig
 from shoal.daemon.loading import kept_uses
-from shoal.daemon.loading.kept_uses import KeptUses
+from shoal.daemon.loading.kept_uses import TELLING_PARTS, KeptUses, with_chances
+from shoal.daemon.node import Node
+from shoal.daemon.throughput.model_sizes import weighed
+from shoal.daemon.throughput.own_machine import OwnMachine, profile_file
 from shoal.engine.learn.expert_use import FADING, NONE_YET, UseCounts
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shoal.partition.spec import BlockId
@@ -47,6 +53,48 @@ def test_they_come_back(checkpoint: Checkpoint, tmp_path: Path, caplog: pytest.L
     assert file.stat().st_mtime_ns == written
     assert KeptUses(directory, checkpoint, "q4").read() == NONE_YET  # another model
     assert not caplog.records
+
+
+def skewed(checkpoint: Checkpoint, parts: int) -> UseCounts:
+    """Each token of so many has chosen the same experts, which are as many as it chooses."""
+    spec = checkpoint.spec
+    assert spec.moe is not None
+    layers = [number for number, layer in enumerate(spec.layers) if layer.moe]
+    uses = {BlockId("expert", layer, it): parts for layer in layers for it in range(spec.moe.active)}
+    return UseCounts(uses, dict.fromkeys(layers, parts))
+
+
+def test_what_was_counted_tells_which_experts_tokens_choose(checkpoint: Checkpoint) -> None:
+    model = weighed(checkpoint, "keep")
+    moe = checkpoint.spec.moe
+    assert moe is not None
+    assert with_chances(model, NONE_YET) is model
+    assert with_chances(model, skewed(checkpoint, TELLING_PARTS - 1)) is model, "it may be chance"
+    found = with_chances(model, skewed(checkpoint, 4000)).chances
+    assert len(found) == sum(layer.moe for layer in checkpoint.spec.layers)
+    for chances in found:
+        assert sum(chances) == pytest.approx(moe.active)
+        assert min(chances[: moe.active]) > 0.99
+        assert max(chances[moe.active :]) < 0.01
+
+
+def test_a_model_is_loaded_with_what_was_counted_of_it(mixture: Path, tmp_path: Path) -> None:
+    """Several rows take less where they choose the same experts."""
+    home, took = Home(tmp_path), []
+    for counted in (False, True):
+        if counted:
+            with open_checkpoint(mixture) as found:
+                KeptUses(home.experts, found, "keep").keep(skewed(found, 4000))
+        machine = OwnMachine(1, profile_file(home, 1), alone=lambda: False)
+        with Node(NodeConfig(context_tokens=96, threads=1), machine=machine) as node:
+            node.load(Load(model=str(mixture)))
+            (model,) = node._models
+            expected = model.main.expectation.step_curve()
+            assert expected is not None
+            took.append((expected(1), expected(4)))
+    (one, four), (same_one, fewer) = took
+    assert same_one == pytest.approx(one)
+    assert fewer < four
 
 
 def test_of_another_file_at_the_same_place_nothing_is_known(mixture: Path, tmp_path: Path) -> None:

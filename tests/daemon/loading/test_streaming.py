@@ -37,6 +37,7 @@ from shoal.offload.block_store import ReadStage
 from shoal.offload.direct_io import DirectFile
 from shoal.partition.plan import Misfit, Plan
 from shoal.partition.spec import BlockId
+from shoal.partition.throughput.cost import step_cost
 from shoal.partition.throughput.profile import Overheads, unmeasured
 from shoal.partition.throughput.step_curve import step_curve
 
@@ -193,7 +194,8 @@ def test_further_rows_are_nearly_free_where_steps_wait_for_a_disk(path: Path) ->
     free = replace(unmeasured(1), overheads=Overheads(0.0, 0.0, 0.0, 0.0))
 
     def row_share(plan: Plan, disk_bytes_per_s: float) -> float:
-        seconds = step_curve(model, plan, replace(free, disk_bytes_per_s=disk_bytes_per_s))
+        machine = replace(free, disk_bytes_per_s=disk_bytes_per_s)
+        seconds = step_curve(plan, lambda *about: step_cost(model, plan, machine, *about).seconds)
         return seconds(2) / seconds(1) - 1
 
     assert row_share(resident, 1e9) == pytest.approx(0.15, rel=0.05)

@@ -36,7 +36,7 @@ from shoal.partition.throughput.profile import (
 )
 from shoal.partition.throughput.profile_checks import check_profile
 
-PARTS = {"memory": 3.0, "compute": 1.0, "disk": 0.0, "network": 0.0, "overhead": 0.0}
+PARTS = {"memory": 3.0, "compute": 1.0, "disk": 0.0, "link": 0.0, "overhead": 0.0}
 
 
 @pytest.fixture

@@ -46,13 +46,14 @@ def test_fewer_threads_are_worth_a_trial_where_bands_overlap(
 
 
 def test_what_steps_teach_changes_only_what_they_were_made_of() -> None:
-    before = Corrections(network=1.5)
+    before = Corrections(link=1.5)
     after = before.moved({"memory": 0.9, "compute": 0.1}, 2.0)
-    assert after.network == 1.5
+    assert after.link == 1.5
     assert 1 < after.compute < after.memory < 2
     assert after.disk == 1
-    assert set(after.learnt) == {"memory", "compute", "network"}
+    assert set(after.learnt) == {"memory", "compute", "link"}
     assert before.moved({"memory": 0.0}, 2.0) == before
+    assert before.moved({"link": 0.1}, 2.0, 0.9).link == pytest.approx(1.5 * 2 ** (0.2 * 0.1))
 
 
 @given(st.floats(1e-12, 1e-6), st.floats(1e8, 1e12))

@@ -11,7 +11,7 @@ from fakes.throughput.throughput_cases import MB, device, spec, wanted, weighed
 from shoal.partition.plan import Plan, plan_in_ram
 from shoal.partition.spec import MoeSpec
 from shoal.partition.streamed_plan import plan_streamed
-from shoal.partition.throughput.cost import step_of
+from shoal.partition.throughput.cost import step_cost, step_of
 from shoal.partition.throughput.laws import Rows, gathered_s
 from shoal.partition.throughput.placing.device_ways import ways_from_disk
 from shoal.partition.throughput.placing.rooms import room_of
@@ -104,6 +104,22 @@ def test_what_running_taught_of_calls_is_the_processors() -> None:
     more_s = taken(DENSE, plan, learnt) - taken(DENSE, plan, plain)
     # Rows of the embedding, not layers and a step that cost 65 ms there.
     assert 0 < more_s < 4e-3
+
+
+def test_what_a_machine_takes_itself_is_told_from_what_its_device_does() -> None:
+    """Another device changes only what it computes; another link what is copied."""
+    plan = ways(DENSE)["on"]
+    cards = CARD, replace(CARD, memory_bytes_per_s=CARD.memory_bytes_per_s / 10, flops=CARD.flops / 10)
+    fast, slow = (step_cost(DENSE, plan, replace(HOST, accelerators=(it,)), 4, 30) for it in cards)
+    assert sum(slow.away.values()) > sum(fast.away.values())
+    assert slow.own == pytest.approx(fast.own)
+    assert fast.own["link"] > 0
+    far = replace(CARD, copy_s=CARD.copy_s + 1e-3)
+    assert step_cost(DENSE, plan, replace(HOST, accelerators=(far,)), 4, 30).own["link"] > fast.own["link"]
+    alone = step_cost(DENSE, made(DENSE, streams=False), HOST, 4, 30)
+    assert alone.own == alone.parts
+    through = step_cost(DENSE, ways(DENSE)["through"], replace(HOST, accelerators=(CARD,)), 4, 30)
+    assert through.own == {**through.parts, "compute": 0.0}
 
 
 def test_rows_of_an_embedding_on_disk_count() -> None:
