@@ -11,8 +11,10 @@ from typing import TypeVar
 
 from .profile import Device
 
-_ROUNDS = 20  # at most …
-_SETTLED = 2e-3  # … until nothing changes by more than this
+_SETTLED = 2e-3  # until nothing changes by more than this, or …
+# … for so many rounds, of each of which so much counts: it swings about where it settles, and the more widely, the less
+# things keep of their speed.
+_COUNTS = (1.0, *(0.5,) * 8, *(0.25,) * 12, *(0.1,) * 20)
 
 GoneThrough = TypeVar("GoneThrough")
 Slower = tuple[float, ...]
@@ -22,14 +24,12 @@ Slower = tuple[float, ...]
 def settled(gone_through: Callable[[Slower], tuple[GoneThrough, Slower]], things: int) -> GoneThrough:
     """What is found of a step of so many things, which go on beside each other. `gone_through`: what is found if each
     takes so many times as long, and how many times as long each would then take."""
-    slower = alone = (1.0,) * things
-    for _ in range(_ROUNDS):
+    slower = (1.0,) * things
+    for share in _COUNTS:
         found, now = gone_through(slower)
         if all(abs(one / other - 1) < _SETTLED for one, other in zip(now, slower, strict=True)):
             break
-        # From one round to the next it swings about where it settles.
-        halfway = tuple((one + other) / 2 for one, other in zip(now, slower, strict=True))
-        slower = now if slower == alone else halfway
+        slower = tuple(other + share * (one - other) for one, other in zip(now, slower, strict=True))
     return found
 
 
