@@ -28,6 +28,12 @@ def format_bytes(count: float) -> str:
     return f"{int(value)} B" if unit == "B" else f"{value:.3g} {unit}"
 
 
+def rounded_up(nbytes: float) -> float:
+    """To the three digits that `format_bytes` says of it, so that who gets so many has enough."""
+    step = 10.0 ** (math.floor(math.log10(max(nbytes, 1.0))) - 2)
+    return math.ceil(nbytes / step) * step
+
+
 def counted(number: int, what: str) -> str:
     """'1 turn', '2,000 tokens'."""
     return f"{number:,} {what}" + ("" if number == 1 else "s")

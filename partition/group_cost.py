@@ -81,7 +81,9 @@ class Figures(NamedTuple):
 
     def answered(self, token_s: float, answer_tokens: int) -> Figures:
         """If a token takes so long, and an answer has so many."""
-        return self._replace(token_s=token_s, total_s=self.total_s + answer_tokens * (token_s - self.token_s))
+        total_s = self.total_s + answer_tokens * (token_s - self.token_s)
+        step = self.step.times(token_s / self.token_s)
+        return self._replace(token_s=token_s, total_s=total_s, step=step)
 
     @property
     def times(self) -> tuple[float, ...]:
@@ -217,9 +219,8 @@ class Cost:
             found = []
             for part, pair in zip(parts, ring, strict=True):
                 hop_s = network.hop_s(*pair, width * step.all_rows) or 0.0
-                calls_s = (
-                    self._calls_s(fixed, step.all_rows) * part.portion.heads
-                )  # it has that share of the layers
+                layers = part.portion.heads  # the share of them that it has
+                calls_s = layers * self._calls_s(fixed, step.all_rows)
                 found.append((self._compute_s([part], step), hop_s, calls_s))
             return found
 
@@ -276,11 +277,8 @@ class Cost:
             return self._took(fixed, step, work, work.chain_s + sums, sums, calls_s)
 
         def halved(step: StepRows) -> StepTook:
-            half, all_of_it = (
-                compute(step.half),
-                compute(step),
-            )  # what a kernel takes for half of the rows, twice
-            work = all_of_it._replace(
+            half = compute(step.half)  # kernels take that twice
+            work = compute(step)._replace(
                 attn_s=2 * half.attn_s, ffn_s=2 * half.ffn_s, reading=half.reading, calling=half.calling
             )
             rows, chain_s = step.all_rows, work.chain_s
@@ -392,6 +390,7 @@ class Cost:
 
 def _crowd(experts: int, used: float, ranks: int) -> float:
     """`crowding` of so many that are used; between whole numbers on a line."""
-    few, more = int(used), min(int(used) + 1, experts)
+    few = max(1, int(used))  # with one of each token's, rounding leaves a little less
+    more = min(few + 1, experts)
     busiest, busier = (count * crowding(experts, count, ranks) for count in (few, more))
     return (busiest + (used - few) * (busier - busiest)) / used

@@ -118,6 +118,10 @@ class StepTook(NamedTuple):
         compute_s = max(0.0, computing_s - memory_s - calls_s)
         return cls(seconds, memory_s, compute_s, disk_s, network_s, overhead_s + calls_s)
 
+    def times(self, factor: float) -> StepTook:
+        """If all takes so many times as long."""
+        return StepTook.together([(factor, self)])
+
     @classmethod
     def together(cls, steps: Iterable[tuple[float, StepTook]]) -> StepTook:
         """So many of each."""

@@ -10,14 +10,29 @@ _WIDEST = 10_000
 
 
 class StackingTable(Table):
-    """Where words or numbers would have to be broken to fit, the cells of a row come below each other, the first as a
-    heading."""
+    """No word or number is broken, unless it is longer than a line: where they would have to be, the cells of a row
+    come below each other, the first as a heading."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        needed = Measurement.get(console, options.update(width=_WIDEST), self).minimum
-        if needed <= options.max_width:
-            yield from super().__rich_console__(console, options)
+        wide = options.update(width=_WIDEST)
+        needs = []
+        for column in self.columns:
+            sizes = [Measurement.get(console, wide, cell) for cell in (column.header, *column.cells)]
+            needs.append((max(it.minimum for it in sizes), max(it.maximum for it in sizes)))
+        between = Measurement.get(console, wide, self).maximum - sum(most for _, most in needs)
+        spare = options.max_width - between - sum(least for least, _ in needs)
+        if spare < 0:
+            yield from self._stacked()
             return
+        # What needs little more than its longest word gets that first.
+        for column, (least, most) in sorted(
+            zip(self.columns, needs, strict=True), key=lambda it: it[1][1] - it[1][0]
+        ):
+            given = min(most - least, spare)
+            column.width, spare = least + given, spare - given
+        yield from super().__rich_console__(console, options)
+
+    def _stacked(self) -> RenderResult:
         headers = [it.header for it in self.columns]
         for first, *others in zip(*(it.cells for it in self.columns), strict=True):
             yield first

@@ -27,10 +27,10 @@ def show_batch(found: BatchForesight, machine: str, *, as_json: bool) -> None:
             rows.add_row(
                 ("→ " if row.name == found.chosen else "  ") + row.name,
                 "yes" if row.fits else f"no, {row.missing} missing",
-                f"{row.at_once:,}",
-                seconds_words(row.seconds),
-                rate_words(row.requests_per_s),
-                rate_words(row.tokens_per_s),
+                "" if row.at_once is None else f"{row.at_once:,}",
+                "" if row.seconds is None else seconds_words(row.seconds),
+                "" if row.requests_per_s is None else rate_words(row.requests_per_s),
+                "" if row.tokens_per_s is None else rate_words(row.tokens_per_s),
                 peak_words(row.peak_bytes, [machine]),
                 row.binding,
             )

@@ -131,12 +131,14 @@ def plan(
     daemon count, too (--ranks 1 leaves them out). Ends with 3 if no plan fits.
     """
     if requests is not None:
-        for option, value in (
-            ("--batch", batch > 1),
-            ("--target", target),
-            ("--guesses", guesses),
-            ("--plot", plot),
-        ):
+        others = {
+            "--batch": batch > 1,
+            "--target": target,
+            "--guesses": guesses,
+            "--plot": plot,
+            "--ranks": (plan.ranks or 1) > 1,
+        }
+        for option, value in others.items():
             if value:
                 raise click.UsageError(f"{option} does not go with --requests")
     if plot is not None:
@@ -191,7 +193,7 @@ def plan(
         from .batch_table import show_batch
 
         for device in profile.devices[1:]:
-            note(f"{device.name} is left out: shoal batch with --requests is predicted for one machine")
+            note(f"{device.name} is left out: requests are predicted for one machine")
         with spinner("planning"):
             expected = foresee_batch(path, profile, asked, requests, config, machine)
         show_batch(expected, profile.head.name, as_json=as_json)

@@ -87,6 +87,8 @@ def profile(
             there, trouble = device_laws(config.device, OwnMachine.of(home, count))
         if trouble:
             note(trouble)
+        elif config.names_device and not there:
+            note(f"{config.device} is left out: too little of its memory is free to try how fast it is")
         if there:
             head = replace(found.head, accelerators=there)
             found = replace(found, devices=(head, *found.devices[1:]))

@@ -20,6 +20,8 @@ from msgspec import Meta, Struct
 
 from shoal.daemon.library.kv_files import spelled
 from shoal.daemon.private_files import keep
+from shoal.daemon.throughput.model_sizes import weighed
+from shoal.daemon.throughput.own_machine import OwnMachine
 from shoal.engine.learn.expert_use import FADING, NONE_YET, UseCounts
 from shoal.models.checkpoint.checkpoint import Checkpoint
 from shoal.models.regular_files import read_regular
@@ -96,6 +98,18 @@ class KeptUses:
             "%s: how often experts were used is not known, as the file is of no use: %s", self._path, said
         )
         return NONE_YET
+
+
+def weighed_as_used(
+    checkpoint: Checkpoint, quant: Quant, machine: OwnMachine
+) -> tuple[Weighed, KeptUses | None, UseCounts]:
+    """(a checkpoint with what counts tell of its routers; where they are kept, if it has experts; the counts)"""
+    model = weighed(checkpoint, quant)
+    if machine.home is None or checkpoint.spec.moe is None:
+        return model, None, NONE_YET
+    uses = KeptUses(machine.home.experts, checkpoint, quant)
+    counts = uses.read()
+    return with_chances(model, counts), uses, counts
 
 
 def with_chances(model: Weighed, counts: UseCounts) -> Weighed:

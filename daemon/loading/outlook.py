@@ -17,7 +17,6 @@ from shoal.daemon.library.packs import Packs
 from shoal.daemon.memory import budget_of
 from shoal.daemon.model_name import Quant
 from shoal.daemon.throughput.expectation import Expectation
-from shoal.daemon.throughput.model_sizes import weighed
 from shoal.daemon.throughput.own_machine import OwnMachine
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shoal.offload.pack.builder import source_of
@@ -29,6 +28,7 @@ from shoal.partition.throughput.prediction import Binding
 
 from .budgeting import Shortfall, disk_buffer_bytes, plan_within_budget
 from .device_rooms import device_room
+from .kept_uses import weighed_as_used
 
 
 class Uses(Struct, frozen=True):
@@ -100,7 +100,7 @@ def _outlook(
 ) -> Outlook | TooLarge:
     budget = budget_of(config.memory_bytes)
     on_disk = disk_buffer_bytes(checkpoint, config)
-    model = weighed(checkpoint, config.quant)
+    model, *_ = weighed_as_used(checkpoint, config.quant, machine)
     room, trouble = device_room(config.device, budget, model, machine)
     plan = plan_within_budget(
         checkpoint, model, config, budget, machine.device, extra_bytes=on_disk, room=room

@@ -39,7 +39,7 @@ from shoal.partition.throughput.placing.rooms import accelerator
 from .budgeting import Shortfall, disk_buffer_bytes, plan_within_budget, require_plan
 from .device_rooms import device_asked_for, device_room, let_be, require_whole
 from .grouping import FormedGroup, Grouping, OwnShare, Seated, Unseated
-from .kept_uses import KeptUses, with_chances
+from .kept_uses import KeptUses, weighed_as_used
 from .stores import open_store
 
 
@@ -87,11 +87,7 @@ class Runnable:
         tight, device = bounded(config.memory_bytes), machine.device
         with ExitStack() as undo, open_checkpoint(path) as checkpoint:
             extra_bytes = disk_buffer_bytes(checkpoint, config)
-            model, uses, used = weighed(checkpoint, config.quant), None, NONE_YET
-            if machine.home is not None and checkpoint.spec.moe is not None:
-                uses = KeptUses(machine.home.experts, checkpoint, config.quant)
-                used = uses.read()
-                model = with_chances(model, used)
+            model, uses, used = weighed_as_used(checkpoint, config.quant, machine)
             room, trouble = device_room(device_asked_for(config, grouping), budget, model, machine)
             if room is not None:
                 grouping = None  # a device belongs to no group, and for others none was looked for

@@ -27,15 +27,15 @@ from .own_machine import OwnMachine
 class BatchRow(Struct, frozen=True):
     """One plan. `at_once`: requests that are answered beside each other; `chunk_tokens`: of prompts in a step, at most;
     `seconds`: until all are answered. Per second: of answers. `missing`: what the machine lacks for it, None if it
-    fits."""
+    fits; else these are None."""
 
     name: str
     fits: bool
-    at_once: int
-    chunk_tokens: int
-    seconds: float
-    requests_per_s: float
-    tokens_per_s: float
+    at_once: int | None
+    chunk_tokens: int | None
+    seconds: float | None
+    requests_per_s: float | None
+    tokens_per_s: float | None
     peak_bytes: dict[str, int]
     binding: Binding
     missing: str | None
@@ -43,7 +43,7 @@ class BatchRow(Struct, frozen=True):
 
 class PassingBound(Struct, frozen=True):
     """Of weights that pass through a device in every step: tokens of answers a second that no schedule exceeds with
-    this machine's memory, and tokens in a step from which on computing takes longer than bringing them."""
+    these memories, and tokens in a step from which on computing takes longer than bringing them."""
 
     device: str
     tokens_per_s: float
@@ -83,9 +83,11 @@ def foresee_batch(
     found = batches(models, wanted, device, job, requests)
     bounds = []
     for there in device.accelerators:
-        hybrid = Hybrid.of(models[0], device, there, kv_type)
-        most = upper_bound(hybrid, job.prompt_tokens, job.new_tokens)
-        bounds.append(PassingBound(there.name, most, hybrid.saturating_tokens))
+        ways = Hybrid.all_of(models[0], device, there, kv_type)
+        if ways:
+            most = [upper_bound(it, job.prompt_tokens, job.new_tokens) for it in ways]
+            best = ways[most.index(max(most))]
+            bounds.append(PassingBound(there.name, max(most), best.saturating_tokens))
     rows = [_row(it, requests, job.new_tokens) for it in found]
     as_kept = [row for row, it in zip(rows, found, strict=True) if row.fits and it.model is models[0]]
     chosen = next(iter(as_kept or [row for row in rows if row.fits]), None)
@@ -95,15 +97,15 @@ def foresee_batch(
 
 
 def _row(found: PlannedBatch, requests: int, new_tokens: int) -> BatchRow:
-    rate = requests / found.seconds
+    fits, rate = not found.missing, requests / found.seconds
     return BatchRow(
         found.name,
-        not found.missing,
-        found.at_once,
-        found.plan.chunk_tokens,
-        found.seconds,
-        rate,
-        rate * new_tokens,
+        fits,
+        found.at_once if fits else None,
+        found.plan.chunk_tokens if fits else None,
+        found.seconds if fits else None,
+        rate if fits else None,
+        rate * new_tokens if fits else None,
         found.peak_bytes,
         found.binding,
         found.missing or None,
@@ -111,9 +113,16 @@ def _row(found: PlannedBatch, requests: int, new_tokens: int) -> BatchRow:
 
 
 def _reason(chosen: BatchRow | None, rows: Sequence[BatchRow]) -> str:
+    """`rows`: what lacks least comes first of those that do not fit."""
     if chosen is None:
-        lacking = min((row.missing for row in rows if row.missing), key=len, default="")
-        return f"none of these plans fits: {rows[0].name} lacks {lacking}" if rows else "there is no plan"
+        return (
+            f"none of these plans fits: {rows[0].name} lacks {rows[0].missing}"
+            if rows
+            else "there is no plan"
+        )
+    assert chosen.seconds is not None
     said = f"{chosen.at_once:,} at once, all in {format_duration(chosen.seconds)}"
     second = next((row for row in rows if row.fits and row is not chosen), None)
-    return f"{said}; {second.name} would take {format_duration(second.seconds)}" if second else said
+    if second is None or second.seconds is None:
+        return said
+    return f"{said}; {second.name} would take {format_duration(second.seconds)}"

@@ -26,12 +26,13 @@ from shoal.partition.throughput.weights_of import Product
 
 from .brief_profile import BRIEF_READ_S, Interrupted, enough_is_free
 from .disk_laws import READS, read_once, reread_speed
+from .kept_profile import LEAST_CHANGE
 from .kernel_laws import ROUNDS, Pool, middle, table_rounds
 from .profiling import LEAST_FILE_BYTES, others_compute
 
 log = logging.getLogger(__name__)
 
-LEAST_CHANGE = 1.2  # times: a machine that others share differs by so much from one minute to the next
+_SAME = 1e-6  # of a factor: rounding
 
 
 class Looked(NamedTuple):
@@ -64,12 +65,12 @@ class Looked(NamedTuple):
         return Looked(changed, tables)
 
     def since_measured(self, drift: Mapping[Binding, float]) -> dict[Binding, float]:
-        """What has changed since the machine was measured, if it had drifted so far before: what is about as it was
-        then has not."""
+        """How far the machine has drifted since it was measured, if it had drifted so far before: all of that stands in
+        its figures, however little it is."""
         both = {
             part: drift.get(part, 1.0) * self.changed.get(part, 1.0) for part in {**drift, **self.changed}
         }
-        return {part: times for part, times in both.items() if max(times, 1 / times) > LEAST_CHANGE}
+        return {part: times for part, times in both.items() if abs(times - 1) > _SAME}
 
 
 def look_again(

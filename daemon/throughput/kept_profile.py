@@ -24,6 +24,7 @@ from .profile_files import parse_profile, profile_text
 
 log = logging.getLogger(__name__)
 
+LEAST_CHANGE = 1.2  # times: a machine that others share differs by so much from one minute to the next
 FORM = 14  # of what is measured: a later one is measured anew
 
 
@@ -52,17 +53,21 @@ class Kept:
     @property
     def settled(self) -> bool:
         """Whether whoever needs all of it need not measure."""
-        return not (self.disturbed or self.brief or self.drift)
+        return not (self.disturbed or self.brief or self._changes)
 
     @property
     def slower(self) -> bool:
         """Whether a part takes longer than when it was measured."""
-        return any(times > 1 for times in self.drift.values())
+        return any(times > 1 for times in self._changes.values())
 
     @property
     def changed(self) -> str:
         """The drift in words; "" if all is as it was."""
-        return ", ".join(f"{part} takes {times:.2g} times as long" for part, times in self.drift.items())
+        return ", ".join(f"{part} takes {times:.2g} times as long" for part, times in self._changes.items())
+
+    @property
+    def _changes(self) -> Mapping[Binding, float]:
+        return {part: times for part, times in self.drift.items() if max(times, 1 / times) > LEAST_CHANGE}
 
 
 def profile_key(threads: int, place: Path) -> str:

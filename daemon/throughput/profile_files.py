@@ -18,11 +18,12 @@ import msgspec
 from shoal.daemon.errors import DaemonError
 from shoal.models.regular_files import read_regular
 from shoal.partition.errors import ProfileError
-from shoal.partition.throughput.profile import Profile
+from shoal.partition.throughput.profile import Corrections, Profile
 from shoal.partition.throughput.profile_checks import check_profile
 
 PROFILE_BYTES = 8 << 20
 _SAID = 60  # characters of a value
+_FORMER = {(Corrections, "network")}  # fields that files have which were written when there were such
 _HINT = "see docs/throughput-model.md for what a profile has"
 
 
@@ -95,7 +96,7 @@ def _problems(value: Any, kind: Any, where: str) -> Iterator[str]:
         hints, known = get_type_hints(kind), {field.name: field for field in fields(kind)}
         prefix = f"{where}." if where else ""
         for name in value:
-            if name not in known:
+            if name not in known and (kind, name) not in _FORMER:
                 yield f"{prefix}{str(name)[:80]}: there is no such field; there are {', '.join(known)}"
         for name, field in known.items():
             if name in value:

@@ -5,12 +5,11 @@ Sentences for people, without settings' names: `quant=q4` is said as "4 bits". P
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from ..amounts import format_bytes
+from ..amounts import format_bytes, rounded_up
 from .alone import AS_QUICK
 from .laws import used_experts
 from .prediction import Binding, Job
@@ -138,11 +137,11 @@ def nothing_fits(found: Solved) -> str:
         return found.no_group or "no group of these machines can run it"
     smallest = min(least, key=lambda it: it.least_bytes)
     as_stored = min((it for it in least if it.asked), key=lambda it: it.least_bytes, default=smallest)
-    ways = [f"{format_bytes(smallest.least_bytes)} of memory{_with(smallest)}"]
+    ways = [f"{format_bytes(rounded_up(smallest.least_bytes))} of memory{_with(smallest)}"]
     if as_stored is not smallest:
         fewer = as_stored.model.quant != smallest.model.quant
         kept = "the weights as they are stored" if fewer else f"K and V in {as_stored.kv_type}"
-        ways.append(f"{format_bytes(as_stored.least_bytes)}{_with(as_stored)} with {kept}")
+        ways.append(f"{format_bytes(rounded_up(as_stored.least_bytes))}{_with(as_stored)} with {kept}")
     lacks = f"no plan fits: {smallest.missing} is missing"
     return f"{lacks}; the smallest machine that could run it has {', or '.join(ways)}"
 
@@ -250,14 +249,14 @@ def _bought(
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
             low, high = (low, middle) if speed(with_memory(middle)) >= target else (middle, high)
-        lacks = _rounded_up(high - now)
+        lacks = rounded_up(high - now)
         bought.append(Change(f"{format_bytes(lacks)} more memory", speed(with_memory(now + lacks))))
     if profile.head.disk_bytes_per_s and speed(with_disk(_MOST_TIMES)) >= target:
         low, high = 1.0, _MOST_TIMES
         for _ in range(_HALVINGS):
             middle = (low * high) ** 0.5
             low, high = (low, middle) if speed(with_disk(middle)) >= target else (middle, high)
-        rate = _rounded_up(profile.head.disk_bytes_per_s * high)
+        rate = rounded_up(profile.head.disk_bytes_per_s * high)
         reached = speed(with_disk(rate / profile.head.disk_bytes_per_s))
         bought.append(Change(f"a disk of {format_bytes(rate)}/s", reached))
     for count in range(len(profile.devices) + 1, _MOST_MACHINES + 1) if choices.ranks != 1 else ():
@@ -282,12 +281,6 @@ def with_faster_disk(device: Device, times: float) -> Device:
         rings = reads.rings and replace(reads.rings, bytes_per_s=of(reads.rings.bytes_per_s))
         reads = replace(reads, bytes_per_s=of(reads.bytes_per_s), rings=rings)
     return replace(device, disk_bytes_per_s=times * device.disk_bytes_per_s, reads=reads)
-
-
-def _rounded_up(nbytes: float) -> float:
-    """To the three digits that are said of it."""
-    step = 10.0 ** (math.floor(math.log10(max(nbytes, 1.0))) - 2)
-    return math.ceil(nbytes / step) * step
 
 
 def _times(factor: float) -> str:

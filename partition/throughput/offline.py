@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, inf
 from typing import NamedTuple
 
 from ..plan import Plan
@@ -37,6 +37,7 @@ BATCH_SIZES = (
     BatchSize(64, 512),
     BatchSize(16, 256),
 )  # of a processor, the fastest first
+_STEPS = 20  # shares of a model in memory that are looked at
 WITH_DEVICE = (
     BatchSize(4096, 8192),
     BatchSize(1024, 8192),
@@ -49,7 +50,8 @@ WITH_DEVICE = (
 @dataclass(frozen=True)
 class PlannedBatch:
     """A plan for all requests of one kind. `at_once`: that have a place for K and V, and a row in each step; `seconds`:
-    until all are answered. `missing`: what the machine lacks for it, in words; "" if it fits."""
+    until all are answered. `missing`: what the machine lacks for it, in words; "" if it fits, and then nothing else of
+    it is true but `least_bytes`, of memory with which it would."""
 
     name: str
     model: Weighed
@@ -57,6 +59,7 @@ class PlannedBatch:
     at_once: int
     seconds: float
     missing: str
+    least_bytes: int
     peak_bytes: dict[str, int]
     binding: Binding
 
@@ -80,7 +83,8 @@ def batches(
 
 
 def _rank(batch: PlannedBatch) -> tuple[bool, float]:
-    return bool(batch.missing), batch.seconds
+    """What fits by its time, what does not by what it lacks."""
+    return (True, batch.least_bytes) if batch.missing else (False, batch.seconds)
 
 
 def _batch(found: Candidate, device: Device, job: Job, requests: int) -> PlannedBatch:
@@ -101,25 +105,30 @@ def _batch(found: Candidate, device: Device, job: Job, requests: int) -> Planned
         at_once,
         seconds,
         found.missing,
+        found.least_bytes,
         dict(together.peak_bytes),
         together.binding,
     )
 
 
 class Hybrid(NamedTuple):
-    """A model on an accelerator and its host. `token_flops`: operations for one token on the accelerator."""
+    """A model on an accelerator and its host. `token_flops`: operations for one token on the accelerator. `disk_s`: of
+    an iteration, what comes from disk in it."""
 
     weights_bytes: float  # that pass to the accelerator in each iteration
     token_flops: float
     kv_token_bytes: float  # of one token in all layers
     flops: float
     host_bytes_per_s: float
-    kv_bytes: float  # of the host's memory, for K and V
+    kv_bytes: float  # of memory, for K and V
     memory_bytes_per_s: float  # of the host
+    disk_s: float = 0.0
 
     @classmethod
-    def of(cls, model: Weighed, host: Device, accelerator: Accelerator, kv_type: str) -> Hybrid:
-        """All layers pass; the embedding and the head stay where they are."""
+    def all_of(cls, model: Weighed, host: Device, accelerator: Accelerator, kv_type: str) -> list[Hybrid]:
+        """The best that there could be with more and more of the weights in memory, the rest on disk: what memory is
+        not taken by those has K and V, be it the host's or the accelerator's, and what of all layers the accelerator
+        has room for need not pass. None where the weights find no room."""
         spec = model.spec
         moe, flops = spec.moe, 0.0
         for kind, layers in model.layer_kinds.items():
@@ -127,21 +136,28 @@ class Hybrid(NamedTuple):
             weights = sum(it.rows * it.cols for it in (*kind.attention, *kind.dense))
             flops += 2.0 * layers * (weights + active * sum(it.rows * it.cols for it in kind.expert))
         ends = sum(nbytes for block, nbytes in model.block_bytes.items() if block.kind in ("embed", "head"))
-        weights_bytes = model.weights_bytes - ends
-        return cls(
-            weights_bytes,
-            flops,
-            len(spec.layers) * kv_token_bytes(spec, kv_type),
-            accelerator.flops,
-            passing_bytes_per_s(accelerator),
-            max(0.0, host.memory_bytes - model.weights_bytes),
-            host.memory_bytes_per_s,
-        )
+        memory_bytes, passing = host.memory_bytes + accelerator.memory_bytes, model.weights_bytes - ends
+        most = min(1.0, memory_bytes / model.weights_bytes)
+        held = [most * place / _STEPS for place in range(_STEPS + 1)] if host.disk_bytes_per_s else [1.0]
+        return [
+            cls(
+                max(0.0, passing - accelerator.memory_bytes),
+                flops,
+                len(spec.layers) * kv_token_bytes(spec, kv_type),
+                accelerator.flops,
+                passing_bytes_per_s(accelerator),
+                memory_bytes - share * model.weights_bytes,
+                host.memory_bytes_per_s,
+                (1 - share) * passing / host.disk_bytes_per_s if share < 1 else 0.0,
+            )
+            for share in held
+            if share <= most
+        ]
 
     @property
     def pass_s(self) -> float:
         """Seconds in which all weights pass."""
-        return self.weights_bytes / self.host_bytes_per_s
+        return max(self.weights_bytes / self.host_bytes_per_s, self.disk_s)
 
     @property
     def saturating_tokens(self) -> float:
@@ -150,7 +166,7 @@ class Hybrid(NamedTuple):
 
     @property
     def kv_tokens(self) -> float:
-        """Tokens whose K and V the host can keep."""
+        """Tokens for whose K and V there is room."""
         return self.kv_bytes / self.kv_token_bytes
 
 
@@ -173,7 +189,8 @@ def tokens_per_kv(prompt_tokens: int, new_tokens: int) -> float:
 def upper_bound(hybrid: Hybrid, prompt_tokens: int, new_tokens: int) -> float:
     """First stage: tokens of answers per second that no schedule exceeds, with endlessly many requests. Either the
     host's memory bounds how many tokens there are for each pass, or computing them takes longer than the pass."""
-    by_memory = hybrid.kv_tokens * tokens_per_kv(prompt_tokens, new_tokens) / hybrid.pass_s
+    kept = hybrid.kv_tokens * tokens_per_kv(prompt_tokens, new_tokens)
+    by_memory = kept / hybrid.pass_s if hybrid.pass_s else inf
     by_compute = hybrid.flops / hybrid.token_flops
     return min(by_memory, by_compute) * new_tokens / (prompt_tokens + new_tokens)
 

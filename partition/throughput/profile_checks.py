@@ -79,7 +79,7 @@ def check_profile(profile: Profile) -> Profile:
             raise ProfileError(
                 f"{where}.accelerators: there are {len(device.accelerators)}, must be at most {MAX_ACCELERATORS}"
             )
-        within = {device.name}
+        within = {it.name for it in profile.devices}
         for number, accelerator in enumerate(device.accelerators):
             _check_name(f"{where}.accelerators[{number}].name", accelerator.name, within)
             within.add(accelerator.name)

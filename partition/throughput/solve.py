@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from ..amounts import format_bytes
+from ..amounts import format_bytes, rounded_up
 from ..group_choice import Choice, NoGroup
 from ..hardware_guesses import DISK_BYTES_PER_S
 from ..memory_layout import PAGE_TOKENS
@@ -215,7 +215,7 @@ def _candidate(
     plan = made.plan if isinstance(made, Misfit) else made
     least = (made.least_bytes if isinstance(made, Misfit) else plan.peak_bytes) + more
     lacks = max(0, least - int(device.memory_bytes)) if isinstance(made, Misfit) else 0
-    missing = f"{format_bytes(lacks)}{_OF_MEMORY}" if lacks else ""
+    missing = f"{format_bytes(rounded_up(lacks))}{_OF_MEMORY}" if lacks else ""
     return Candidate(name, model, plan.kv.dtype, cost(model, plan, device, job), missing, least, order, plan)
 
 

@@ -156,31 +156,37 @@ def test_a_written_processor_counts_where_experts_may_come(mixtral: Path, tmp_pa
 
 
 def test_many_requests_come_near_what_no_schedule_exceeds(mixtral: Path, tmp_path: Path) -> None:
-    """MoE-Lens's machine and requests: 70 GB for K and V behind 32 GB/s, of which computing is what bounds them."""
+    """MoE-Lens's requests beside a large host: computing is what bounds them."""
     path = written(tmp_path / "server.json", {"devices": [SERVER | {"accelerators": [A40]}]})
     asked = mixtral, "--profile", path, "--prompt-tokens", 98, "--new-tokens", 32, "--quant", "keep"
     found = planned(*asked, "--requests", 25000)
     (bound,) = found["bounds"]
     assert bound["device"] == "a40"
     assert bound["tokens_per_s"] == pytest.approx(15e13 / 25.6e9 * 32 / 130, rel=0.02)
-    assert 15e3 < bound["saturating_tokens"] < 25e3
     rows = {row["name"]: row for row in found["plans"]}
     chosen = rows[found["chosen"]]
     assert found["chosen"].startswith("through a40")
-    assert 0.75 * bound["tokens_per_s"] < chosen["tokens_per_s"] < bound["tokens_per_s"]
+    assert 0.6 * bound["tokens_per_s"] < chosen["tokens_per_s"] < bound["tokens_per_s"]
     assert chosen["seconds"] == pytest.approx(25000 / chosen["requests_per_s"])
     assert chosen["seconds"] == min(row["seconds"] for row in found["plans"] if row["fits"])
     assert chosen["at_once"] > 1024
     assert all(set(row["peak_bytes"]) <= {"server", "a40"} for row in found["plans"])
     few = planned(*asked, "--requests", 3)
     assert all(row["at_once"] <= 3 for row in few["plans"])
+    assert all(row["seconds"] is None for row in found["plans"] if not row["fits"])
     shown = run(*asked, "--requests", 25000).stdout
     assert "no schedule gives more than" in shown
     assert "→ through a40" in shown
 
 
 def test_options_that_do_not_go_with_many_requests_are_refused(llama: Path, pc: Path, tmp_path: Path) -> None:
-    for more in (("--batch", 2), ("--target", "3"), ("--guesses", "2"), ("--plot", tmp_path / "a.png")):
+    for more in (
+        ("--batch", 2),
+        ("--target", "3"),
+        ("--guesses", "2"),
+        ("--plot", tmp_path / "a.png"),
+        ("--ranks", 2),
+    ):
         result = run(llama, "--profile", pc, "--requests", 5, *more)
         assert result.exit_code == 2
         assert f"{more[0]} does not go with --requests" in result.stderr
@@ -207,3 +213,21 @@ def test_a_device_is_measured_with_its_machine_and_planned_for_elsewhere(
     wrong = profiled("--threads", 1, "--device", "sim:x")
     assert wrong.exit_code == 2
     assert "is no device" in wrong.stderr
+
+
+@pytest.mark.parametrize(("host", "card"), [(80e9, 48e9), (97e9, 48e9), (100e9, 80e9), (60e9, 24e9)])
+@pytest.mark.parametrize("disk", [0, 2e9])
+def test_no_plan_exceeds_what_no_schedule_does(
+    mixtral: Path, tmp_path: Path, host: float, card: float, disk: float
+) -> None:
+    """Also where a card keeps some of the weights, or K and V find more room as weights come from disk."""
+    machine = SERVER | {"memory_bytes": host, "accelerators": [A40 | {"memory_bytes": card}]}
+    path = written(tmp_path / "p.json", {"devices": [machine | {"disk_bytes_per_s": disk}]})
+    asked = "--prompt-tokens", 98, "--new-tokens", 32, "--quant", "keep", "--requests", 25000
+    found = planned(mixtral, "--profile", path, *asked)
+    passing = [row for row in found["plans"] if row["name"].startswith("through") and row["fits"]]
+    for row in passing:
+        assert row["tokens_per_s"] <= found["bounds"][0]["tokens_per_s"]
+    assert passing or not disk
+    rows = [row["fits"] for row in found["plans"]]
+    assert rows == sorted(rows, reverse=True)

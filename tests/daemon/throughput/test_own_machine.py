@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from shoal.daemon.throughput import (
     kernel_laws,
     own_machine,
 )
+from shoal.daemon.throughput.drift import Looked
 from shoal.daemon.throughput.kept_profile import Kept, profile_key, read_kept, write_kept
 from shoal.daemon.throughput.own_machine import OwnMachine, profile_file
 from shoal.partition.throughput.prediction import Binding
@@ -516,3 +517,19 @@ def test_the_disk_that_counts_is_the_one_of_packs(
     disks = {home.packs: 1, home.models: 2 if apart else 1}
     monkeypatch.setattr(shoal.comm.home, "disk_of", disks.get)
     assert OwnMachine.of(home, 1)._place == (home.packs if apart else home.models)
+
+
+def test_small_drifts_are_not_forgotten_as_they_stand_in_the_figures() -> None:
+    """A disk takes half as long again, comes back but for a fifth, and so on: that is what is believed of it, and that
+    it has changed."""
+    drift: Mapping[Binding, float] = {}
+    true = 1.0
+    for times in (1.5, 1.19 / 1.5) * 3:
+        drift = Looked({"disk": times}).since_measured(drift)
+        true *= times
+    assert drift["disk"] == pytest.approx(true)
+    kept = Kept(Profile((unmeasured(1, 1e9),)), drift=drift)
+    assert (kept.settled, kept.slower) == (False, True)
+    little = Kept(Profile((unmeasured(1, 1e9),)), drift={"disk": 1.1})
+    assert (little.settled, little.slower, little.changed) == (True, False, "")
+    assert Looked({"disk": 1 / true}).since_measured(drift) == {}

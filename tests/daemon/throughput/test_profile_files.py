@@ -300,3 +300,9 @@ def test_each_table_of_weights_is_shown_in_a_row_of_its_own() -> None:
     assert [row[2] for row in rows] == ["16 bits", "8 bits", "16 bits"]
     assert len({tuple(row) for row in rows}) == 3
     assert {len(row) for row in rows} == {len(columns)}
+
+
+def test_files_of_before_are_read() -> None:
+    """`shoal profile --out` wrote what networks had taught, which nothing ever did."""
+    found = parse(changed("devices.0.corrections", {"memory": 1.1, "network": 1.0}))
+    assert found.head.corrections.memory == 1.1

@@ -383,3 +383,25 @@ def test_ranks_have_room_for_k_and_v_of_all_streams_or_are_no_group() -> None:
     ]
     assert kv_bytes <= sum(grown)
     assert max(roomy["group of 2"].prediction.peak_bytes.values()) <= memory_bytes + kv_bytes
+
+
+@pytest.mark.parametrize("experts", [3, 6, 7, 10, 160])
+def test_a_mixture_with_one_active_expert_has_groups(experts: int) -> None:
+    """One of six is used by a token, as far as numbers can be divided."""
+    model = weighed(spec(moe=MoeSpec(experts, 1, 512, True), ffn=0))
+    assert _crowd(experts, distinct_experts(experts, 1, 1), 2) == pytest.approx(2.0)
+    profile = Profile((device(), replace(device(), name="two")), (ProfileLink((ANY, ANY), 1e-5, 1e10),))
+    found = solve([model], asks(Job(64, 16), None, 256, 1, 0), profile, Job(64, 16), Choices(ranks=2))
+    assert found.chosen is not None
+
+
+def test_what_was_measured_of_a_group_counts_in_its_steps() -> None:
+    profile = Profile((device(), replace(device(), name="two")), (ProfileLink((ANY, ANY), 1e-5, 1e10),))
+    groups = Groups(DENSE, wanted(DENSE.spec), profile, Job(64, 16), ("f32",))
+    found = groups.of(2)
+    assert isinstance(found, Choice)
+    slow = found._replace(figures=found.figures.slower(3.0, 16))
+    now, then = groups.cost(found), groups.cost(slow)
+    assert then.token_s == pytest.approx(slow.figures.token_s, rel=0.1)
+    assert 2.5 * now.token_s < then.token_s < 3.01 * now.token_s
+    assert sum(then.parts.values()) == pytest.approx(then.token_s)

@@ -92,8 +92,8 @@ def test_contention_lies_between_none_and_all_of_the_time(
 
 
 @given(
-    st.floats(0.1, 1.0),
-    st.floats(0.1, 1.0),
+    st.floats(0.2, 1.0),
+    st.floats(0.2, 1.0),
     st.sampled_from([0.25, 0.5, 0.8, 1.0, 1.3, 2.0, 4.0]),
     st.booleans(),
 )
