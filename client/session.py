@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from shoal.comm import wire
+from shoal.comm.complaints import shorten
 from shoal.comm.errors import CommError, ProtocolError, RequestFailed
 from shoal.comm.messages import (
     REPLIES,
@@ -229,7 +230,7 @@ def _chat_messages(messages: Sequence[ChatLike]) -> list[ChatMessage]:
     for place, message in enumerate(messages):
         if not isinstance(message, Mapping):
             wanted = 'must be a message, {"role": …, "content": …}'
-            raise ValueError(f"messages[{place}]={repr(message)[:40]}: {wanted}")
+            raise ValueError(f"messages[{place}]={shorten(message)}: {wanted}")
     return [ChatMessage(message) for message in messages]
 
 

@@ -5,7 +5,9 @@ Knows how msgspec complains. Does not know messages.
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 SHOWN = 40  # characters of a value, at most
@@ -35,11 +37,41 @@ def explained(complaint: str, value: Any, where: str = "") -> str:
 
 
 def shorten(value: object) -> str:
-    """`repr(value)` in at most `SHOWN` characters, control characters escaped."""
-    if isinstance(value, str | bytes):
-        value = value[: SHOWN + 1]
-    text = repr(value)
-    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
+    """The value as JSON has it, in at most `SHOWN` characters, however large and deep it is."""
+    text = ""
+    for piece in _spelled(value):
+        text += piece
+        if len(text) > SHOWN:
+            return text[: SHOWN - 1] + "…"
+    return text
+
+
+def _spelled(value: object) -> Iterator[str]:
+    """Its JSON in pieces, none of which is empty. What JSON has not is spelled as Python has it."""
+    match value:
+        case str():
+            text = value[: SHOWN + 1]
+            yield json.dumps(text, ensure_ascii=not text.isprintable())
+        case bytes():
+            yield repr(value[: SHOWN + 1])
+        case None | bool() | float():
+            yield json.dumps(value)
+        case Mapping():
+            yield "{"
+            for place, (key, item) in enumerate(value.items()):
+                yield from [","] if place else []
+                yield from _spelled(key)
+                yield ":"
+                yield from _spelled(item)
+            yield "}"
+        case list() | tuple():
+            yield "["
+            for place, item in enumerate(value):
+                yield from [","] if place else []
+                yield from _spelled(item)
+            yield "]"
+        case _:
+            yield repr(value)
 
 
 def _quote(path: str, value: Any) -> str:

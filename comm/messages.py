@@ -222,6 +222,8 @@ class TokenLogprob(Message):
     text: str
     logprob: float
     top: list[tuple[int, str, float]] = []
+    token_bytes: bytes | None = None  # where they are no UTF-8, so that `text` has U+FFFD
+    top_bytes: list[bytes | None] = []  # of each in `top`; [] if none has any
 
 
 class Token(Message):
@@ -346,9 +348,8 @@ class StatusReply(Message):
     stage: Stage | None = None  # how far loading is
     draining: bool = False
     peak_memory_bytes: int = 0  # the largest resident set since the start
-    corrections: dict[
-        str, float
-    ] = {}  # how many times longer than its profile says parts of steps take here: ½ to 2
+    # How many times longer than its profile says parts of steps take here: ½ to 2.
+    corrections: dict[str, float] = {}
 
 
 class Pong(Message):

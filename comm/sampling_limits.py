@@ -13,6 +13,8 @@ from types import MappingProxyType
 
 from msgspec import Meta
 
+from .complaints import shorten
+
 
 @dataclass(frozen=True)
 class Limit:
@@ -69,7 +71,7 @@ def check_sampling(name: str, value: object) -> None:
 
 def _check_biases(biases: object) -> None:
     if not isinstance(biases, Mapping):
-        raise ValueError(f"logit_bias={biases!r:.40}: must be a map of token id to number")
+        raise ValueError(f"logit_bias={shorten(biases)}: must be a map of token id to number")
     if len(biases) > MAX_BIASES:
         raise ValueError(f"logit_bias has {len(biases)} entries: must be at most {MAX_BIASES}")
     for token_id, bias in biases.items():
@@ -80,4 +82,4 @@ def _check_biases(biases: object) -> None:
 
 
 def _refusal(name: str, value: object, limit: Limit) -> str:
-    return f"{name}={value!r:.40}: must be {limit}"
+    return f"{name}={shorten(value)}: must be {limit}"

@@ -147,12 +147,26 @@ class Answer:
     def _describe(self, sampled: Sampled) -> list[TokenLogprob]:
         if not self._logprobs:
             return []
-        text = self._tokenizer.decode
+        text, token_bytes = self._spelled(sampled.token_id)
+        spelled = [self._spelled(token) for token, _ in sampled.top]
         return [
             TokenLogprob(
                 id=sampled.token_id,
-                text=text([sampled.token_id]),
+                text=text,
                 logprob=sampled.logprob,
-                top=[(token, text([token]), logprob) for token, logprob in sampled.top],
+                top=[
+                    (token, text, logprob)
+                    for (token, logprob), (text, _) in zip(sampled.top, spelled, strict=True)
+                ],
+                token_bytes=token_bytes,
+                top_bytes=[data for _, data in spelled] if any(data for _, data in spelled) else [],
             )
         ]
+
+    def _spelled(self, token: int) -> tuple[str, bytes | None]:
+        """A token's text, and its bytes if they are not those of the text."""
+        if self._tokenizer.is_special(token):
+            return self._tokenizer.decode([token]), None
+        data = self._tokenizer.token_bytes(token)
+        text = data.decode(errors="replace")
+        return text, None if text.encode() == data else data

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from shoal.comm.errors import CommError
 from shoal.comm.messages import ErrorCode
@@ -81,6 +82,17 @@ def translated(error: Exception, what: str = "") -> DaemonError:
     )
 
 
+def raise_translated(error: Exception, what: str = "") -> NoReturn:
+    """Raise `error` as a DaemonError. What it was raised with is let go of at once, not by the garbage collector:
+    so one that is a DaemonError does not become its own cause, and no frame that it passed keeps it."""
+    try:
+        if isinstance(error, DaemonError):
+            raise error
+        raise translated(error, what) from error
+    finally:
+        del error
+
+
 @contextmanager
 def refusing(name: str) -> Iterator[None]:
     """Raises whatever goes wrong with a model within as DaemonError. Errors of a checkpoint name their file themselves,
@@ -94,4 +106,4 @@ def refusing(name: str) -> Iterator[None]:
         raise DaemonError("resources", f"{name} {error}", hint) from error
     except Exception as error:
         named = isinstance(error, CheckpointError | TokenizerError)
-        raise translated(error, "" if named else name) from error
+        raise_translated(error, "" if named else name)

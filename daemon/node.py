@@ -49,7 +49,7 @@ from shoal.offload.kv.disk_pages import FLUSH_LIMIT_S
 from .answer_thread import Answering
 from .backend import STAGE_S, AnswersCluster, ClusterReply, ClusterRequest, Emit, Event
 from .config import NodeConfig
-from .error_codes import translated
+from .error_codes import raise_translated
 from .errors import DaemonError
 from .installed import package_version
 from .long_requests import LongRequests, tokenized
@@ -142,7 +142,7 @@ class Node:
         except Exception as error:
             if model.retired and model not in self._models:
                 return None
-            raise translated(error) from error
+            raise_translated(error)
         with self._wake:
             self._check_open()
             if model not in self._models:
@@ -154,7 +154,7 @@ class Node:
                 model.begin(sequence)
             except Exception as error:
                 self._answering.forget(sequence)
-                raise translated(error) from error
+                raise_translated(error)
             self._requests_total += 1
             self._wake.notify_all()
         return Underway(model, sequence)
@@ -192,7 +192,7 @@ class Node:
         try:
             return tokenized(model, request, self._long)
         except Exception as error:
-            raise translated(error) from error
+            raise_translated(error)
         finally:
             self._long.ended(request)
 

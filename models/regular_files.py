@@ -17,6 +17,8 @@ from typing import Any
 
 from shoal.models.errors import one_line
 
+from .json_bounds import check_nesting
+
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
     (stat.S_ISFIFO, "a pipe"),
@@ -88,9 +90,10 @@ def without_mark(data: bytes, path: Path) -> tuple[bytes, list[str]]:
 
 def object_of(data: bytes) -> dict[str, Any]:
     """The object that JSON text is. Raises ValueError with what is wrong with it."""
+    check_nesting(data)
     try:
         value = json.loads(data)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"is not valid JSON: {one_line(error)}") from error
     if not isinstance(value, dict):
         raise ValueError(f"must hold a JSON object, holds a {type(value).__name__}")

@@ -26,9 +26,10 @@ ALLOWED = {
     "comm": set(),
     "kernels": {"partition"},  # of it the numbers that kernels fix and plans count with
 }
-# How amounts are said, what the client speaks in, and where it finds the daemon.
+# How amounts are said, how JSON is measured, what the client speaks in, and where it finds the daemon.
 CLI_VOCABULARY = {
     "partition.amounts",
+    "models.json_bounds",
     "comm.messages",
     "comm.cluster_messages",
     "comm.sampling_limits",

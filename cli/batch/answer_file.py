@@ -65,10 +65,8 @@ class AnswerFile:
         self._kept = False  # it is known to its directory for good
         self._file = self._opened(path)
         try:
-            if os.path.samestat(os.fstat(self._file), requests):
-                raise DaemonError(
-                    "bad_request", f"{path} is the file of requests: answers must go into another"
-                )
+            if what := _taken(os.fstat(self._file), requests):
+                raise DaemonError("bad_request", f"{path} is {what}: answers must go into another")
             self._size = self._look()
             if retry:
                 there = len(self.had)
@@ -223,6 +221,17 @@ class AnswerFile:
         if error.errno in _FULL:
             return DaemonError("resources", said, "free some space; the same command then goes on")
         return DaemonError("bad_request", said)
+
+
+def _taken(answers: os.stat_result, requests: os.stat_result) -> str:
+    """What a file is already, so that no answers may go into it; "" = nothing."""
+    if os.path.samestat(answers, requests):
+        return "the file of requests"
+    for descriptor, what in ((1, "stdout"), (2, "stderr")):
+        with suppress(OSError):  # it may be closed
+            if os.path.samestat(answers, os.fstat(descriptor)):
+                return f"the file that {what} goes to, where a summary or complaints may be written"
+    return ""
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

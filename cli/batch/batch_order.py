@@ -126,12 +126,12 @@ class BatchOrder:
         number = self._numbers.setdefault(model, len(self.models))
         if number == _MODELS:
             raise DaemonError("bad_request", f"the requests name more than {_MODELS} models")
-        text = _text(request)
-        context = len(text) // _TOKEN_BYTES + (request.max_tokens or _ANSWER_TOKENS)
+        text, length = _text(request)
+        context = length // _TOKEN_BYTES + (request.max_tokens or _ANSWER_TOKENS)
         self.models[model] = max(self.models.get(model, 0), context)
         longest = min((request.max_tokens or 1 << 26).bit_length(), 0xFF)
-        beginnings = [_beginning(text[:size]) if len(text) >= size else _ENDED for size in _PREFIX_BYTES]
-        return _Key(number, longest, beginnings, len(text))
+        beginnings = [_beginning(text[:size]) if length >= size else _ENDED for size in _PREFIX_BYTES]
+        return _Key(number, longest, beginnings, length)
 
     def _find_twins(self) -> None:
         """Of the lines with one custom_id, only the first is asked."""
@@ -173,14 +173,26 @@ def _line(row: Any) -> RequestLine:
     return RequestLine(int(row["line"]), int(row["offset"]), int(row["nbytes"]), int(row["digest"]), None)
 
 
-def _text(request: Generate | Chat) -> bytes:
-    """What comes first in the prompt, first."""
+def _text(request: Generate | Chat) -> tuple[bytes, int]:
+    """The beginning of what comes first in the prompt, as far as it counts, and how many bytes all of it has."""
+    beginning, length = b"", 0
+    for part in _parts(request):
+        beginning += part[: _PREFIX_BYTES[-1] - len(beginning)]
+        length += len(part)
+    return beginning, length
+
+
+def _parts(request: Generate | Chat) -> Iterator[bytes]:
     if isinstance(request, Chat):
-        said = [f"{message['role']}\0{message.get('content')}" for message in request.messages]
-        return "\0".join(said).encode(errors="replace")
-    if request.prompt is not None:
-        return request.prompt.encode(errors="replace")
-    return np.array(request.prompt_tokens, np.uint32).tobytes()
+        for message in request.messages:
+            yield f"{message['role']}\0".encode(errors="replace")
+            content = message.get("content")
+            yield (content if isinstance(content, str) else str(content)).encode(errors="replace")
+            yield b"\0"
+    elif request.prompt is not None:
+        yield request.prompt.encode(errors="replace")
+    else:
+        yield np.array(request.prompt_tokens, np.uint32).tobytes()
 
 
 def _beginning(text: bytes) -> int:

@@ -39,6 +39,14 @@ SHOWN_S = 0.2
 _OF_A_MODEL = ("bad_request", "not_found", "unsupported", "corrupt")  # others may be there
 
 
+def _no_dash(context: click.Context, parameter: click.Parameter, path: Path) -> Path:
+    """Files are read and written at more than one place, so "-" can be no stream, and should not become a file."""
+    if str(path) == "-":
+        said = f"{parameter.metavar} must be a file, to be gone on with: name one (./- if it is called -)"
+        raise click.UsageError(said, context)
+    return path
+
+
 @click.command(
     name="batch",
     epilog=examples(
@@ -48,8 +56,8 @@ _OF_A_MODEL = ("bad_request", "not_found", "unsupported", "corrupt")  # others m
         "shoal batch --retry-failed requests.jsonl answers.jsonl",
     ),
 )
-@click.argument("requests", metavar="IN", type=click.Path(path_type=Path))
-@click.argument("answers", metavar="OUT", type=click.Path(path_type=Path))
+@click.argument("requests", metavar="IN", type=click.Path(path_type=Path), callback=_no_dash)
+@click.argument("answers", metavar="OUT", type=click.Path(path_type=Path), callback=_no_dash)
 @click.option("--model", metavar="MODEL", help="This model answers all requests, whichever they name.")
 @click.option(
     "--sequences",
@@ -235,9 +243,9 @@ def _progress(tally: Tally, *, quiet: bool) -> Iterator[Callable[[], None]]:
             requests_per_s = (tally.now - began) / seconds
             said = [f"{per_second((tally.written_tokens - tokens) / seconds)} tokens"]
             if requests_per_s:
-                said = [f"{per_second(requests_per_s)} requests", *said]
-                said.append(f"{format_duration(tally.left / requests_per_s)} left")
-            update(tally.lines - tally.left, ", ".join(said))
+                left = f"{format_duration(tally.left / requests_per_s)} left"
+                said = [left, f"{per_second(requests_per_s)} requests", *said]
+            update(tally.lines - tally.left, said)
 
         yield show
 

@@ -6,7 +6,9 @@ Knows OpenAI's format. Does not know where answers come from.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from codecs import getincrementaldecoder
+from collections.abc import Iterator, Mapping
+from itertools import zip_longest
 from typing import Any
 
 import msgspec
@@ -22,7 +24,9 @@ class Collected:
     """The events of one answer."""
 
     def __init__(self, asked: BatchRequest) -> None:
-        self.asked = asked
+        self.custom_id = asked.custom_id
+        self._is_chat = asked.is_chat
+        self._wants_logprobs = asked.top_logprobs is not None
         self._texts: list[str] = []
         self._logprobs: list[TokenLogprob] = []
 
@@ -33,9 +37,9 @@ class Collected:
     def body(self, name: str, model: str, done: Done) -> dict[str, Any]:
         """The object that OpenAI's endpoint returns. `name` of the answer, `model` that gave it."""
         text = "".join(self._texts)
-        wants = self.asked.top_logprobs is not None
+        wants = self._wants_logprobs
         choice: dict[str, Any] = {"index": 0}
-        if self.asked.is_chat:
+        if self._is_chat:
             choice["message"] = {"role": "assistant", "content": text, "refusal": None}
             choice["logprobs"] = (
                 {"content": list(map(_chat_logprob, self._logprobs)), "refusal": None} if wants else None
@@ -46,8 +50,8 @@ class Collected:
         choice["finish_reason"] = _ENDS.get(done.finish_reason, done.finish_reason)
         usage = done.usage
         return {
-            "id": f"{'chatcmpl' if self.asked.is_chat else 'cmpl'}-{name}",
-            "object": "chat.completion" if self.asked.is_chat else "text_completion",
+            "id": f"{'chatcmpl' if self._is_chat else 'cmpl'}-{name}",
+            "object": "chat.completion" if self._is_chat else "text_completion",
             "created": int(time.time()),
             "model": model,
             "choices": [choice],
@@ -77,22 +81,43 @@ def _line(identity: str, custom_id: str | None, response: Any, error: Any) -> by
 
 
 def _chat_logprob(token: TokenLogprob) -> dict[str, Any]:
-    top = [_one(text, logprob) for _, text, logprob in token.top]
-    return {**_one(token.text, token.logprob), "top_logprobs": top}
+    top = [_one(text, data, logprob) for text, data, logprob in _top(token)]
+    return {**_one(token.text, token.token_bytes, token.logprob), "top_logprobs": top}
 
 
-def _one(text: str, logprob: float) -> dict[str, Any]:
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode(errors="replace"))}
+def _one(text: str, data: bytes | None, logprob: float) -> dict[str, Any]:
+    """As OpenAI has it: `token` of a part of a character is spelled `\\xf0\\x9f`."""
+    token = text if data is None else _escaped(data)
+    return {"token": token, "logprob": logprob, "bytes": list(_bytes(text, data))}
 
 
 def _completion_logprobs(tokens: list[TokenLogprob]) -> dict[str, Any]:
     offsets, length = [], 0
+    characters = getincrementaldecoder("utf-8")("replace")  # of which tokens may have parts
     for token in tokens:
         offsets.append(length)
-        length += len(token.text)
+        length += len(characters.decode(_bytes(token.text, token.token_bytes)))
     return {
-        "tokens": [token.text for token in tokens],
+        "tokens": [_name(token.text, token.token_bytes) for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": [{text: logprob for _, text, logprob in token.top} for token in tokens],
+        "top_logprobs": [{_name(text, data): logprob for text, data, logprob in _top(it)} for it in tokens],
         "text_offset": offsets,
     }
+
+
+def _top(token: TokenLogprob) -> Iterator[tuple[str, bytes | None, float]]:
+    for (_, text, logprob), data in zip_longest(token.top, token.top_bytes):
+        yield text, data, logprob
+
+
+def _bytes(text: str, data: bytes | None) -> bytes:
+    return text.encode(errors="replace") if data is None else data
+
+
+def _name(text: str, data: bytes | None) -> str:
+    """As OpenAI's completions spell a token: `bytes:\\xf0\\x9f` where it is a part of a character."""
+    return text if data is None else f"bytes:{_escaped(data)}"
+
+
+def _escaped(data: bytes) -> str:
+    return data.decode(errors="backslashreplace")

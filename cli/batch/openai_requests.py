@@ -12,10 +12,14 @@ from typing import Any, NamedTuple
 import msgspec
 
 from shoal.comm.messages import Chat, Generate, Sampling
+from shoal.models.json_bounds import CONTAINER_BYTES, check_nesting, decoded_bytes
+from shoal.partition.amounts import format_bytes
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 COMPLETION_TOKENS = 16  # of an answer to /v1/completions that says nothing of `max_tokens`: OpenAI's own
 ID_CHARACTERS = 512
+MODEL_CHARACTERS = 4096  # as much as a path may have, and the daemon takes
+DECODED_BYTES = 64 << 20  # of a line's values, beside the characters of texts: a million token ids
 
 _LINE = ("custom_id", "method", "url", "body")
 _LABELS = (  # no answer depends on them
@@ -79,9 +83,14 @@ class BatchRequest:
 def parse(line: bytes, model: str | None) -> BatchRequest:
     """A line as a request. `model` is taken instead of the one that it names. Raises BadLine."""
     try:
+        check_nesting(line)
+    except ValueError as error:
+        raise BadLine(f"the line {error}") from None
+    if len(line) * CONTAINER_BYTES > DECODED_BYTES and (nbytes := decoded_bytes(line)) > DECODED_BYTES:
+        taken, most = format_bytes(nbytes), format_bytes(DECODED_BYTES)
+        raise BadLine(f"the line has values that take up to {taken} of memory: must be at most {most}")
+    try:
         found = msgspec.json.decode(line)
-    except RecursionError:
-        raise BadLine("the line is not JSON that can be read: it is nested too deep") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BadLine(f"the line is not JSON: {error}") from None
     if not isinstance(found, dict):
@@ -122,8 +131,8 @@ def _asked(found: dict[str, Any], model: str | None) -> BatchRequest:
             said = " or ".join(msgspec.json.encode(value).decode() for value in may)
             raise _wrong(name, given[name], f"{said} or absent", "unsupported")
     named = model if model is not None else given.get("model")
-    if not isinstance(named, str) or not named:
-        raise _wrong("model", named, "the name of a model")
+    if not isinstance(named, str) or not 1 <= len(named) <= MODEL_CHARACTERS:
+        raise _wrong("model", named, f"the name of a model, of at most {MODEL_CHARACTERS} characters")
     fields = _fields(given) | {"sampling": _sampling(given, chat=chat)}
     try:
         request = _chat(given, fields) if chat else _completion(given, fields)

@@ -98,7 +98,7 @@ class WorkingOff:
                         line, collected = self._under_way.pop(key)
                         identity = line_id(line.number, line.digest)
                         body = collected.body(identity.removeprefix("batch_req_"), status.name, event)
-                        self._out.add(answered(identity, collected.asked.custom_id, body))
+                        self._out.add(answered(identity, collected.custom_id, body))
                         self.tally.note(event.usage)
                     case DaemonError() | RequestFailed():
                         self._refused(self._under_way.pop(key)[0], event)

@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from shoal.daemon.progress import Progress
 
 
+WIDE_COLUMNS = 120  # in which a bar has a name and its full length
 PIPE_COLUMNS = 10_000  # through a pipe, a row of a table stays one line
 _LISTED_NUMBERS = re.compile(r"(?<=\[)\n[-+.eE\d,\s]+(?=\])")  # no string has a line break unescaped
 
@@ -162,18 +163,33 @@ def _bar(*amounts: ProgressColumn) -> Iterator[Progress]:
 
 
 @contextmanager
-def counts_bar(what: str, total: int, *, quiet: bool = False) -> Iterator[Callable[[int, str], None]]:
-    """A progress bar on stderr, with a text beside it; yields what sets how many are done, and the text."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+def counts_bar(
+    what: str, total: int, *, quiet: bool = False
+) -> Iterator[Callable[[int, Sequence[str]], None]]:
+    """A progress bar on stderr; yields what sets how many are done, and what is said beside it, the most useful first.
+    Of that the terminal shows as much as fits into one line."""
+    from rich.progress import BarColumn, TextColumn
     from rich.progress import Progress as Bars
 
+    screen = console(stderr=True)
+    wide = screen.width >= WIDE_COLUMNS
+    bar_columns = 40 if wide else 10
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
+        *([TextColumn("{task.description}")] if wide else []),
+        BarColumn(bar_columns),
         TextColumn("{task.fields[beside]}"),
     )
-    screen = console(stderr=True)
     with Bars(*columns, console=screen, transient=True, disable=quiet or not screen.is_terminal) as bars:
-        task = bars.add_task(what, total=total, beside="")
-        yield lambda done, beside: bars.update(task, completed=done, beside=beside)
+        task = bars.add_task(what, total=total, beside=f"0/{total:,}")
+
+        def update(done: int, beside: Sequence[str]) -> None:
+            room = screen.width - bar_columns - 1 - (len(what) + 1 if wide else 0)
+            text = f"{done:,}/{total:,}"
+            for more, part in enumerate(beside):
+                longer = f"{text}{', ' if more else ' '}{part}"
+                if len(longer) > room:
+                    break
+                text = longer
+            bars.update(task, completed=done, beside=text)
+
+        yield update

@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from shoal.comm.home import Home
 from shoal.daemon.config import default_threads
-from shoal.daemon.error_codes import translated
+from shoal.daemon.error_codes import raise_translated
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.memory import resident_bytes
 from shoal.daemon.model_name import WHOLE, ShardName
@@ -100,7 +100,7 @@ class Packs:
         try:
             return self.find(checkpoint, quant) or self._build(checkpoint, quant, memory_bytes, progress)
         except Exception as error:
-            raise translated(error) from error
+            raise_translated(error)
 
     def pack(
         self,
@@ -137,7 +137,7 @@ class Packs:
             if isinstance(error, PackCorrupt):
                 with suppress(OSError):  # it may be read-only
                     (directory / DAMAGED).touch()
-            raise translated(error) from error
+            raise_translated(error)
 
     @contextmanager
     def _opened(self, path: Path, quant: Quant, shard: ShardName) -> Iterator[AnyCheckpoint]:
@@ -147,7 +147,7 @@ class Packs:
                 checkpoint = stack.enter_context(open_checkpoint(path))
                 part = part_of(checkpoint, quant, *shard)
             except (CheckpointError, ShardError) as error:
-                raise translated(error) from error
+                raise_translated(error)
             yield part
 
     def _build(

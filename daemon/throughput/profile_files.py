@@ -16,6 +16,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import msgspec
 
 from shoal.daemon.errors import DaemonError
+from shoal.models.json_bounds import check_nesting
 from shoal.models.regular_files import read_regular
 from shoal.partition.errors import ProfileError
 from shoal.partition.throughput.profile import Corrections, Profile
@@ -39,6 +40,7 @@ def read_profile(path: Path) -> Profile:
 def parse_profile(text: bytes, origin: str) -> Profile:
     """The profile in a text. Raises DaemonError."""
     try:
+        check_nesting(text)
         found = json.loads(text, object_pairs_hook=_once)
         if problem := next(_problems(found, Profile, ""), ""):
             raise ProfileError(problem)
@@ -47,7 +49,7 @@ def parse_profile(text: bytes, origin: str) -> Profile:
         raise DaemonError("bad_request", f"{origin}: {error}", _HINT) from error
     except msgspec.ValidationError as error:
         raise DaemonError("bad_request", f"{origin}: {_said(str(error))}", _HINT) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DaemonError("bad_request", f"{origin}: is no JSON: {str(error)[:200]}", _HINT) from error
 
 

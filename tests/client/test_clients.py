@@ -71,18 +71,18 @@ def test_a_prompt_beside_messages_is_not_dropped(client):
         (lambda client: client.generate(), "^prompt: exactly one of prompt, prompt_tokens must be given"),
         (lambda client: client.load("m", 5, least_context=5), "^least_context: give this or context"),
         (lambda client: client.tokenize(), "^text: exactly one of text, tokens, messages must be given"),
-        (lambda client: client.text("hi\udcff"), r"cannot encode: prompt='hi\\udcff': must be text without"),
-        (lambda client: client.text("a", model="\udcff"), r"model='\\udcff': must be text"),
-        (lambda client: client.text("a", stop=["b", "\ud800"]), r"stop\[1\]='\\ud800': must be text"),
+        (lambda client: client.text("hi\udcff"), r'cannot encode: prompt="hi\\udcff": must be text without'),
+        (lambda client: client.text("a", model="\udcff"), r'model="\\udcff": must be text'),
+        (lambda client: client.text("a", stop=["b", "\ud800"]), r'stop\[1\]="\\ud800": must be text'),
         (
             lambda client: client.text("a", stop=[object()]),
             r"stop\[0\]=<object .*Encoding objects of type object",
         ),
         (lambda client: client.text(prompt_tokens=[1, 1 << 70]), r"prompt_tokens\[1\]=1180.*serialize ints"),
-        (lambda client: client.load("\udcff"), r"model='\\udcff': must be text"),
+        (lambda client: client.load("\udcff"), r'model="\\udcff": must be text'),
         (
             lambda client: client.text(messages=[{"role": "user", "content": "\udcff"}]),
-            r"messages\[0\].content='\\udcff': must be text",
+            r'messages\[0\].content="\\udcff": must be text',
         ),
         (
             lambda client: client.text(messages=[{"role": "user", "content": "a", "\udcff": 1}]),

@@ -103,15 +103,15 @@ def test_unknown_fields_are_ignored_and_missing_ones_take_their_default():
     ("kind", "body", "complaint"),
     [
         ("generate", {"prompt": "x", "max_tokens": 0}, "max_tokens=0: must be int >= 1"),
-        ("generate", {"prompt": "x", "max_tokens": "5"}, "max_tokens='5': must be int | null, not str"),
+        ("generate", {"prompt": "x", "max_tokens": "5"}, "max_tokens=\"5\": must be int | null, not str"),
         (
             "generate",
             {"prompt": "x", "sampling": {"temperature": -1}},
             "sampling.temperature=-1: must be float >= 0.0",
         ),
-        ("generate", {"prompt": "x", "sampling": {"top_p": math.nan}}, "sampling.top_p=nan: must be float > 0"),
+        ("generate", {"prompt": "x", "sampling": {"top_p": math.nan}}, "sampling.top_p=NaN: must be float > 0"),
         ("generate", {"sampling": {"logit_bias": {"a": 1}}}, "sampling.logit_bias: its keys must be int, not str"),
-        ("generate", {"prompt": "x", "stop": ["a", ""]}, "stop[1]='': must be str of length >= 1"),
+        ("generate", {"prompt": "x", "stop": ["a", ""]}, "stop[1]=\"\": must be str of length >= 1"),
         ("generate", {}, "prompt: exactly one of prompt, prompt_tokens must be given, not none"),
         ("tokenize", {"text": "x", "tokens": []}, "text: exactly one of text, tokens, messages must be given"),
         ("chat", {}, "messages: is required"),
@@ -125,7 +125,7 @@ def test_unknown_fields_are_ignored_and_missing_ones_take_their_default():
         ("generate", b"\x81\xa6prompt\xa2\xff\xfe", "body: holds text that is not UTF-8"),
         ("chat", b"\x81\xa1a" + b"\x91" * 100_000, "body: nested too deep"),
         ("generate", b"\x81\xadprompt_tokens\xdd\xff\xff\xff\xff", "must be array of length <= 4194304"),
-        ("sing", {}, "type='sing': must be one of hello, generate"),
+        ("sing", {}, "type=\"sing\": must be one of hello, generate"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_with_field_value_and_limit(kind, body, complaint):
@@ -277,5 +277,32 @@ def test_mutated_messages(frames, edits, cut):
 def test_shortening_keeps_what_fits_and_not_a_character_more(length):
     """The quotes count: 38 letters fill the 40 characters."""
     text = wire.shorten("x" * length)
-    assert text == (repr("x" * length) if length <= 38 else "'" + "x" * 38 + "…")
+    assert text == (f'"{"x" * length}"' if length <= 38 else '"' + "x" * 38 + "…")
     assert len(wire.shorten(10 ** (length - 1))) == min(length, 40)
+
+
+def test_values_are_shortened_as_json_has_them():
+    assert wire.shorten({"a": [None, True, 0.5, "é\n\u202e"], "b": {}}) == (
+        '{"a":[null,true,0.5,"\\u00e9\\n\\u202e"],"…'
+    )
+    assert wire.shorten(b"\xff") == "b'\\xff'"
+    assert wire.shorten(("é", {1: 2})) == '["é",{1:2}]'
+
+
+def test_however_deep_a_value_is_it_can_be_shortened():
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert wire.shorten(deep) == "[" * 39 + "…"
+    table = {}
+    for _ in range(100_000):
+        table = {"a": table}
+    assert wire.shorten(table) == '{"a":' * 7 + '{"a"' + "…"
+
+
+def test_a_message_of_any_depth_is_refused_by_the_protocol():
+    for depth in range(940, 1000):
+        content = b"\x91" * depth + b"\x90"
+        body = b"\x81\xa8messages\x91\x82\xa4role\xa4user\xa4name" + content
+        with pytest.raises(ProtocolError):
+            wire.decode(wire.split([b"shoal/1", b"chat", b"1", body]), wire.REQUESTS)

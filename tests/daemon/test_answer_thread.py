@@ -110,6 +110,24 @@ def answer(tokenizer: Tokenizer, emitted: list[Event], stop: list[str]) -> Answe
     return Answer(emitted.append, "tiny", tokenizer, [5], stop=stop, logprobs=False, context_tokens=96)
 
 
+def test_tokens_that_are_parts_of_a_character_have_their_bytes(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("é", add_special=False)
+    assert len(ids) == 2
+    control = next(token for token in range(tokenizer.vocab_size) if tokenizer.is_special(token))
+    letter = tokenizer.encode("a", add_special=False)[0]
+    emitted: list[Event] = []
+    subject = Answer(emitted.append, "tiny", tokenizer, [5], stop=[], logprobs=True, context_tokens=96)
+    for chosen, top in zip(
+        ids, (((ids[0], -1.0), (letter, -2.0), (control, -3.0)), ((letter, -1.0),)), strict=True
+    ):
+        subject.take(Emitted(sequence(), [Sampled(chosen, -1.0, top)], 0.0))
+    first, second = (event.logprobs[0] for event in emitted if isinstance(event, Token))
+    assert (first.text, first.token_bytes) == ("\ufffd", b"\xc3")
+    assert first.top_bytes == [b"\xc3", None, None]
+    assert [text for _, text, _ in first.top] == ["\ufffd", "a", tokenizer.decode([control])]
+    assert (second.text, second.token_bytes, second.top_bytes) == ("\ufffd", b"\xa9", [])
+
+
 def sequence() -> Sequence:
     return Sequence([5], 90, Sampler(SamplingParams(), []))
 

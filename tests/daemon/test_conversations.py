@@ -181,7 +181,7 @@ def test_reasoning_has_the_names_that_templates_read_it_by(loaded: Callable[...,
     ("message", "complaint"),
     [
         ({"content": "x"}, "messages[0].role: is required"),
-        ({"role": ""}, "messages[0].role='': must be str of length >= 1"),
+        ({"role": ""}, 'messages[0].role="": must be str of length >= 1'),
         ({"role": "u", "content": 7}, "messages[0].content=7: must be str | array | null, not int"),
         ({"role": "u", "name": []}, "messages[0].name=[]: must be str | null, not array"),
         (

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import shutil
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from itertools import count, pairwise
 from pathlib import Path
@@ -454,3 +457,21 @@ def test_draining_refuses_and_closing_ends_everything(path: Path) -> None:
     assert caught.value.code == "shutting_down"
     node.close()
     node.close()
+
+
+def test_a_request_that_is_refused_is_gone_at_once(node: Node) -> None:
+    """Not only when the garbage collector comes: a batch may have many long ones."""
+
+    class Held(str):
+        pass
+
+    text = Held("the end " * 500)
+    held = weakref.ref(text)
+    gc.disable()
+    try:
+        with suppress(DaemonError):
+            node.submit(Generate(prompt=text), lambda event: None)
+        del text
+        assert held() is None
+    finally:
+        gc.enable()

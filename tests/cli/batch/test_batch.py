@@ -193,6 +193,23 @@ def test_bad_lines_are_reported_and_the_others_done(many: Many) -> None:
     assert Path("out.jsonl").read_bytes() == before
 
 
+def test_lines_of_any_depth_fail_alone(many: Many) -> None:
+    """Also those that a decoder would take or not, depending on who calls it."""
+    lines = [line(1)]
+    for depth in range(900, 1000, 2):
+        deep = "[" * depth + "]" * depth
+        lines.append(line(depth).replace(b'"prompt"', b'"metadata":' + deep.encode() + b',"prompt"'))
+        chat = f'{{"model":"m.gguf","messages":[{{"role":"user","content":"x","name":{deep}}}]}}'
+        asked_as = f'{{"custom_id":"n{depth}","method":"POST","url":"/v1/chat/completions","body":{chat}}}\n'
+        lines.append(asked_as.encode())
+    asked(*lines, line(2))
+    assert run().exit_code == 1
+    assert sorted(texts()) == ["c1", "c2"]
+    assert {one["error"]["message"] for one in answers() if one["error"]} == {
+        "the line is nested too deep: must be at most 64 deep"
+    }
+
+
 def test_killed_anywhere_and_resumed_it_is_as_if_unbroken(many: Many) -> None:
     """The process dies between any two writes, in the middle of one even."""
     source = random.Random(5)
@@ -466,6 +483,34 @@ def test_files_that_will_not_do(many: Many, make: Callable[[], object], said: st
     assert not many.requests
     if before is not None:
         assert Path("out.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(("descriptor", "what"), [(1, "stdout"), (2, "stderr")])
+def test_answers_do_not_go_where_the_summary_goes(many: Many, descriptor: int, what: str) -> None:
+    asked(line(1))
+    kept = os.dup(descriptor)
+    try:
+        with Path("out.jsonl").open("wb") as out:
+            os.dup2(out.fileno(), descriptor)
+        result = run()
+    finally:
+        os.dup2(kept, descriptor)
+        os.close(kept)
+    assert result.exit_code == 2
+    assert f"out.jsonl is the file that {what} goes to" in result.stderr
+    assert not Path("out.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("names", "said"), [(("in.jsonl", "-"), "OUT must be a file"), (("-", "out.jsonl"), "IN must be")]
+)
+def test_streams_are_no_files(many: Many, names: tuple[str, str], said: str) -> None:
+    asked(line(1))
+    result = shoal("batch", *names)
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not Path("-").exists()
 
 
 def test_two_processes_do_not_write_one_file(many: Many) -> None:

@@ -94,6 +94,9 @@ def test_a_model_that_is_given_is_taken_instead() -> None:
         (b'{"custom_id": "\xff"}', "the line is not JSON: ", None),
         (b'"\\ud800"', "the line is not JSON: ", None),
         (b"[" * 100_000 + b"]" * 100_000, "nested too deep", None),
+        (chat(metadata=json.loads("[" * 63 + "]" * 63)), "the line is nested too deep: must be at most 64", None),
+        (completion(prompt=[7] * 1_100_000), "the line has values that take up to 70.4 MB of memory: must be", None),
+        (chat(messages=[{}] * 300_000), "the line has values that take up to 96 MB of memory: must be", None),
         (b"[1]", "the line is a list: must be an object", None),
         (b"null", "the line is null", None),
         (line({}, custom_id=...), "custom_id is missing: must be a text of 1 to 512 characters", "custom_id"),
@@ -120,13 +123,17 @@ def test_a_model_that_is_given_is_taken_instead() -> None:
         (chat(functions=[{"name": "f"}]), "body.functions=", "functions"),
         (completion(modalities=["text"]), "body.modalities is no field of /v1/completions", "modalities"),
         (completion(echo=True), "body.echo=true: must be false", "echo"),
-        (chat(temperature="hot"), "body.temperature='hot': must be a number from 0 to 100", "temperature"),
+        (chat(temperature="hot"), "body.temperature=\"hot\": must be a number from 0 to 100", "temperature"),
+        (chat(temperature=True), "body.temperature=true: must be", "temperature"),
+        (chat(logit_bias={"3": None}), "body.logit_bias[3]=null: must be", "logit_bias"),
+        (chat(messages=[{"role": True}]), "body.messages[0].role=true: must be str", "messages"),
+        (chat(model="x" * 5000), 'body.model="xxxx', "model"),
         (chat(temperature=-1), "body.temperature=-1: must be", "temperature"),
         (chat(temperature=1 << 2000), "body.temperature=", "temperature"),
         (chat(seed=-1), "body.seed=-1: must be", "seed"),
         (chat(seed=1 << 70), "body.seed=", "seed"),
         (chat(logit_bias={"x": 1}), "body.logit_bias=", "logit_bias"),
-        (chat(logit_bias={"3": "x"}), "body.logit_bias[3]='x': must be", "logit_bias"),
+        (chat(logit_bias={"3": "x"}), "body.logit_bias[3]=\"x\": must be", "logit_bias"),
         (chat(max_tokens=0), "body.max_tokens=0: must be a whole number from 1", "max_tokens"),
         (chat(max_tokens=1 << 70), "body.max_tokens=", "max_tokens"),
         (chat(max_tokens=1.5), "body.max_tokens=1.5: must be", "max_tokens"),
@@ -161,3 +168,10 @@ def test_what_cannot_be_honoured_is_refused_by_name(sent: bytes, said: str, para
     assert refused.value.param == param
     assert len(refused.value.message) < 300
     assert "\n" not in refused.value.message
+
+
+def test_texts_may_have_what_looks_like_nesting() -> None:
+    text = '\\"[{' * 5000
+    request = parse(chat(messages=[{"role": "user", "content": text}], user="[" * 3000), None).request
+    assert isinstance(request, Chat)
+    assert request.messages[0]["content"] == text

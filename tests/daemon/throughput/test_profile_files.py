@@ -229,7 +229,19 @@ def test_a_field_that_stands_twice_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", [b"", b"{", b"[]", b"3", b'"x"', b"null", b"[" * 100_000, b"\xff\xfe", b'{"devices": 3}']
+    "text",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'{"devices":' + b"[" * 900 + b"]" * 900 + b"}",
+        b"3",
+        b'"x"',
+        b"null",
+        b"[" * 100_000,
+        b"\xff\xfe",
+        b'{"devices": 3}',
+    ],
 )
 def test_what_is_no_profile_at_all(text: bytes) -> None:
     with pytest.raises(DaemonError) as caught:
