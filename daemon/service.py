@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from shoal.comm import curve_keys
 from shoal.comm.errors import KeyFileError
+from shoal.comm.group.belonging import belongs
 from shoal.comm.home import Home
 from shoal.comm.messages import Load
 from shoal.daemon.cluster.neighbours import Neighbours
@@ -68,7 +69,7 @@ def serve(
         raise DaemonError("bad_request", str(error)) from error
     library = Library(home)
     neighbours = Neighbours(lambda: _place(home, config, node, machine))
-    machine = OwnMachine.of(home, config.thread_count, lambda: neighbours.apart)
+    machine = OwnMachine.of(home, config.thread_count)
     node = Node(
         config,
         library.resolve_stored if models_only else library.resolve,
@@ -78,7 +79,7 @@ def serve(
         machine=machine,
     )
     node.neighbours = neighbours
-    if home.cluster.exists():
+    if belongs(home.cluster):
         neighbours.start()
     server = Server(node, addresses or [home.address], server_keys=server_keys, closing=_begin_to_end)
     failures: list[DaemonError] = []

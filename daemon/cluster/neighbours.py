@@ -54,11 +54,6 @@ class Neighbours:
             membership.close()
 
     @property
-    def apart(self) -> bool:
-        """Whether nothing has to do with a cluster yet."""
-        return self._grouping is None
-
-    @property
     def machines(self) -> int:
         return self._grouping.machines if self._grouping is not None else 1
 

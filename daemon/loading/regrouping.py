@@ -21,6 +21,7 @@ from .grouping import Grouping
 from .loaded_model import LoadedModel
 from .loaded_models import LoadedModels
 from .loader import Loader
+from .runnable import narrow_inputs
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +85,9 @@ class Regrouping:
         if (token_s := model.engine.scheduler.speeds.token_times.take()) is not None:
             grouping.note(model.checkpoint, self._wanted(model), model.main.group, token_s)
         group, arrivals = model.main.group, grouping.arrivals
+        narrow = narrow_inputs(model.plan, group, self._assembly.machine)
+        if model.plan.narrow_inputs is not narrow and _readable(model):
+            return "its machine has joined or left a cluster"
         came, model.arrivals = model.arrivals != arrivals, arrivals
         if group is not None and not group.whole:
             return "a machine is gone"
@@ -175,12 +179,17 @@ def _suspended(model: LoadedModel, why: str) -> bool:
     has done it, or if it could not be read again from its files."""
     if model.engine.lost is not None:
         return True
-    if not why or model.retired or not model.checkpoint.path.exists() or model.checkpoint.replaced():
+    if not (why and _readable(model)):
         return False
     if not model.engine.suspend(RankLost(0, why)):
         return False
     log.info("%s is loaded again: %s", model.name, why)
     return True
+
+
+def _readable(model: LoadedModel) -> bool:
+    """Whether its files are still those that it was read from."""
+    return not model.retired and model.checkpoint.path.exists() and not model.checkpoint.replaced()
 
 
 def _blame(model: LoadedModel) -> bool:

@@ -138,7 +138,7 @@ class Runnable:
             budget.hold(purpose, peak_bytes)
             if room is not None and plan.device:
                 budget.on(room.name).hold(purpose, plan.device_bytes, f"{name} on device {room.name}")
-            plan = replace(plan, narrow_inputs=group is None and not plan.device and machine.alone)
+            plan = replace(plan, narrow_inputs=narrow_inputs(plan, group, machine))
             transformer = Transformer(part.spec, plan.narrow_inputs)
             kv = KvPool(part.spec, plan.kv, attention_homes(plan, home_of))
             if tight:
@@ -234,6 +234,11 @@ class Runnable:
         self.executor.close()
         if self.group is not None:
             self.group.close()
+
+
+def narrow_inputs(plan: Plan, group: FormedGroup | None, machine: OwnMachine) -> bool:
+    """Whether what some matrices multiply has 8 bits (`Plan.narrow_inputs`). Alone, members of a cluster keep 16, too."""
+    return group is None and not plan.device and machine.alone
 
 
 def _share(share: OwnShare, whole: Executor, divided: BlockStore, group: FormedGroup) -> Executor:

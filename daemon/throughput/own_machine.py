@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shoal import kernels
+from shoal.comm.group.belonging import belongs
 from shoal.comm.home import Home
 from shoal.daemon.memory import return_freed
 from shoal.partition.throughput.prediction import Binding
@@ -64,13 +65,13 @@ class OwnMachine:
         self._suspected: Looked | None = None  # what has changed, if that is still so
 
     @classmethod
-    def of(cls, home: Home, threads: int, alone: Callable[[], bool] = lambda: True) -> OwnMachine:
+    def of(cls, home: Home, threads: int) -> OwnMachine:
         """The machine as a home knows it, with the disk that weights are streamed from."""
-        return cls(threads, profile_file(home, threads), home.streamed, alone)
+        return cls(threads, profile_file(home, threads), home.streamed, lambda: not belongs(home.cluster))
 
     @property
     def alone(self) -> bool:
-        """Whether it has nothing to do with a cluster yet."""
+        """Whether it belongs to no cluster."""
         return self._alone()
 
     @property

@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 
-from shoal.comm.cluster_messages import Invitation, Invite, Nodes, NodesReply, Rejoin
+from shoal.comm.cluster_messages import Invitation, Invite, MeasureLinks, Nodes, NodesReply, Rejoin
 from shoal.comm.home import Home
 from shoal.daemon.cluster.neighbours import Neighbours
+from shoal.daemon.cluster.pairing_up import unpair
 from shoal.daemon.cluster.place import place_in_cluster
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.loading.grouping import Unseated
+from shoal.daemon.throughput.own_machine import OwnMachine
 from shoal.offload.budget import Budget
 
 CONFIG = NodeConfig(memory_bytes=1 << 30, threads=1)
@@ -26,12 +28,12 @@ class Found:
     """Counts how often a cluster is made."""
 
     def __init__(self, home: Home) -> None:
-        self._home = home
+        self.home = home
         self.times = 0
 
     def __call__(self) -> Any:
         self.times += 1
-        return place_in_cluster(self._home, CONFIG, Budget(1 << 30), None, list)
+        return place_in_cluster(self.home, CONFIG, Budget(1 << 30), None, list)
 
 
 @pytest.fixture
@@ -75,6 +77,23 @@ def test_it_is_made_once(found: Found) -> None:
     neighbours.answer(Rejoin())
     assert isinstance(neighbours.answer(Invite(listen=["127.0.0.1:0"])), Invitation)
     assert found.times == 1
+    neighbours.close()
+
+
+def test_questions_make_no_member(found: Found) -> None:
+    """Or models that are loaded after them would answer otherwise."""
+    neighbours, machine = Neighbours(found), OwnMachine.of(found.home, 1)
+    assert neighbours.answer(Nodes()) == NodesReply(role="alone", nodes=[])
+    with pytest.raises(DaemonError, match="2 ranks"):
+        seated(neighbours, 2)
+    with pytest.raises(DaemonError, match="in no cluster"):
+        neighbours.answer(MeasureLinks())
+    assert machine.alone
+    neighbours.answer(Invite(listen=["127.0.0.1:0"]))
+    assert not machine.alone
+    unpair(found.home)
+    neighbours.answer(Rejoin())
+    assert machine.alone
     neighbours.close()
 
 

@@ -8,11 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fakes import tiny
+from fakes.asking import prompt, text_of
+from fakes.group.clusters import wait_for
 from fakes.running import Running
 
+from shoal.comm.messages import Load
+from shoal.daemon.cluster.neighbours import Neighbours
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.library.kv_files import fingerprint
 from shoal.daemon.loading.assembly import Assembly
+from shoal.daemon.node import Node
 from shoal.daemon.throughput.own_machine import OwnMachine
 from shoal.kernels.arrays import Floats
 from shoal.models.checkpoint.checkpoint import open_checkpoint
@@ -59,6 +64,25 @@ def test_who_computes_alone_takes_them(tmp_path: Path) -> None:
         model = Assembly(Budget(1 << 30), machine=machine).load("m", path, config)
         assert model.main.plan.narrow_inputs is narrow
         model.main.close()
+
+
+def test_a_model_is_loaded_anew_when_its_machine_joins_or_leaves_a_cluster(tmp_path: Path) -> None:
+    """What it answers, and which KV it finds, is then as if it had been loaded since."""
+    path, belongs = saved(tmp_path, "llama", "Q4_0"), False
+    machine = OwnMachine(2, alone=lambda: not belongs)
+    with Node(CONFIG, grouping=Neighbours(lambda: pytest.fail("nobody asked")), machine=machine) as node:
+        node.load(Load(model=str(path)))
+        (model,) = node._models
+        rank = model.engine.rank
+        assert model.plan.narrow_inputs
+        for belongs in (True, False):
+            node._regrouping.look()
+            wait_for(lambda rank=rank: model.engine.rank is not rank)
+            rank = model.engine.rank
+            assert model.plan.narrow_inputs is not belongs
+            node._regrouping.look()
+            assert model.engine.rank is rank
+            assert text_of(node, prompt(0, new=3))[2].finish_reason == "length"
 
 
 def test_kept_kv_tells_how_inputs_were_rounded(tmp_path: Path) -> None:
