@@ -237,7 +237,7 @@ class Runnable:
 
 
 def narrow_inputs(plan: Plan, group: FormedGroup | None, machine: OwnMachine) -> bool:
-    """Whether what some matrices multiply has 8 bits (`Plan.narrow_inputs`). Alone, members of a cluster keep 16, too."""
+    """Whether what some matrices multiply has 8 bits (`Plan.narrow_inputs`). Members of a cluster keep 16, always."""
     return group is None and not plan.device and machine.alone
 
 
