@@ -5,13 +5,12 @@ Knows the error trees of daemon and comm, and click's. Does not print.
 
 from __future__ import annotations
 
-import errno
 from enum import IntEnum
 
 import click
 
 from shoal.comm.errors import CommError, NoDaemon, RequestFailed, TimedOut
-from shoal.daemon.errors import DaemonError
+from shoal.daemon.errors import NO_ROOM, DaemonError, more_room
 
 from .terminal.standard_output import OutputFailed
 from .wording import nearest, worded
@@ -34,10 +33,8 @@ _BY_CODE = {
     "context_overflow": Exit.REFUSED,
     "busy": Exit.REFUSED,
     "cancelled": Exit.INTERRUPTED,
+    "shutting_down": Exit.NO_DAEMON,
 }
-
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def explain(error: BaseException) -> tuple[str, Exit]:
@@ -64,15 +61,21 @@ def explain(error: BaseException) -> tuple[str, Exit]:
         return _line("out of memory", "give --memory or a smaller --ctx"), Exit.REFUSED
     if isinstance(error, OutputFailed):
         return f"standard output could not be written: {error.strerror}", (
-            Exit.REFUSED if error.errno in _FULL else Exit.FAILED
+            Exit.REFUSED if error.errno in NO_ROOM else Exit.FAILED
         )
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
-        if error.errno in _FULL:
-            return _line(
-                f"{where}{error.strerror}", "free some space, or set SHOAL_HOME to another disk"
-            ), Exit.REFUSED
+        if error.errno in NO_ROOM:
+            hint = f"{more_room(error.errno)}, or set SHOAL_HOME to another disk"
+            return _line(f"{where}{error.strerror}", hint), Exit.REFUSED
         return f"{where}{error.strerror}", Exit.FAILED
+    if isinstance(error, Exception) and type(error).__module__.startswith("shoal."):
+        # Imported here, since it brings all rooms; one that has raised is there already.
+        from shoal.daemon.error_codes import translated
+
+        known = translated(error)
+        if known.code != "internal":
+            return explain(known)
     what = f"{type(error).__name__}: {_text(error)}"
     return _line(f"unexpected error: {what}", "SHOAL_DEBUG=1 shows where; please report it"), Exit.FAILED
 

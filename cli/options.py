@@ -50,6 +50,13 @@ def stop_text(text: str) -> str:
     return text
 
 
+def model_name(text: str) -> str:
+    """A model, as an option's type."""
+    if not text:
+        raise click.BadParameter("an empty text names no model.")
+    return text
+
+
 def shard_name(text: str) -> ShardName:
     """One rank's part of a model, 2/3, as an option's type."""
     return _parsed(ShardName.parse, text)
@@ -267,6 +274,7 @@ def draft_option(function: Callback) -> Callback:
     """Adds --draft; the verb gets `draft: str | None`."""
     return click.option(
         "--draft",
+        type=model_name,
         metavar="MODEL",
         help="A smaller model with the same vocabulary that guesses tokens ahead; the answer stays the same.",
     )(function)

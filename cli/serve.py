@@ -15,7 +15,7 @@ from shoal.daemon.model_name import Reference
 from . import background
 from .answers import from_daemon, reference
 from .interrupt import deferred_interrupt
-from .options import PlanOptions, Whole, draft_option, examples, plan_options, quant_option, size
+from .options import PlanOptions, Whole, draft_option, examples, model_name, plan_options, quant_option, size
 from .terminal.output import note, spinner, stage_text
 from .wording import WORDS
 
@@ -31,7 +31,7 @@ NOW_LIMIT_S = 40.0
         "shoal serve --sequences 32 --queue 200",
     )
 )
-@click.option("--model", metavar="MODEL", help="Load this model at once.")
+@click.option("--model", type=model_name, metavar="MODEL", help="Load this model at once.")
 @click.option(
     "--detach", "--background", is_flag=True, help="Run in the background; its log is shown by shoal logs."
 )

@@ -9,7 +9,7 @@ from typing import NoReturn
 from shoal.comm.errors import CommError
 from shoal.comm.messages import ErrorCode
 from shoal.engine.errors import DeviceTooFull, NeverFits, QueueFull, RankLost
-from shoal.kernels.errors import HomeFull, HomeLost
+from shoal.kernels.errors import HomeFull, HomeLost, NoSuchHome
 from shoal.models.errors import (
     CheckpointError,
     CorruptCheckpoint,
@@ -42,6 +42,7 @@ _CODES: tuple[tuple[type[Exception], ErrorCode], ...] = (
     (PlanError, "bad_request"),
     (CommError, "internal"),
     (BudgetExceeded, "resources"),
+    (NoSuchHome, "bad_request"),
     (HomeFull, "resources"),
     (HomeLost, "internal"),
     (DeviceTooFull, "resources"),

@@ -12,10 +12,19 @@ a name that it has no word for stays as it is.
 
 from __future__ import annotations
 
+import errno
 from typing import cast
 
 from shoal.comm.errors import ShoalError
 from shoal.comm.messages import Error, ErrorCode
+
+# Of an OSError: the disk is full, or a file system or a limit of this process bounds a single file.
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+def more_room(number: int) -> str:
+    """What to do about an `errno` of `NO_ROOM`."""
+    return "raise the limit of a file's size (ulimit -f)" if number == errno.EFBIG else "free some space"
 
 
 class DaemonError(ShoalError):

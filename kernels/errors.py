@@ -3,6 +3,7 @@
     KernelError                 anything the kernels refuse
     ├── UnsupportedTypeError    a weight type without kernels (known by name, or unknown)
     ├── OperandError            sizes, dtypes or layouts of operands that do not fit together
+    ├── NoSuchHome              kernels that were asked for by name, and do not run here
     ├── HomeFull                a home's memory is full; what it holds stays as it is
     └── HomeLost                a home is gone, with all that it held
 
@@ -20,6 +21,10 @@ class UnsupportedTypeError(KernelError):
 
 class OperandError(KernelError):
     """Operands whose size, dtype or layout does not fit the call."""
+
+
+class NoSuchHome(KernelError):
+    """Kernels that were asked for by name do not run on this machine."""
 
 
 class HomeFull(KernelError):

@@ -6,22 +6,26 @@ Knows which kernels serve the CPU of this process; they are chosen once, when th
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 from shoal.kernels.compute_home import ComputeHome
 from shoal.kernels.cpu_home import CpuHome
-from shoal.kernels.errors import KernelError, OperandError
+from shoal.kernels.errors import KernelError, NoSuchHome, OperandError
 from shoal.kernels.native_library import Native
+
+REFERENCE = "reference"
+NATIVE_HOMES = ("avx512vnni", "avx512", "avxvnni", "avx2", "neon_dot", "neon", "scalar")  # the best first
 
 _cpu: CpuHome | None = None
 
 
 def choose(name: str = "") -> CpuHome:
-    """The CPU's home from now on: with the kernels of this name (avx512vnni, avx512, avxvnni, avx2, neon_dot, neon,
-    scalar, reference), or with the best ones for "". KernelError if kernels that were asked for by name do not run
-    here. If none were asked for and the native library is missing, the reference serves, with one warning.
+    """The CPU's home from now on: with the kernels of this name (of `NATIVE_HOMES`, or `REFERENCE`), or with the best
+    ones for "". KernelError if kernels that were asked for by name do not run here. If none were asked for and the
+    native library is missing, the reference serves, with one warning.
     """
     global _cpu
-    _cpu = _reference() if name == "reference" else _native(name)
+    _cpu = _reference() if name == REFERENCE else _native(name)
     return _cpu
 
 
@@ -46,9 +50,27 @@ def _reference() -> CpuHome:
     return ReferenceHome()
 
 
+def runnable() -> list[str]:
+    """The names of the kernels that run on this machine, the best first."""
+    found = []
+    for name in NATIVE_HOMES:
+        with suppress(KernelError):
+            found.append(Native(name).name)
+    return [*found, REFERENCE]
+
+
 def cpu() -> CpuHome:
-    """The CPU's home; SHOAL_KERNELS names its kernels."""
-    return _cpu or choose(os.environ.get("SHOAL_KERNELS", ""))
+    """The CPU's home; SHOAL_KERNELS names its kernels. NoSuchHome if these do not run here."""
+    if _cpu is not None:
+        return _cpu
+    name = os.environ.get("SHOAL_KERNELS", "")
+    try:
+        return choose(name)
+    except KernelError as error:
+        would_do = ", ".join(runnable())
+        raise NoSuchHome(
+            f"SHOAL_KERNELS={name!r:.40}: {error}: must be one of {would_do}, or absent"
+        ) from error
 
 
 HOMES: Mapping[str, Callable[[], ComputeHome]] = {"cpu": cpu}
@@ -63,7 +85,7 @@ def home_of(device: str) -> ComputeHome:
 
 
 def home() -> str:
-    """Which kernels serve the CPU: avx512vnni, avx512, avxvnni, avx2, neon_dot, neon, scalar or reference."""
+    """Which kernels serve the CPU, of `NATIVE_HOMES` or `REFERENCE`."""
     return cpu().name
 
 

@@ -117,9 +117,9 @@ class Native(CpuHome):
         for function, (result, arguments) in zip(functions.values(), _SIGNATURES.values(), strict=True):
             function.restype, function.argtypes = result, arguments
         self._functions = SimpleNamespace(**functions)
-        chosen = self._functions.choose(name.encode())
+        chosen = self._functions.choose(name.encode(errors="surrogateescape"))
         if chosen is None:
-            raise KernelError(f"native kernels for {name!r} do not run on this machine")
+            raise KernelError("these native kernels do not run on this machine")
         self.name = chosen.decode()
         self._switched()
 

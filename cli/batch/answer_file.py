@@ -5,7 +5,6 @@ Knows the file, its lock, and which line of the requests each of its lines answe
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import re
@@ -18,13 +17,12 @@ from typing import NamedTuple
 
 import msgspec
 
-from shoal.daemon.errors import DaemonError
+from shoal.daemon.errors import NO_ROOM, DaemonError, more_room
 
 SYNC_S = 2.0  # how often lines are brought to the disk
 ANSWER_LINE_BYTES = 1 << 28  # of an answer, at most
 _ID = re.compile(r"batch_req_(\d{1,10})_([0-9a-f]{16})")
 _BEGINNING = b'{"id":"batch_req_'
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def line_id(number: int, digest: int) -> str:
@@ -218,8 +216,8 @@ class AnswerFile:
 
     def _unwritten(self, error: OSError) -> DaemonError:
         said = f"{self.path} cannot be written: {error.strerror}"
-        if error.errno in _FULL:
-            return DaemonError("resources", said, "free some space; the same command then goes on")
+        if error.errno in NO_ROOM:
+            return DaemonError("resources", said, f"{more_room(error.errno)}; the same command then goes on")
         return DaemonError("bad_request", said)
 
 

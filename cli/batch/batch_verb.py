@@ -18,7 +18,7 @@ import click
 from shoal.cli.answers import Answers, NoAnswer, from_daemon, in_process, reference
 from shoal.cli.exit_codes import Exit
 from shoal.cli.interrupt import deferred_interrupt, ended_by_signals, unechoed
-from shoal.cli.options import PlanOptions, Whole, examples, json_option, plan_options
+from shoal.cli.options import PlanOptions, Whole, examples, json_option, model_name, plan_options
 from shoal.cli.terminal.output import counts_bar, note, per_second, print_json, spinner
 from shoal.comm.errors import RequestFailed
 from shoal.comm.home import Home
@@ -58,7 +58,9 @@ def _no_dash(context: click.Context, parameter: click.Parameter, path: Path) -> 
 )
 @click.argument("requests", metavar="IN", type=click.Path(path_type=Path), callback=_no_dash)
 @click.argument("answers", metavar="OUT", type=click.Path(path_type=Path), callback=_no_dash)
-@click.option("--model", metavar="MODEL", help="This model answers all requests, whichever they name.")
+@click.option(
+    "--model", type=model_name, metavar="MODEL", help="This model answers all requests, whichever they name."
+)
 @click.option(
     "--sequences",
     type=Whole(1, 4096),
@@ -106,7 +108,7 @@ def batch(
             raise DaemonError("bad_request", f"{requests} has no requests")
         out.take_off_failed()
         names = _names(order, library, given=model is not None)
-        work = WorkingOff(lines, out, order, model)
+        work = WorkingOff(lines, out, order, model, plan.ctx)
         own = local or sequences is not None or plan.beyond_context
         try:
             work.refuse()

@@ -60,13 +60,22 @@ class Tally:
 
 
 class WorkingOff:
-    """A batch that is worked off. `model` answers all lines, if it is given."""
+    """A batch that is worked off. `model` answers all lines, if it is given. `context`: tokens that a request and its
+    answer may have together; None = as many as the model has."""
 
-    def __init__(self, requests: RequestLines, out: AnswerFile, order: BatchOrder, model: str | None) -> None:
+    def __init__(
+        self,
+        requests: RequestLines,
+        out: AnswerFile,
+        order: BatchOrder,
+        model: str | None,
+        context: int | None = None,
+    ) -> None:
         self._requests = requests
         self._out = out
         self._order = order
         self._model = model
+        self._context = context
         self.tally = Tally(order.lines, order.left, sum(had.failed for had in out.had.values()))
         self._under_way: dict[int, tuple[RequestLine, Collected]] = {}  # by number of the line
         self._again: deque[tuple[float, RequestLine]] = deque()  # when a refused one is sent again
@@ -119,7 +128,8 @@ class WorkingOff:
                 continue
             asked = parse(refetched(self._requests, line), self._model)
             self._under_way[line.number] = line, Collected(asked)
-            yield line.number, replace(asked.request, model=model, priority=PRIORITY)
+            bounded = replace(asked.request, context_tokens=self._context)
+            yield line.number, replace(bounded, model=model, priority=PRIORITY)
 
     def _refused(self, line: RequestLine, error: NoAnswer) -> None:
         """Send it again later, or say why it failed. Raises what is not its own fault."""

@@ -19,9 +19,8 @@ from shoal.cli.terminal.output import note
 from shoal.cli.wording import nearest
 from shoal.comm.home import Home
 from shoal.comm.messages import Done, ErrorCode
-from shoal.daemon.errors import DaemonError
+from shoal.daemon.errors import NO_ROOM, DaemonError
 from shoal.daemon.library.library import Library, check_name
-from shoal.daemon.library.transfer import FULL_DISK
 from shoal.daemon.private_files import private_dir
 from shoal.partition.amounts import counted
 
@@ -156,7 +155,7 @@ def save(state: ChatState, name: str) -> bool:
         finally:
             part.unlink(missing_ok=True)
     except OSError as error:
-        code: ErrorCode = "resources" if error.errno in FULL_DISK else "internal"
+        code: ErrorCode = "resources" if error.errno in NO_ROOM else "internal"
         reason = f"not saved: {path}: {error.strerror}"
         raise DaemonError(code, reason, "the conversation goes on; mend that, then /save again") from error
     state.known.add(name)

@@ -16,7 +16,7 @@ from msgspec import Struct
 from shoal.comm.home import Home
 from shoal.daemon.config import default_threads
 from shoal.daemon.error_codes import raise_translated
-from shoal.daemon.errors import DaemonError
+from shoal.daemon.errors import NO_ROOM, DaemonError
 from shoal.daemon.memory import resident_bytes
 from shoal.daemon.model_name import WHOLE, ShardName
 from shoal.kernels import set_threads
@@ -34,7 +34,7 @@ from shoal.partition.amounts import format_bytes, format_duration
 from shoal.partition.errors import ShardError
 
 from .pack_shelf import PackShelf
-from .transfer import FULL_DISK, check_space, disk_bytes, disk_errors
+from .transfer import check_space, disk_bytes, disk_errors
 
 LEAST_BYTES = 96 << 20  # that building takes beyond what the process has already
 LEAST_PART_BYTES = 1 << 20
@@ -172,7 +172,7 @@ class Packs:
                     self._begins(Estimate(builder.nbytes, left, seconds, free))
                     return builder.build(directory, progress)
                 except OSError as error:
-                    if error.errno in FULL_DISK:
+                    if error.errno in NO_ROOM:
                         shutil.rmtree(partial, ignore_errors=True)
                     raise
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
-from shoal.daemon.errors import DaemonError
+from shoal.daemon.errors import NO_ROOM, DaemonError, more_room
 from shoal.daemon.progress import Progress
 from shoal.models.regular_files import open_regular
 from shoal.partition.amounts import format_bytes
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from _typeshed import SupportsRead
 
 COPIED_AT_ONCE_BYTES = 1 << 20
-FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class Hash(Protocol):
@@ -31,14 +30,15 @@ class Hash(Protocol):
     def hexdigest(self) -> str: ...
 
 
-def disk_full(directory: Path, needed_bytes: int, what: str) -> DaemonError:
-    """The error for a disk without room; `needed_bytes` 0 = not known."""
+def disk_full(directory: Path, needed_bytes: int, what: str, number: int = errno.ENOSPC) -> DaemonError:
+    """The error for a disk without room; `needed_bytes` 0 = not known. `number`: of `NO_ROOM`."""
     needed = f"{what} needs {format_bytes(needed_bytes)}" if needed_bytes else f"{what} does not fit"
     free = shutil.disk_usage(directory).free
     return DaemonError(
         "resources",
-        f"the disk is full: {needed}, {directory} has {format_bytes(free)} free",
-        "free some space or set SHOAL_HOME to another disk",
+        f"{'a file is too large' if number == errno.EFBIG else 'the disk is full'}: {needed}, {directory} has "
+        f"{format_bytes(free)} free",
+        f"{more_room(number)} or set SHOAL_HOME to another disk",
     )
 
 
@@ -59,8 +59,8 @@ def disk_errors(directory: Path, needed_bytes: int, what: str) -> Iterator[None]
     try:
         yield
     except OSError as error:
-        if error.errno in FULL_DISK:
-            raise disk_full(directory, needed_bytes, what) from error
+        if error.errno in NO_ROOM:
+            raise disk_full(directory, needed_bytes, what, error.errno) from error
         place = error.filename or directory
         raise DaemonError("internal", f"{what}: {place}: {error.strerror or error}") from error
 

@@ -391,7 +391,7 @@ def test_ps_shows_models_and_has_every_field_as_json(home: Home, monkeypatch: py
     assert found["draining"] is False
     assert (found["models"][0]["name"], found["models"][0]["chat_template"]) == ("big", True)
     client.fails = RequestFailed("shutting_down", "the daemon is stopping")
-    assert shoal("ps").exit_code == 1
+    assert shoal("ps").exit_code == 4
 
 
 def test_logs_end_where_asked(home: Home) -> None:

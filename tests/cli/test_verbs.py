@@ -24,6 +24,8 @@ from shoal.cli.terminal.output import print_json
 from shoal.cli.verbs import VERBS
 from shoal.comm.errors import NoDaemon, ProtocolError, RequestFailed, TimedOut
 from shoal.daemon.errors import DaemonError
+from shoal.kernels.errors import NoSuchHome
+from shoal.models.errors import CorruptCheckpoint
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +134,16 @@ def test_help_is_a_verb_too() -> None:
             "No space left on device (free some space, or set SHOAL_HOME to another disk)",
             3,
         ),
+        (
+            OSError(errno.EFBIG, "File too large"),
+            "File too large (raise the limit of a file's size (ulimit -f), or set SHOAL_HOME to another disk)",
+            3,
+        ),
         (OSError(errno.EIO, "Input/output error"), "Input/output error", 1),
+        (DaemonError("shutting_down", "the daemon is stopping"), "the daemon is stopping", 4),
+        (RequestFailed("shutting_down", "the daemon is stopping"), "the daemon is stopping", 4),
+        (NoSuchHome("SHOAL_KERNELS='x': …"), "SHOAL_KERNELS='x': …", 2),
+        (CorruptCheckpoint("m.gguf: broken"), "m.gguf: broken", 1),
         (
             KeyError("k"),
             "unexpected error: KeyError: 'k' (SHOAL_DEBUG=1 shows where; please report it)",

@@ -4,25 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from shoal.kernels import WIDE_INPUTS, InputBits, KernelError, Linears, Matrix
-from shoal.kernels import native_library as library
+from shoal.kernels import WIDE_INPUTS, InputBits, Linears, Matrix
 from shoal.kernels.arrays import Array, Floats
-from shoal.kernels.homes import cpu
+from shoal.kernels.homes import REFERENCE, cpu, runnable
 from shoal.kernels.reference import ReferenceHome
 
-
-def _here() -> list[str]:
-    names = []
-    for name in ("avx512vnni", "avx512", "avxvnni", "avx2", "neon_dot", "neon", "scalar"):
-        try:
-            names.append(library.Native(name).name)
-        except KernelError:
-            continue
-    return names
-
-
-NATIVE = _here()
-HOMES = ["reference", *NATIVE]
+*NATIVE, _ = runnable()
+HOMES = [REFERENCE, *NATIVE]
 TRUTH = ReferenceHome()
 
 

@@ -312,8 +312,12 @@ def test_the_environment_names_the_home() -> None:
     code = "from shoal import kernels; print(kernels.home())"
     for name in (NATIVE[-1], "reference"):
         assert run_python(code, SHOAL_KERNELS=name).stdout.strip() == name
-    failed = run_python(code, SHOAL_KERNELS="abacus")
-    assert "'abacus' do not run on this machine" in failed.stderr.splitlines()[-1]
+    for name in ("abacus", "\udcff"):
+        failed = run_python(code, SHOAL_KERNELS=name).stderr.splitlines()[-1]
+        assert f"NoSuchHome: SHOAL_KERNELS={name!r}: " in failed
+        assert (
+            f"do not run on this machine: must be one of {', '.join(NATIVE)}, reference, or absent" in failed
+        )
 
 
 def test_without_the_library_the_reference_serves_with_one_warning(

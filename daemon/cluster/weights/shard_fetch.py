@@ -4,7 +4,6 @@ has room for a pack.
 
 from __future__ import annotations
 
-import errno
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +14,7 @@ from typing import NamedTuple
 
 from shoal.comm.errors import CommError
 from shoal.comm.group.channel import Channel
-from shoal.daemon.errors import DaemonError
-from shoal.daemon.library.transfer import FULL_DISK
+from shoal.daemon.errors import NO_ROOM, DaemonError
 from shoal.daemon.memory import available_bytes
 from shoal.offload.block_store import BlockReader
 from shoal.offload.bytes_done import BytesDone, unheard
@@ -37,7 +35,6 @@ from .shard_cache import ShardCache, ShardLock
 MOST_ASKED = 4  # other workers
 MOST_EARLIER = 4  # shards that are looked at for what need not be sent
 ADDED_BYTES = 4 << 20  # that are put into the pack at a time
-NO_ROOM = FULL_DISK | {errno.EFBIG}  # a file system, or a limit of this process, may bound a single file
 
 log = logging.getLogger("shoal.cluster")
 

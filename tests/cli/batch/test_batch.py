@@ -286,7 +286,7 @@ def test_busy_means_later_and_a_daemon_that_goes_means_stop(many: Many) -> None:
     assert run().exit_code == 0
     assert len(texts()) == 6
     Path("out.jsonl").unlink()
-    for error, code in ((NoDaemon("gone"), 4), (DaemonError("shutting_down", "the daemon is stopping"), 1)):
+    for error, code in ((NoDaemon("gone"), 4), (DaemonError("shutting_down", "the daemon is stopping"), 4)):
 
         def stop(request: Any, error: Any = error) -> DaemonError | None:
             if request.prompt == "ask 3":
@@ -341,7 +341,7 @@ def test_if_no_model_can_be_had_no_line_fails(many: Many) -> None:
     """Not in the middle of a batch either: its file may be on a disk that is not mounted just now."""
     asked(line(1), line(2))
     many.trouble = lambda request: DaemonError("shutting_down", "stopped") if "2" in str(request) else None
-    assert run().exit_code == 1
+    assert run().exit_code == 4
     before = Path("out.jsonl").read_bytes()
     assert before.count(b"\n") == 1
     Path("m.gguf").rename("elsewhere")
@@ -371,6 +371,26 @@ def test_a_model_that_is_given_and_not_there_is_said_as_elsewhere(many: Many) ->
     asked(line(1))
     said = run("--model", "nowhere.gguf").stderr
     assert said == shoal("run", "nowhere.gguf", "hi").stderr
+
+
+@pytest.mark.parametrize("more", [(), ("--local",), ("--retry-failed",)])
+def test_a_model_that_is_given_has_a_name(many: Many, more: tuple[str, ...]) -> None:
+    asked(line(1))
+    result = run("--model", "", *more)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "invalid value for '--model': an empty text names no model" in result.stderr
+    assert not many.requests
+    assert not Path("out.jsonl").exists()
+
+
+def test_a_context_that_is_asked_for_bounds_each_answer_whoever_gives_it(many: Many) -> None:
+    """A daemon may have the model with more, for others."""
+    asked(line(1), line(2))
+    for options, bound in ((("--ctx", "32"), 32), ((), None)):
+        assert run(*options).exit_code == 0
+        assert [request.context_tokens for request in many.requests] == [bound, bound]
+        Path("out.jsonl").unlink()
+        many.requests.clear()
 
 
 def test_long_requests_get_their_context_if_that_fits(many: Many) -> None:
@@ -596,14 +616,20 @@ def test_files_of_like_names_stay(many: Many) -> None:
     assert {Path(name).read_text() for name in ("out.jsonl.partial", "out.jsonl~", "out")} == {"mine"}
 
 
-def test_a_full_disk_tears_no_line(many: Many, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("number", "hint"),
+    [(errno.ENOSPC, "free some space"), (errno.EFBIG, "raise the limit of a file's size (ulimit -f)")],
+)
+def test_a_full_disk_tears_no_line(
+    number: int, hint: str, many: Many, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked(*(line(number) for number in range(5)))
     written, room = os.write, 900
 
     def write(descriptor: int, data: Any) -> int:
         nonlocal room
         if room <= 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(number, os.strerror(number))
         count = written(descriptor, data[: min(len(data), room)])
         room -= count
         return count
@@ -612,10 +638,8 @@ def test_a_full_disk_tears_no_line(many: Many, monkeypatch: pytest.MonkeyPatch) 
         full.setattr(answer_file.os, "write", write)
         result = run()
     assert result.exit_code == 3
-    assert (
-        "out.jsonl cannot be written: No space left on device (free some space; the same command"
-        in result.stderr
-    )
+    said = f"out.jsonl cannot be written: {os.strerror(number)} ({hint}; the same command then goes on)"
+    assert said in result.stderr
     kept = Path("out.jsonl").read_bytes()
     assert kept.endswith(b"\n")
     assert 0 < len(kept) <= 900
