@@ -156,6 +156,14 @@ class Session:
         return self._count.to_bytes(8, "big")
 
 
+def check_request(request: Generate | Chat) -> None:
+    """Raises RequestFailed for what no daemon takes, without asking one."""
+    try:
+        wire.check_request(request)
+    except ProtocolError as error:
+        raise RequestFailed("bad_request", str(error)) from error
+
+
 def generate_request(
     prompt: str | None, prompt_tokens: Sequence[int] | None, fields: dict[str, Any]
 ) -> Generate:

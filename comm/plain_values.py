@@ -10,6 +10,8 @@ from typing import Any
 # Templates and JSON schemas stay far below both.
 MAX_DEPTH = 32
 MAX_FREE_VALUES = 100_000
+_INTS = range(-(1 << 63), 1 << 64)  # that msgpack has
+_SHOWN_BITS = 200
 
 
 def check_plain(value: Any, path: str) -> None:
@@ -32,6 +34,9 @@ def check_plain(value: Any, path: str) -> None:
             elif not (item is None or isinstance(item, bool | int | float | str)):
                 found = type(item).__name__
                 raise ValueError(f"{where}: must be null, bool, number, str, array or map, not {found}")
+            elif isinstance(item, int) and item not in _INTS:
+                shown = f"={item}" if item.bit_length() <= _SHOWN_BITS else ""
+                raise ValueError(f"{where}{shown}: must be from -2**63 to 2**64 - 1")
         if not below:
             return
         level = below

@@ -58,6 +58,11 @@ def encode(message: Message, request_id: bytes, limit_bytes: int = MAX_REPLY_BYT
     return frames
 
 
+def check_request(request: Message) -> None:
+    """ProtocolError with what a daemon would say, unless it would take this request."""
+    decode(split(encode(request, b"?", MAX_REQUEST_BYTES)), REQUESTS)
+
+
 def _encoded(message: Message) -> bytes:
     """The body. What others wrote (a file's name, a template's complaint) can have lone surrogates, which no UTF-8 has:
     a reply says them as U+FFFD. A request must not be altered."""

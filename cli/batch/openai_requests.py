@@ -5,12 +5,15 @@ Knows OpenAI's format. A field is honoured, or the line is refused with its name
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import msgspec
 
+from shoal.client.session import check_request
+from shoal.comm.errors import RequestFailed
 from shoal.comm.messages import Chat, Generate, Sampling
 from shoal.models.json_bounds import CONTAINER_BYTES, check_nesting, decoded_bytes
 from shoal.partition.amounts import format_bytes
@@ -136,8 +139,9 @@ def _asked(found: dict[str, Any], model: str | None) -> BatchRequest:
     fields = _fields(given) | {"sampling": _sampling(given, chat=chat)}
     try:
         request = _chat(given, fields) if chat else _completion(given, fields)
-    except ValueError as error:
-        raise BadLine(f"body.{error}", "messages" if chat else "prompt") from None
+        check_request(request)
+    except (ValueError, RequestFailed) as error:
+        raise _refused(str(error), chat=chat) from None
     return BatchRequest(custom_id, named, request)
 
 
@@ -251,6 +255,7 @@ _FIELDS: Mapping[str, _Field] = {
     "stop_token_ids": _Field("stop_token_ids", _stop_ids, "a list of at most 256 token ids"),
     "ignore_eos": _Field("ignore_eos", lambda value: isinstance(value, bool), "true or false"),
 }
+_NAMES = {"template_args": "chat_template_kwargs", "prompt_tokens": "prompt"}  # ours → those of a line
 _KNOWN = frozenset(
     {"model", "messages", "prompt", "logprobs", "top_logprobs", "logit_bias", "chat_template_kwargs"}
     | {*_SAMPLING, *_LABELS, *_ONLY, *_FIELDS}
@@ -282,6 +287,16 @@ def _wrong(name: str, value: object, must: str, code: str = "bad_request") -> Ba
         return BadLine(f"{path} is missing: must be {must}", name, code)
     said = msgspec.json.encode(value).decode()
     return BadLine(f"{path}={said if len(said) <= 60 else said[:57] + '…'}: must be {must}", name, code)
+
+
+def _refused(said: str, *, chat: bool) -> BadLine:
+    """What the request is refused for, with the line's names of its fields."""
+    ours = re.match("[a-z_]+", said)
+    field = ours[0] if ours else ""
+    param = _NAMES.get(field, field)
+    if param not in _KNOWN:  # it concerns all of them
+        return BadLine(f"body: {said}", "messages" if chat else "prompt")
+    return BadLine(f"body.{param}{said.removeprefix(field)}", param)
 
 
 def _unknown(name: str, where: str = "") -> BadLine:
