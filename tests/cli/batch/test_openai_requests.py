@@ -170,7 +170,7 @@ def test_a_model_that_is_given_is_taken_instead() -> None:
             f"body.messages[0].a={1 << 64}: must be from -2**63 to 2**64 - 1",
             "messages",
         ),
-        (completion(prompt=[1] * ((1 << 22) + 1)), "body.prompt: must be array of length <= 4194304", "prompt"),
+        (completion(prompt=[1] * ((1 << 22) + 1)), "the line has values that take up to", None),
         (completion(prompt=None), "body.prompt is missing", "prompt"),
         (completion(prompt=["a", "b"]), 'body.prompt=["a","b"]: must be one text', "prompt"),
         (completion(prompt=[-1]), "body.prompt=[-1]: must be one text", "prompt"),

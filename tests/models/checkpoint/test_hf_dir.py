@@ -100,7 +100,7 @@ def test_linked_files_are_followed(whole: Path, tmp_path: Path) -> None:
 CONFIG: list[tuple[bytes, type[CheckpointError], str]] = [
     (b"{", CorruptCheckpoint, "not valid JSON"),
     (b"\xff\xfe\xff", CorruptCheckpoint, "not valid JSON"),
-    (b"[" * 200_000, CorruptCheckpoint, "not valid JSON"),
+    (b"[" * 200_000, CorruptCheckpoint, "nested too deep: must be at most 64"),
     (b"[1]", CorruptCheckpoint, "must hold a JSON object, holds a list"),
     (b"{}", CorruptCheckpoint, "model_type is missing"),
 ]
