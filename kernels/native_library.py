@@ -119,7 +119,7 @@ class Native(CpuHome):
         self._functions = SimpleNamespace(**functions)
         chosen = self._functions.choose(name.encode(errors="surrogateescape"))
         if chosen is None:
-            raise KernelError("these native kernels do not run on this machine")
+            raise KernelError(f"native kernels for {name!r:.40} do not run on this machine")
         self.name = chosen.decode()
         self._switched()
 

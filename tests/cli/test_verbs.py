@@ -178,7 +178,7 @@ def test_json_has_lists_of_numbers_in_one_line(capsys: pytest.CaptureFixture[str
         (["chat", "--memry", "1GB"], "no such option '--memry'. Did you mean '--memory'? (see"),
         (["bench", "--tries", "3", "m"], "no such option '--tries' (see"),
         (["load", "--ctx", "99999999", "m"], "99999999 is not in the range 1<=x<=67108864"),
-        (["run", "--memory", "3XB", "m", "p"], "'3XB' is not an amount of memory; write 3GB"),
+        (["run", "--memory", "3XB", "m", "p"], '"3XB" is not an amount of memory; write 3GB'),
         (["run", "--memory", "0", "m", "p"], "memory=0 B: must be from 1 B to 1.13 PB"),
         (["run", "m", "\udcff\udcfe"], r"argument 3 is not UTF-8 text: '\udcff\udcfe'"),
         (["run", "--threads", "0", "m", "p"], "0 is not in the range x>=1"),
