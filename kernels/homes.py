@@ -69,7 +69,7 @@ def cpu() -> CpuHome:
     except KernelError as error:
         would_do = ", ".join(runnable())
         raise NoSuchHome(
-            f"SHOAL_KERNELS={name!r:.40}: {error}, must be one of {would_do}, or absent"
+            f"SHOAL_KERNELS={name!r:.40}: {error}: must be one of {would_do}, or absent"
         ) from error
 
 
