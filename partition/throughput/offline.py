@@ -32,12 +32,8 @@ class BatchSize(NamedTuple):
     chunk_tokens: int
 
 
-BATCH_SIZES = (
-    BatchSize(256, 1024),
-    BatchSize(64, 512),
-    BatchSize(16, 256),
-)  # of a processor, the fastest first
-_STEPS = 20  # shares of a model in memory that are looked at
+# The fastest first; these of a processor.
+BATCH_SIZES = (BatchSize(256, 1024), BatchSize(64, 512), BatchSize(16, 256))
 WITH_DEVICE = (
     BatchSize(4096, 8192),
     BatchSize(1024, 8192),
@@ -45,6 +41,7 @@ WITH_DEVICE = (
     BatchSize(512, 2048),
     *BATCH_SIZES,
 )
+_STEPS = 20  # shares of a model in memory that bounds are worked out for
 
 
 @dataclass(frozen=True)
