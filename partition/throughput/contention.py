@@ -35,9 +35,10 @@ def settled(gone_through: Callable[[Slower], tuple[GoneThrough, Slower]], things
 
 def together(device: Device, computing: float, reading: float) -> tuple[float, float]:
     """How many times longer computing takes, and reading, if they do so for these shares of the other's time: whatever
-    one does while the other works takes longer."""
+    one does while the other works takes longer. What reading needs of a processor finds room between computing at
+    first, so of the share in which something is computed its square counts (docs/throughput-model.md)."""
     keeps = device.contention
-    return longer(keeps.compute_keeps, reading), longer(keeps.disk_keeps, computing)
+    return longer(keeps.compute_keeps, reading), longer(keeps.disk_keeps, computing**2)
 
 
 def longer(keeps: float, share: float) -> float:

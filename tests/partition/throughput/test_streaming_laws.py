@@ -65,9 +65,20 @@ def test_what_is_read_while_the_processor_waits_slows_nothing() -> None:
     uses = [Use(0.010, 20 * MB)] * 6
     one, many = (contended(KEEPS, window, uses, {}, 0.0) for window in (20 * MB, 80 * MB))
     assert one.step_s == pytest.approx(6 * (0.010 + 0.020))
-    # Where there is room for more, the disk never rests: for a block it has 12.5 ms at 0.8 of its speed, as computing
-    # takes so long then, and the rest of its 20 ms of work alone.
-    assert many.step_s == pytest.approx(6 * (0.0125 + 0.020 - 0.8 * 0.0125), rel=0.01)
+    # Where there is room for more, the disk never rests: a block's 20 ms of work take t, as of its speed a fifth of the
+    # square of the share is lost in which something is computed, 12.5 ms of t.
+    took_s = many.step_s / 6
+    assert took_s * (1 - 0.2 * (0.0125 / took_s) ** 2) == pytest.approx(0.020, rel=0.005)
+
+
+@pytest.mark.parametrize("keeps", [0.4, 0.61, 0.95])
+def test_a_little_computing_takes_next_to_nothing_of_a_disk(keeps: float) -> None:
+    """A quarter of the time costs a sixteenth of what all of it does; all of it, what was measured."""
+    machine = replace(device(), contention=Contention(1.0, keeps))
+    none, little, all_ = (contention.together(machine, share, 0.0)[1] for share in (0.0, 0.25, 1.0))
+    assert none == 1.0
+    assert 1 - 1 / little == pytest.approx((1 - keeps) / 16)
+    assert all_ == pytest.approx(1 / keeps)
 
 
 @given(
