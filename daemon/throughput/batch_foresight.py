@@ -70,7 +70,9 @@ def foresee_batch(
     machine: OwnMachine | None = None,
 ) -> BatchForesight:
     """How the first machine of the profile would answer so many requests (see `foresee`). Raises DaemonError."""
-    models, profile, job, context, trouble = prepared(path, profile, asked, usual, machine)
+    models, profile, trouble = prepared(path, profile, asked, usual, machine)
+    job = asked.job
+    context = asked.context_tokens or job.context_tokens
     device, kv_type = profile.head.on(asked.threads), asked.kv_type or usual.kv_type
 
     def wanted(size: BatchSize) -> Asks:

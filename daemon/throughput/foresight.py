@@ -112,6 +112,10 @@ class Asked(Struct, frozen=True):
     chance: float = 0.0
     curves: bool = False
 
+    @property
+    def job(self) -> Job:
+        return Job(self.prompt_tokens, self.new_tokens, self.batch, self.guesses, self.chance)
+
 
 def foresee(
     path: Path,
@@ -123,8 +127,9 @@ def foresee(
     """What the model at `path` (a checkpoint, its headers, or config.json alone) would do, with all else as `usual`.
     `machine`: this one, if it is the head of the profile; then its device counts, which is tried. Raises
     DaemonError."""
-    models, profile, job, context, trouble = prepared(path, profile, asked, usual, machine)
-    its = job, context, usual.chunk_tokens, usual.max_sequences, usual.max_guesses
+    models, profile, trouble = prepared(path, profile, asked, usual, machine)
+    job = asked.job
+    its = job, asked.context_tokens, usual.chunk_tokens, usual.max_sequences, usual.max_guesses
     wanted = asks(*its, narrow_inputs=len(profile.devices) == 1)
     choices = Choices(asked.kv_type, asked.threads, asked.ranks, usual.wires)
     found = solve(models, wanted, profile, job, choices)
@@ -146,13 +151,11 @@ def foresee(
 
 
 class Prepared(NamedTuple):
-    """The model in each of the types that it may be kept in, the machines as far as they count, what they are asked
-    for, and what is wrong with this one's device."""
+    """The model in each of the types that it may be kept in, the machines as far as they count, and what is wrong with
+    this one's device."""
 
     models: list[Weighed]
     profile: Profile
-    job: Job
-    context_tokens: int
     trouble: str
 
 
@@ -160,11 +163,10 @@ def prepared(
     path: Path, profile: Profile, asked: Asked, usual: NodeConfig, machine: OwnMachine | None
 ) -> Prepared:
     """What `foresee` needs. Raises DaemonError."""
-    job = Job(asked.prompt_tokens, asked.new_tokens, asked.batch, asked.guesses, asked.chance)
     with described(path) as model:
-        context = max(asked.context_tokens or 0, job.context_tokens)
+        context = asked.context_tokens or asked.job.context_tokens
         most = min(asked.context_tokens or model.spec.longest, model.spec.longest)
-        if job.context_tokens > most:
+        if asked.job.context_tokens > most:
             both = f"{asked.prompt_tokens} + {asked.new_tokens} tokens"
             whose = "the context" if most == asked.context_tokens else "the model's context"
             hint = f"`prompt_tokens` and `new_tokens` may be {most} together"
@@ -188,7 +190,7 @@ def prepared(
         raise DaemonError(
             "bad_request", f"`ranks={asked.ranks}`: must be from 1 to {there}, the devices of the profile"
         )
-    return Prepared(models, profile, job, context, trouble)
+    return Prepared(models, profile, trouble)
 
 
 def _curve(model: Weighed, contexts: Sequence[Wanted], device: Device, job: Job) -> Curve:
