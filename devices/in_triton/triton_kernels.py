@@ -89,19 +89,15 @@ class TritonKernels(TorchKernels):
         return InBands(data) if covers(w) else data  # type: ignore[arg-type]  # a tensor then
 
     def linears(self, x: Tensor, all: Linears, norm: Tensor | None, eps: float) -> list[Tensor]:
-        own = (
-            [place for place, w in enumerate(all.matrices) if covers(w)]
-            if _use_of(x) in self._used and len(x)
-            else []
-        )
+        use = ONE_ROW if len(x) == 1 else MANY
+        may = use in self._used and len(x)
+        own = [place for place, w in enumerate(all.matrices) if may and covers(w)]
         others = [place for place in range(len(all.matrices)) if place not in own]
         made: dict[int, Tensor] = {}
         if own:
             some = _some(all, own)
             theirs = super().linears
-            its = self._or(
-                _use_of(x), lambda: self._own(x, some, norm, eps), lambda: theirs(x, some, norm, eps)
-            )
+            its = self._or(use, lambda: self._own(x, some, norm, eps), lambda: theirs(x, some, norm, eps))
             made |= zip(own, its, strict=True)
         if others:
             made |= zip(others, super().linears(x, _some(all, others), norm, eps), strict=True)
@@ -183,10 +179,6 @@ class TritonKernels(TorchKernels):
             for w, bias, out in zip(all.matrices, all.biases, made, strict=True):
                 _many_rows(inputs, w, bias, out[part])
         return made
-
-
-def _use_of(x: Tensor) -> Takes:
-    return ONE_ROW if len(x) == 1 else MANY
 
 
 def too_old() -> str:
