@@ -14,14 +14,12 @@ import pytest
 from cards import card_parts, kernel_parts, measure_card
 from cards.card_models import DENSE, MIXTURE, weights_bytes
 from cards.card_report import report
-from fakes.throughput.throughput_cases import device, spec, wanted, weighed
+from fakes.throughput.throughput_cases import MIXED, device, free_card, wanted
 
 from shoal.partition.plan import Plan
-from shoal.partition.spec import MoeSpec
 from shoal.partition.throughput.placing.device_ways import ways_through_device
 from shoal.partition.throughput.placing.rooms import room_of
 from shoal.partition.throughput.prediction import Job
-from shoal.partition.throughput.profile import Accelerator
 
 SPEEDS = {"first_s": 0.1, "tokens_per_s": 60.0}
 RESULTS: dict[str, Any] = {
@@ -145,21 +143,18 @@ def test_the_shapes_are_those_of_the_models() -> None:
 
 def test_what_bounds_a_step() -> None:
     """What the schedule says of each, and K and V at memory's speed."""
-    model = weighed(spec(moe=MoeSpec(32, 4, 512, True), ffn=0))
-    card = Accelerator(
-        "gpu", 4e8, 1e12, 1e13, 1e9, step_s=0, layer_s=0, mixture_s=0, copy_s=0, scratch_bytes=0
-    )
+    card = free_card(memory_bytes=4e8, flops=1e13, host_bytes_per_s=1e9, scratch_bytes=0)
     machine = device(memory_bytes=8e9, accelerators=(card,))
     job = Job(98, 32, 64)
-    asked = wanted(model.spec, sequences=64, kv_tokens=64 * 192)
-    (way,) = ways_through_device(model, [asked], room_of(card, ())._replace(gathers=False), 4 << 30)
+    asked = wanted(MIXED.spec, sequences=64, kv_tokens=64 * 192)
+    (way,) = ways_through_device(MIXED, [asked], room_of(card, ())._replace(gathers=False), 4 << 30)
     assert isinstance(way.made, Plan)
-    found = card_parts.bounds(model, way.made, machine, job)
+    found = card_parts.bounds(MIXED, way.made, machine, job)
     assert found["come_bytes"] == sum(it.nbytes for it in way.made.blocks if it.passes)
     assert found["link_s"] == pytest.approx(found["come_bytes"] / 1e9)
     assert found["kv_s"] == pytest.approx(64 * 115 * 8 * 2 * 4 * 64 * 2 / 20e9)
     assert 0 < found["attention_s"] < found["link_s"]
     assert found["card_s"] > 0
-    assert card_parts.bounds(model, way.made, None, job) == {}
+    assert card_parts.bounds(MIXED, way.made, None, job) == {}
     stays = replace(way.made, blocks=tuple(replace(it, tier="gpu") for it in way.made.blocks))
-    assert card_parts.bounds(model, stays, machine, job) == {}
+    assert card_parts.bounds(MIXED, stays, machine, job) == {}

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from fakes import tiny
 from fakes.cli_fakes import shoal
+from fakes.throughput.throughput_cases import QUICK
 from msgspec.structs import replace as replaced
 
 from shoal.comm.home import Home
@@ -25,7 +26,7 @@ from shoal.devices import opening, sim_device
 from shoal.engine.passing.alternating import Alternating
 from shoal.models.step import Step
 from shoal.partition.throughput.placing import device_ways, staging_worth
-from shoal.partition.throughput.profile import Device, Overheads, unmeasured
+from shoal.partition.throughput.profile import unmeasured
 
 DEVICE = "sim:20MB"
 
@@ -109,12 +110,11 @@ def test_sizes_with_which_the_processor_computes_count_as_what_they_are(
     monkeypatch.setattr(device_rooms, "present", lambda: ["sim:1GB"])
     monkeypatch.setattr(batch_sizes, "may_have_device", lambda config: True)
     monkeypatch.setattr(sim_device, "LAUNCH_S", 1e-9)
-    quick = Device("quick", 0.0, 1e15, 1e18, overheads=Overheads(0.0, 0.0, 0.0, 0.0))
     rates: dict[bool, list[float]] = {}
 
     def looked(slow: int | None) -> Any:
         def look(path: Path, config: NodeConfig, *more: Any) -> Any:
-            machine = unmeasured(2) if config.chunk_tokens == slow else quick
+            machine = unmeasured(2) if config.chunk_tokens == slow else QUICK
             monkeypatch.setattr(staging_worth, "FAST", machine)
             found = outlook(path, config, *more)
             rates.setdefault(bool(found.device), []).append(found.batch_tokens_per_s)  # type: ignore[union-attr]

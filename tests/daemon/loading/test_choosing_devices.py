@@ -16,6 +16,7 @@ import pytest
 from fakes import tiny
 from fakes.asking import CONFIG, prompt, text_of
 from fakes.cli_fakes import shoal
+from fakes.throughput.throughput_cases import QUICK
 
 from shoal.comm.home import Home
 from shoal.comm.messages import Load, ModelStatus
@@ -32,7 +33,7 @@ from shoal.devices.errors import DeviceLost, NoSuchDevice
 from shoal.devices.sim_device import SimDevice
 from shoal.offload.budget import Budget
 from shoal.partition.throughput.placing import staging_worth
-from shoal.partition.throughput.profile import CopyContention, Device, Overheads, Profile, unmeasured
+from shoal.partition.throughput.profile import CopyContention, Device, Profile, unmeasured
 
 CARD = "sim:64MB"
 
@@ -94,7 +95,7 @@ def test_it_is_taken_where_it_is_quicker(node: Node, path: Path) -> None:
 def test_it_is_left_where_it_is_slower(
     node: Node, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow(monkeypatch, Device("quick", 0.0, 1e15, 1e18, overheads=Overheads(0.0, 0.0, 0.0, 0.0)))
+    slow(monkeypatch, QUICK)
     with loaded(path) as there:
         found = status(there)
         assert (found.device, found.device_bytes) == ("", 0)

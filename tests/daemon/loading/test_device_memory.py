@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from fakes import tiny
 from fakes.asking import CONFIG, prompt, text_of
+from fakes.throughput.throughput_cases import QUICK, SLOW
 
 from shoal.comm.messages import Load, ModelStatus, Unload
 from shoal.daemon import memory
@@ -33,14 +34,10 @@ from shoal.kernels import routing
 from shoal.kernels.homes import cpu
 from shoal.partition.placement import PINNED_BYTES
 from shoal.partition.throughput.placing import device_ways, staging_worth
-from shoal.partition.throughput.profile import ANY, Device, Overheads, RowsLaw
 
 CARD = "sim:64MB"
 BALLAST = 48 << 20
 NOISE = 12 << 20  # what a process takes and gives back meanwhile
-QUICK = Device("quick", 0.0, 1e15, 1e18, overheads=Overheads(0.0, 0.0, 0.0, 0.0))
-# It multiplies slowly, with one row as with many; what it attends to it finds quickly.
-SLOW = Device("slow", 0.0, 1e10, 1e13, products=(RowsLaw(ANY, 1.0, (1, 256), (1e-8, 1e-7)),))
 MANY = {"slowdown": math.inf, "chunk_tokens": 256, "max_sequences": 16, "kv_tokens": 4096}
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from fakes import tiny
 from fakes.asking import CONFIG, prompt, text_of
+from fakes.throughput.throughput_cases import SLOW
 
 from shoal.comm.home import Home
 from shoal.comm.messages import Load, ModelStatus
@@ -23,12 +24,9 @@ from shoal.daemon.throughput.own_machine import OwnMachine
 from shoal.devices import opening, sim_device
 from shoal.devices.sim_device import SimDevice
 from shoal.partition.throughput.placing import device_ways, staging_worth
-from shoal.partition.throughput.profile import ANY, Device, RowsLaw
 
 MANY = replace(CONFIG, slowdown=math.inf, chunk_tokens=256, max_sequences=16, kv_tokens=4096)
 NAME = "sim:10MB"
-# Its memory is slow to multiply with, for one row as for many; what it attends to it finds quickly.
-SLOW = Device("slow", 0.0, 1e10, 1e13, products=(RowsLaw(ANY, 1.0, (1, 256), (1e-8, 1e-7)),))
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from shoal.partition.plan import Wanted
 from shoal.partition.spec import BlockId, LayerSpec, ModelSpec, MoeSpec, RopeSpec
-from shoal.partition.throughput.profile import Device
+from shoal.partition.throughput.profile import ANY, Accelerator, Device, Overheads, RowsLaw
 from shoal.partition.throughput.weights_of import Product, Weighed
 
 MB = 10**6
@@ -69,6 +69,27 @@ def device(**more: Any) -> Device:
     return Device(**(figures | more))
 
 
+def free_card(**more: Any) -> Accelerator:
+    """A device without fixed costs."""
+    figures: dict[str, Any] = {
+        "name": "gpu",
+        "memory_bytes": 8e9,
+        "memory_bytes_per_s": 1000e9,
+        "flops": 50e12,
+        "host_bytes_per_s": 20e9,
+        **dict.fromkeys(("step_s", "layer_s", "mixture_s", "copy_s"), 0.0),
+    }
+    return Accelerator(**(figures | more))
+
+
 def wanted(model: ModelSpec, **more: Any) -> Wanted:
     asked = Wanted(model, 1024, 1024, "f16", 256, 1, 0, 2)
     return asked._replace(**more)
+
+
+FREE = Overheads(0.0, 0.0, 0.0, 0.0)
+DENSE = weighed(spec())
+MIXED = weighed(spec(moe=MoeSpec(32, 4, 512, True), ffn=0))
+QUICK = Device("quick", 0.0, 1e15, 1e18, overheads=FREE)
+# It multiplies slowly, with one row as with many; what it attends to it finds quickly.
+SLOW = Device("slow", 0.0, 1e10, 1e13, products=(RowsLaw(ANY, 1.0, (1, 256), (1e-8, 1e-7)),))

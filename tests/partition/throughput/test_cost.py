@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from fakes.throughput.throughput_cases import MB, device, spec, wanted, weighed
+from fakes.throughput.throughput_cases import DENSE, FREE, MB, MIXED, device, spec, wanted, weighed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.partition.plan import Plan, plan_in_ram
-from shoal.partition.spec import MoeSpec, RopeSpec
+from shoal.partition.spec import RopeSpec
 from shoal.partition.streamed_plan import plan_streamed
 from shoal.partition.throughput.cost import cost
 from shoal.partition.throughput.laws import attention, distinct_experts, product
@@ -27,9 +27,6 @@ from shoal.partition.throughput.profile import (
 )
 from shoal.partition.throughput.weights_of import Product, Weighed, attended, kv_bytes_by_layer
 
-DENSE = weighed(spec())
-MIXED = weighed(spec(moe=MoeSpec(32, 4, 512, True), ffn=0))
-FREE = Overheads(0.0, 0.0, 0.0, 0.0)
 ALONE = Contention(1.0, 1.0)
 
 

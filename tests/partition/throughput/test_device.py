@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from fakes.throughput.throughput_cases import device, spec, wanted, weighed
+from fakes.throughput.throughput_cases import DENSE, device, wanted
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,7 +13,6 @@ from shoal.partition.plan import Plan, plan_in_ram
 from shoal.partition.throughput.alone import rival_threads
 from shoal.partition.throughput.profile import Corrections, Device, RowsLaw
 
-DENSE = weighed(spec())
 EIGHT = replace(device(threads=8, measured=True), products=(RowsLaw("BF16", 1e6, (1, 256), (5e-11, 5e-9)),))
 
 

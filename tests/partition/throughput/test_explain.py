@@ -5,20 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from fakes.throughput.throughput_cases import device, spec, weighed
+from fakes.throughput.throughput_cases import FREE, MIXED, device, spec, weighed
 
-from shoal.partition.spec import MoeSpec
 from shoal.partition.throughput.cost import cost
 from shoal.partition.throughput.explain import Change, changes, reason
 from shoal.partition.throughput.prediction import Job
-from shoal.partition.throughput.profile import ANY, Accelerator, Overheads, Profile, ProfileLink
+from shoal.partition.throughput.profile import ANY, Accelerator, Profile, ProfileLink
 from shoal.partition.throughput.solve import Choices, Solved, asks, solve
 from shoal.partition.throughput.weights_of import Weighed
 
 LONG = spec(24)
 DENSE, FEWER = weighed(LONG), weighed(LONG, 0.5625, "Q4_0", "q4")
-MIXED = weighed(spec(moe=MoeSpec(32, 4, 512, True), ffn=0))
-FREE = Overheads(0.0, 0.0, 0.0, 0.0)
 CABLE = ProfileLink((ANY, ANY), 1e-5, 1e10)
 JOB = Job(256, 64)
 

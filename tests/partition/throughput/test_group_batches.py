@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
-from fakes.throughput.throughput_cases import MB, device, spec, wanted, weighed
+from fakes.throughput.throughput_cases import DENSE, MB, MIXED, device, spec, wanted, weighed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -37,8 +37,6 @@ from shoal.partition.throughput.profile import (
 from shoal.partition.throughput.solve import Choices, Solved, asks, solve
 from shoal.partition.throughput.weights_of import Weighed
 
-DENSE = weighed(spec())
-MIXED = weighed(spec(moe=MoeSpec(32, 4, 512, True), ffn=0))
 WINDOWED = weighed(spec(window=128, qk_norm="full"))
 LARGE = weighed(spec(32, hidden=4096, ffn=14336, heads=32, kv_heads=8, head_dim=128, vocab=128256), 0.5625)
 MODELS = {"dense": DENSE, "mixed": MIXED, "windowed": WINDOWED}

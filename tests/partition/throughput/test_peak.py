@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from fakes.throughput.throughput_cases import MB, device, spec, wanted, weighed
+from fakes.throughput.throughput_cases import DENSE, MB, MIXED, device, spec, wanted, weighed
 
 from shoal.partition.memory_layout import HUGE_BYTES, PAGE_TOKENS
 from shoal.partition.plan import Plan, least_in_ram, plan_in_ram, scratch_bytes
@@ -16,8 +16,6 @@ from shoal.partition.throughput.peak import RESIDENT_BYTES, peak_bytes, step_byt
 from shoal.partition.throughput.prediction import Job
 from shoal.partition.throughput.weights_of import Weighed
 
-DENSE = weighed(spec())
-MIXED = weighed(spec(moe=MoeSpec(32, 4, 512, True), ffn=0))
 MIXTURES = {
     "two large experts": (4096, 32, 8, MoeSpec(8, 2, 14336, True)),
     "many small ones": (2048, 32, 4, MoeSpec(128, 8, 768, True)),

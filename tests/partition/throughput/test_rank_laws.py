@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from fakes.throughput.throughput_cases import MB, device, spec, wanted, weighed
+from fakes.throughput.throughput_cases import DENSE, MB, MIXED, device, spec, wanted, weighed
 
 from shoal.partition.group_choice import Choice
 from shoal.partition.machines import BlockTimes, FixedCosts, StepRows
@@ -33,8 +33,6 @@ from shoal.partition.throughput.profile import (
 from shoal.partition.throughput.rank_laws import RankLaws
 from shoal.partition.throughput.weights_of import Weighed
 
-DENSE = weighed(spec())
-MIXED = weighed(spec(moe=MoeSpec(32, 4, 512, True), ffn=0))
 SHARED = weighed(spec(moe=MoeSpec(32, 4, 512, True, shared_ffn=1024), ffn=0))
 WINDOWED = weighed(spec(window=128))
 # A kernel that computes long before 16 rows, and is slower with small matrices.

@@ -6,11 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from fakes.throughput.throughput_cases import MB, device, spec, weighed
+from fakes.throughput.throughput_cases import MB, MIXED, device, spec, weighed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.partition.spec import MoeSpec
 from shoal.partition.throughput.explain import changes, reason, runner_up
 from shoal.partition.throughput.group_plans import speeds_with
 from shoal.partition.throughput.prediction import Job
@@ -21,7 +20,6 @@ from shoal.partition.throughput.weights_of import Weighed
 JOB = Job(256, 64)
 LONG = spec(24)
 DENSE, FEWER = weighed(LONG), weighed(LONG, 0.5625, "Q4_0", "q4")
-MIXED = weighed(spec(moe=MoeSpec(32, 4, 512, True), ffn=0))
 CABLE = ProfileLink((ANY, ANY), 1e-4, 117e6)
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from fakes.throughput.throughput_cases import MB, device, spec, wanted, weighed
+from fakes.throughput.throughput_cases import DENSE, MB, MIXED, device, wanted
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.partition.errors import ProfileError
 from shoal.partition.plan import Plan, plan_in_ram
-from shoal.partition.spec import BlockId, MoeSpec
+from shoal.partition.spec import BlockId
 from shoal.partition.streamed_plan import plan_streamed
 from shoal.partition.throughput import contention
 from shoal.partition.throughput.cost import cost
@@ -23,8 +23,6 @@ from shoal.partition.throughput.profile_checks import check_profile
 from shoal.partition.throughput.schedule import Experts, Use, contended, lap
 from shoal.partition.throughput.step_pieces import Pieces
 
-DENSE = weighed(spec())
-MIXED = weighed(spec(moe=MoeSpec(32, 4, 512, True), ffn=0))
 RINGS = RingLaw((16 * MB, 64 * MB), (2.5e9, 2e9))
 READS = ReadLaw((256_000, 4 * MB), (1.5e9, 2e9), RINGS)
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from fakes.throughput.throughput_cases import device, spec, wanted, weighed
+from fakes.throughput.throughput_cases import FREE, device, spec, wanted, weighed
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,11 +24,11 @@ from shoal.partition.throughput.placing.device_ways import (
 from shoal.partition.throughput.placing.passing_step import _Passing
 from shoal.partition.throughput.placing.rooms import room_of
 from shoal.partition.throughput.prediction import Job
-from shoal.partition.throughput.profile import Accelerator, Overheads
+from shoal.partition.throughput.profile import Accelerator
 from shoal.partition.throughput.weights_of import Weighed
 
 MODEL = weighed(spec(moe=MoeSpec(64, 4, 1024, True), ffn=0))
-MACHINE = replace(device(), overheads=Overheads(0.0, 0.0, 0.0, 0.0), measured=True)
+MACHINE = replace(device(), overheads=FREE, measured=True)
 MEMORY = 1 << 36
 MOST = 8192
 

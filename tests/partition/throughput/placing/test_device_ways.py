@@ -4,10 +4,10 @@ predicted to be slower."""
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import pytest
-from fakes.throughput.throughput_cases import MB, device, spec, wanted, weighed
+from fakes.throughput.throughput_cases import DENSE, FREE, MB, MIXED, device, free_card, spec, wanted, weighed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,27 +28,9 @@ from shoal.partition.throughput.prediction import Job
 from shoal.partition.throughput.profile import Accelerator, Corrections, Device, Overheads
 from shoal.partition.throughput.weights_of import Weighed
 
-FREE = Overheads(0.0, 0.0, 0.0, 0.0)
-DENSE = weighed(spec())
-MIXED = weighed(spec(moe=MoeSpec(32, 4, 512, True), ffn=0))
 MEMORY = 1 << 34
 MACHINE = replace(device(), overheads=FREE, measured=True)
-
-
-def card(**more: Any) -> Accelerator:
-    """With no fixed costs, and a link that takes no time."""
-    figures: dict[str, Any] = {
-        "name": "gpu",
-        "memory_bytes": 8e9,
-        "memory_bytes_per_s": 1000e9,
-        "flops": 50e12,
-        "host_bytes_per_s": 1e14,
-        "step_s": 0.0,
-        "layer_s": 0.0,
-        "mixture_s": 0.0,
-        "copy_s": 0.0,
-    }
-    return Accelerator(**(figures | more))
+card = partial(free_card, host_bytes_per_s=1e14)  # and a link that takes no time
 
 
 def room(there: Accelerator, model: Weighed) -> DeviceRoom:

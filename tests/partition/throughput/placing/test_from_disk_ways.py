@@ -4,15 +4,15 @@ they are predicted to be quicker."""
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
-from fakes.throughput.throughput_cases import MB, device, spec, wanted, weighed
+from fakes.throughput.throughput_cases import FREE, MB, MIXED, device, free_card, spec, wanted, weighed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.partition.plan import Misfit, Plan
-from shoal.partition.spec import MoeSpec
 from shoal.partition.throughput.alone import AS_QUICK, best_plan, usual_job
 from shoal.partition.throughput.cost import cost, round_bytes, steady_batch, step_cost
 from shoal.partition.throughput.laws import passing_bytes_per_s
@@ -33,26 +33,16 @@ from shoal.partition.throughput.profile import (
     CopyContention,
     Corrections,
     Device,
-    Overheads,
     Profile,
     RowsLaw,
 )
 from shoal.partition.throughput.solve import asks, solve
 from shoal.partition.throughput.weights_of import Weighed
 
-FREE = Overheads(0.0, 0.0, 0.0, 0.0)
 DENSE = weighed(spec(layers=24))
-MIXED = weighed(spec(moe=MoeSpec(32, 4, 512, True), ffn=0))
 READ = 1e9
 MACHINE = device(overheads=FREE, measured=True, disk_bytes_per_s=READ, contention=Contention(1.0, 1.0))
-
-
-def card(**more: Any) -> Accelerator:
-    figures: dict[str, Any] = {
-        "name": "gpu", "memory_bytes": 300e6, "memory_bytes_per_s": 1000e9, "flops": 50e12, "host_bytes_per_s": 20e9,
-        "step_s": 0.0, "layer_s": 0.0, "mixture_s": 0.0, "copy_s": 0.0, "scratch_bytes": 0,
-    }  # fmt: skip
-    return Accelerator(**(figures | more))
+card = partial(free_card, memory_bytes=300e6, scratch_bytes=0)
 
 
 def plans(model: Weighed, there: Accelerator, memory: int, **more: Any) -> dict[str, Plan]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import pairwise
 
-from fakes.throughput.throughput_cases import MB, spec, wanted, weighed
+from fakes.throughput.throughput_cases import DENSE, MB, MIXED, spec, wanted, weighed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,8 +16,6 @@ from shoal.partition.spec import MoeSpec
 from shoal.partition.throughput.placing.passing_plans import plan_passing_from_disk, spread
 from shoal.partition.throughput.weights_of import Weighed
 
-DENSE = weighed(spec())
-MIXED = weighed(spec(moe=MoeSpec(32, 4, 512, True), ffn=0))
 SOME = weighed(spec(moe=MoeSpec(16, 2, 512, True, shared_ffn=256), ffn=2048))
 models = st.sampled_from([DENSE, MIXED, SOME])
 bytes_here = st.integers(1, 700 * MB)
