@@ -22,7 +22,8 @@ from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shoal.offload.pack.builder import source_of
 from shoal.offload.pack.layout import layout
 from shoal.offload.read_speed import read_speed
-from shoal.partition.throughput.placing.device_ways import batch_rate, expert_of, with_laws
+from shoal.partition.throughput.placing.device_choice import batch_rate
+from shoal.partition.throughput.placing.device_ways import expert_of, with_laws
 from shoal.partition.throughput.placing.rooms import accelerator
 from shoal.partition.throughput.prediction import Binding
 

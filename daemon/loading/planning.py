@@ -25,7 +25,7 @@ from shoal.partition.plan import Misfit, Plan, Wanted, least_in_ram
 from shoal.partition.rank_plans import RankPart
 from shoal.partition.spec import BlockId, ModelSpec
 from shoal.partition.throughput.alone import best_plan, rival_threads
-from shoal.partition.throughput.placing.device_ways import plan_with_device, with_device_or_alone
+from shoal.partition.throughput.placing.device_choice import plan_with_device, with_device_or_alone
 from shoal.partition.throughput.profile import Device, unmeasured
 from shoal.partition.throughput.weights_of import Weighed
 

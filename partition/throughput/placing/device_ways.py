@@ -1,12 +1,10 @@
-"""How one machine could run a model with a device, and whether that is better than without. Pure, and deterministic."""
+"""How one machine could run a model with a device. Pure, and deterministic."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
-from statistics import harmonic_mean
-from typing import NamedTuple
 
 from ...hardware_guesses import KV_SHARE
 from ...placement import (
@@ -17,10 +15,9 @@ from ...placement import (
     plan_beside_disk,
     plan_on_device,
 )
-from ...plan import Misfit, Plan, Wanted, first_fit
-from ..alone import AS_QUICK, Way, best, best_plan, usual_job
-from ..cost import cost, steady_batch
-from ..profile import Accelerator, Device
+from ...plan import Misfit, Plan, Wanted
+from ..alone import Way
+from ..profile import Device
 from ..weights_of import Product, Weighed
 from .attending_worth import attends_from
 from .passing_plans import plan_passing, plan_passing_from_disk
@@ -40,82 +37,14 @@ def expert_of(model: Weighed) -> Sequence[Product]:
 def with_laws(model: Weighed, machine: Device, room: DeviceRoom) -> Device | None:
     """A machine with a device as it was found to be; None if that was not tried."""
     there = accelerator(room, expert_of(model))
-    return _equipped(machine, there) if there is not None else None
-
-
-def _equipped(machine: Device, there: Accelerator) -> Device:
-    """A machine of which nobody has said anything is taken for a fast one, or a device might make it slower."""
+    if there is None:
+        return None
+    # One of which nobody has said anything is taken for a fast one, or a device might make it slower.
     disk = machine.disk_bytes_per_s
     return replace(at_least_fast(machine), disk_bytes_per_s=disk, reads=machine.reads, accelerators=(there,))
 
 
-def batch_rate(model: Weighed, plan: Plan, machine: Device) -> float:
-    """Tokens of answers per second to many requests of usual length."""
-    return steady_batch(model, plan, machine, usual_job(plan.context_tokens)).tokens_per_s
-
-
-def mixed_rate(model: Weighed, plan: Plan, machine: Device, context_tokens: int) -> float:
-    """The same, if one request in four is as long as the context, which in a batch is made for its longest one: a plan
-    that is a third slower with usual requests may be many times as fast with long ones."""
-    usual = usual_job(context_tokens)
-    longest = usual._replace(prompt_tokens=max(usual.prompt_tokens, context_tokens - usual.new_tokens))
-    rates = [steady_batch(model, plan, machine, job).tokens_per_s for job in (usual, longest)]
-    return harmonic_mean(rates, (3, 1))
-
-
-def plan_with_device(
-    model: Weighed,
-    contexts: Sequence[Wanted],
-    room: DeviceRoom,
-    memory_bytes: int,
-    machine: Device,
-    *,
-    many: bool = False,
-    streaming: bool = False,
-) -> Plan | Misfit | NoRoomThere:
-    """As much of the model as fits there, within `memory_bytes` of this machine's memory; experts come from so many
-    tokens on as is worth it. `many`: nobody waits for a single answer. Then weights may pass through the device in
-    every step, if that is predicted to be quicker. `streaming`: what has no room in memory may come from disk."""
-    made = _staying(model, contexts, room, memory_bytes, machine)
-    host = with_laws(model, machine, room)
-    if host is not None and room.expert is not None and isinstance(made, Plan):
-        longer = _staying(model, contexts, room, memory_bytes, machine, long=True)
-        if isinstance(longer, Plan) and longer.staged_experts:
-            choice = _Choice(model, host, many, min(made.context_tokens, longer.context_tokens))
-            made = best((longer, made), (longer, made).index, choice.seconds)
-    if many and host is not None:
-        ways = ways_through_device(model, contexts, room, memory_bytes, host)
-        passing = [way.made for way in ways if isinstance(way.made, Plan)]
-        if passing:
-            context = min(
-                plan.context_tokens for plan in (*passing, *([made] if isinstance(made, Plan) else []))
-            )
-            through = max(passing, key=lambda plan: mixed_rate(model, plan, host, context))
-            here_rate = mixed_rate(model, made, host, context) if isinstance(made, Plan) else 0.0
-            return through if mixed_rate(model, through, host, context) > AS_QUICK * here_rate else made
-    if isinstance(made, Plan) or not streaming:
-        return made
-    found = [way.made for way in ways_from_disk(model, contexts, room, memory_bytes, host)]
-    plans = [plan for plan in found if isinstance(plan, Plan)]
-    if not plans:
-        tried = [it for it in (made, *found) if isinstance(it, Misfit)]
-        return first_fit(tried) if tried else made
-    context = min(plan.context_tokens for plan in plans)
-    job = usual_job(context)
-
-    def worth(plan: Plan) -> tuple[bool, float]:
-        """The less the better. Where nothing was tried, the disk is what is known to be slow; and where there are many,
-        the processor."""
-        if host is None:
-            return many and not plan.passes, plan.streamed_bytes
-        if many:
-            return False, 1 / mixed_rate(model, plan, host, context)
-        return False, cost(model, plan, host, job).total_s(job)
-
-    return min(plans, key=worth)
-
-
-def _staying(
+def plan_staying(
     model: Weighed,
     contexts: Sequence[Wanted],
     room: DeviceRoom,
@@ -210,7 +139,7 @@ def ways_with_device(
     known: set[tuple[int, int, int, int]] = set()
     alone = room._replace(expert=None)
     for order, its, long in ((6, room, False), (5, room, True), (4, alone, False)):
-        made = _staying(model, contexts, its, memory_bytes, machine, long=long)
+        made = plan_staying(model, contexts, its, memory_bytes, machine, long=long)
         if isinstance(made, NoRoomThere):
             continue
         plan = made.plan if isinstance(made, Misfit) else made
@@ -234,75 +163,3 @@ def name_of(plan: Plan) -> str:
         parts = "all layers"
     comes = f", experts come from {plan.staged_tokens} tokens on" if plan.staged_experts else ""
     return f"on {plan.device}: {parts}{comes}"
-
-
-def with_device_or_alone(
-    model: Weighed,
-    contexts: Sequence[Wanted],
-    room: DeviceRoom,
-    memory_bytes: int,
-    machine: Device,
-    *,
-    streaming: bool = True,
-    many: bool = False,
-) -> Plan | Misfit:
-    """The plan that is predicted to be the quickest for the usual job, or for `many` of them at once; among those that
-    are hardly slower the one without the device. A machine of which nobody has said anything is taken for a fast one,
-    or the device might make it slower."""
-    assert room.laws is not None
-    alone = best_plan(model, contexts, memory_bytes, machine, streaming=streaming)
-    here = _equipped(machine, room.laws)
-    there = _fitting(ways_with_device(model, contexts, room, memory_bytes, machine))
-    if many:
-        there += _fitting(ways_through_device(model, contexts, room, memory_bytes, here))
-    if streaming and not there:
-        there = _fitting(ways_from_disk(model, contexts, room, memory_bytes, here))
-    if not there:
-        no_room = f"the processor alone: {room.name} has no room for a layer"
-        return replace(alone, why=no_room) if isinstance(alone, Plan) else alone
-    choice = _Choice(model, here, many, min(plan.context_tokens for _, plan in there))
-    if not isinstance(alone, Plan):
-        too_small = f"{room.name} computes with the processor, whose memory alone is too small"
-        return replace(min((plan for _, plan in there), key=choice.seconds), why=too_small)
-    choice = choice._replace(context=min(choice.context, alone.context_tokens))
-    return choice.quickest([(Way("the processor alone", 0, alone), alone), *there])
-
-
-def _fitting(ways: Iterable[Way]) -> list[tuple[Way, Plan]]:
-    return [(way, way.made) for way in ways if isinstance(way.made, Plan)]
-
-
-class _Choice(NamedTuple):
-    """Among plans whose contexts have `context` tokens at least, for one request or for `many`."""
-
-    model: Weighed
-    machine: Device
-    many: bool
-    context: int
-
-    def seconds(self, plan: Plan) -> float:
-        """Of a request."""
-        job = usual_job(self.context)
-        if self.many:
-            return job.new_tokens / mixed_rate(self.model, plan, self.machine, self.context)
-        return cost(self.model, plan, self.machine, job).total_s(job)
-
-    def quickest(self, ways: Sequence[tuple[Way, Plan]]) -> Plan:
-        """The first is simpler than the others; it comes before some of them that are hardly quicker."""
-        took = [self.seconds(plan) for _, plan in ways]
-        places = range(len(ways))
-        chosen = best(places, lambda place: ways[place][0].order, took.__getitem__)
-        other = 0 if chosen else min(places[1:], key=took.__getitem__)
-        (way, plan), (rival, _) = ways[chosen], ways[other]
-        times = f"{took[chosen]:.2g} s, {took[other]:.2g} s with {rival.name}"
-        return replace(plan, why=f"{way.name}: {self._asked()} {times}")
-
-    def _asked(self) -> str:
-        job = usual_job(self.context)
-        if not self.many:
-            return f"a prompt of {job.prompt_tokens} tokens and an answer of {job.new_tokens} are predicted to take"
-        longest = f" (some of {self.context - job.new_tokens})" if self.context > job.context_tokens else ""
-        return (
-            f"prompts of {job.prompt_tokens} tokens{longest} and answers of {job.new_tokens}, many together, "
-            "are predicted to take, each,"
-        )

@@ -25,7 +25,7 @@ from shoal.daemon.loading.outlook import TooLarge, outlook
 from shoal.devices import opening, sim_device
 from shoal.engine.passing.alternating import Alternating
 from shoal.models.step import Step
-from shoal.partition.throughput.placing import device_ways, staging_worth
+from shoal.partition.throughput.placing import device_choice, staging_worth
 from shoal.partition.throughput.profile import unmeasured
 
 DEVICE = "sim:20MB"
@@ -49,7 +49,7 @@ def answered(directory: Path, device: str) -> dict[str, Any]:
 
 def test_answers_are_those_of_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHOAL_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(device_ways, "AS_QUICK", 0.0)  # of two placements the later one
+    monkeypatch.setattr(device_choice, "mixed_rate", lambda model, plan, *_: 1.0 + plan.passes)
     model = tiny.save_gguf(tiny.hf_model("qwen2_moe"), tmp_path / "m.gguf", type="F16")
     bodies = [
         {

@@ -28,7 +28,7 @@ from shoal.devices.sim_device import SimDevice
 from shoal.kernels.arrays import Bytes
 from shoal.offload.direct_io import DirectFile
 from shoal.partition.placement import PINNED_BYTES
-from shoal.partition.throughput.placing import device_ways
+from shoal.partition.throughput.placing import device_choice
 
 MB = 10**6
 ONE = replace(CONFIG, kv_type="f32", kv_disk_bytes=0)
@@ -55,7 +55,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("shoal.partition.throughput.placing.passing_plans.READING_BYTES", 1 << 18)
     monkeypatch.setattr("shoal.partition.throughput.placing.passing_plans.READ_AHEAD_BYTES", 1 << 20)
     monkeypatch.setattr("shoal.partition.placement.LOADING_BYTES", 1 << 18)
-    monkeypatch.setattr(device_ways, "mixed_rate", lambda model, plan, *_: 1.0 + plan.passes)
+    monkeypatch.setattr(device_choice, "mixed_rate", lambda model, plan, *_: 1.0 + plan.passes)
     yield
     opening._opened.clear()
 

@@ -33,7 +33,7 @@ from shoal.devices.sim_device import SimDevice
 from shoal.kernels import routing
 from shoal.kernels.homes import cpu
 from shoal.partition.placement import PINNED_BYTES
-from shoal.partition.throughput.placing import device_ways, staging_worth
+from shoal.partition.throughput.placing import device_choice, staging_worth
 
 CARD = "sim:64MB"
 BALLAST = 48 << 20
@@ -271,7 +271,7 @@ def test_budgets_hold_where_one_expert_gets_everything(
     with loaded(mixture, device="cpu", **more) as node:
         expected = [text_of(node, it)[:2] for it in asked]
     if way == "passing":
-        monkeypatch.setattr(device_ways, "AS_QUICK", 0.0)
+        monkeypatch.setattr(device_choice, "mixed_rate", lambda model, plan, *_: 1.0 + plan.passes)
     with loaded(mixture, device=CARD, **more) as there:
         whole = status(there).device_bytes
     name = CARD if way == "passing" else f"sim:{whole - (1 if way == 'coming' else 0)}"
@@ -320,7 +320,7 @@ def test_weights_that_pass_are_locked_where_they_lie(
     mixture: Path, ends: str, pages: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As many as the system lets, which a line says; with no more memory, and as long as they pass."""
-    monkeypatch.setattr(device_ways, "AS_QUICK", 0.0)  # of two placements the later one
+    monkeypatch.setattr(device_choice, "mixed_rate", lambda model, plan, *_: 1.0 + plan.passes)
     monkeypatch.setattr(page_locked, "LOCKED_AT_ONCE_BYTES", 4 * SYSTEM_PAGE_BYTES)
     asked = [prompt(i, tokens=40, new=8) for i in range(2)]
     with loaded(mixture, device="cpu", **MANY) as node:

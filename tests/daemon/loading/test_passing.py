@@ -23,7 +23,7 @@ from shoal.daemon.node import Node
 from shoal.daemon.throughput.own_machine import OwnMachine
 from shoal.devices import opening, sim_device
 from shoal.devices.sim_device import SimDevice
-from shoal.partition.throughput.placing import device_ways, staging_worth
+from shoal.partition.throughput.placing import device_choice, staging_worth
 
 MANY = replace(CONFIG, slowdown=math.inf, chunk_tokens=256, max_sequences=16, kv_tokens=4096)
 NAME = "sim:10MB"
@@ -72,7 +72,7 @@ def sim() -> SimDevice:
 def test_answers_are_those_of_the_cpu(
     small: Path, tmp_path: Path, quant: str, lost: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device_ways, "AS_QUICK", 0.0)  # of two placements the later one
+    monkeypatch.setattr(device_choice, "mixed_rate", lambda model, plan, *_: 1.0 + plan.passes)
     packs = Packs(Home(tmp_path / "home"))
     with loaded(f"{small}{quant}", packs) as node:
         expected = [text_of(node, prompt(i, tokens=40, new=8))[:2] for i in range(2)]

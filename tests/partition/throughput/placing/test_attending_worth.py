@@ -15,12 +15,8 @@ from shoal.partition.spec import MoeSpec
 from shoal.partition.throughput.cost import steady_batch
 from shoal.partition.throughput.laws import Rows, attention
 from shoal.partition.throughput.placing.attending_worth import LEAST_ROWS, attends_from
-from shoal.partition.throughput.placing.device_ways import (
-    expert_of,
-    mixed_rate,
-    plan_with_device,
-    ways_through_device,
-)
+from shoal.partition.throughput.placing.device_choice import mixed_rate, plan_with_device
+from shoal.partition.throughput.placing.device_ways import expert_of, ways_through_device
 from shoal.partition.throughput.placing.passing_step import _Passing
 from shoal.partition.throughput.placing.rooms import room_of
 from shoal.partition.throughput.prediction import Job

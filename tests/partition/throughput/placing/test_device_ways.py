@@ -16,13 +16,8 @@ from shoal.partition.plan import Plan
 from shoal.partition.spec import MoeSpec
 from shoal.partition.throughput.alone import AS_QUICK, best_plan, usual_job
 from shoal.partition.throughput.cost import Took, cost, step_cost
-from shoal.partition.throughput.placing.device_ways import (
-    expert_of,
-    plan_with_device,
-    ways_through_device,
-    ways_with_device,
-    with_device_or_alone,
-)
+from shoal.partition.throughput.placing.device_choice import plan_with_device, with_device_or_alone
+from shoal.partition.throughput.placing.device_ways import expert_of, ways_through_device, ways_with_device
 from shoal.partition.throughput.placing.rooms import room_of
 from shoal.partition.throughput.prediction import Job
 from shoal.partition.throughput.profile import Accelerator, Corrections, Device, Overheads
@@ -163,6 +158,17 @@ def test_for_many_requests_weights_may_pass() -> None:
         assert found.passes == said.startswith("through")
         if many:
             assert "prompts of 512 tokens (some of 896) and answers of 128, many together, are" in found.why
+
+
+@pytest.mark.parametrize("many", [False, True], ids=["one", "many"])
+def test_a_device_that_is_named_gets_the_placement_that_would_be_chosen(many: bool) -> None:
+    """Experts that come gain hardly anything for many, so they stay."""
+    there, contexts = card(memory_bytes=200e6, host_bytes_per_s=8e9), [wanted(MIXED.spec, sequences=64)]
+    found = with_device_or_alone(MIXED, contexts, room(there, MIXED), MEMORY, MACHINE, many=many)
+    assert isinstance(found, Plan)
+    assert found.device
+    named = plan_with_device(MIXED, contexts, room(there, MIXED), MEMORY, MACHINE, many=many)
+    assert named == replace(found, why="")
 
 
 def test_where_the_processors_memory_is_too_small_the_device_helps() -> None:

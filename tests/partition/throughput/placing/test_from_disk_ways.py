@@ -16,13 +16,8 @@ from shoal.partition.plan import Misfit, Plan
 from shoal.partition.throughput.alone import AS_QUICK, best_plan, usual_job
 from shoal.partition.throughput.cost import cost, round_bytes, steady_batch, step_cost
 from shoal.partition.throughput.laws import passing_bytes_per_s
-from shoal.partition.throughput.placing.device_ways import (
-    expert_of,
-    plan_with_device,
-    ways_from_disk,
-    ways_through_device,
-    with_device_or_alone,
-)
+from shoal.partition.throughput.placing.device_choice import plan_with_device, with_device_or_alone
+from shoal.partition.throughput.placing.device_ways import expert_of, ways_from_disk, ways_through_device
 from shoal.partition.throughput.placing.rooms import room_of
 from shoal.partition.throughput.prediction import Job
 from shoal.partition.throughput.profile import (
