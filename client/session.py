@@ -156,10 +156,10 @@ class Session:
         return self._count.to_bytes(8, "big")
 
 
-def check_request(request: Generate | Chat) -> None:
-    """Raises RequestFailed for what no daemon takes, without asking one."""
+def checked_request(kind: type[wire.Request], fields: Mapping[str, Any]) -> wire.Request:
+    """A request with these fields. Raises RequestFailed for what no daemon takes, without asking one."""
     try:
-        wire.check_request(request)
+        return wire.checked_request(kind, fields)
     except ProtocolError as error:
         raise RequestFailed("bad_request", str(error)) from error
 

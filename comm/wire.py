@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from msgspec import Struct, msgpack
@@ -34,6 +34,7 @@ _ENCODER = msgpack.Encoder()
 _UNENCODABLE = (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError)
 _NAMED_LEVELS = 8  # of values within values, in a complaint
 _EXPLAIN_BYTES = 64 << 10
+Request = TypeVar("Request", bound=Message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +59,15 @@ def encode(message: Message, request_id: bytes, limit_bytes: int = MAX_REPLY_BYT
     return frames
 
 
-def check_request(request: Message) -> None:
-    """ProtocolError with what a daemon would say, unless it would take this request."""
-    decode(split(encode(request, b"?", MAX_REQUEST_BYTES)), REQUESTS)
+def checked_request(kind: type[Request], fields: Mapping[str, Any]) -> Request:
+    """A request with these fields. ProtocolError with what a daemon would say, unless it would take this one."""
+    try:
+        request = msgspec.convert(fields, kind)
+        *_, body = encode(request, b"?", MAX_REQUEST_BYTES)
+        check_free_bytes(body)
+    except msgspec.ValidationError as error:
+        raise ProtocolError(explained(str(error), None)) from error
+    return request
 
 
 def _encoded(message: Message) -> bytes:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from shoal.client.session import check_request
+from shoal.client.session import checked_request
 from shoal.comm.errors import RequestFailed
 from shoal.comm.messages import Chat, Generate, Sampling
 from shoal.models.json_bounds import CONTAINER_BYTES, check_nesting, decoded_bytes
@@ -136,16 +136,18 @@ def _asked(found: dict[str, Any], model: str | None) -> BatchRequest:
     named = model if model is not None else given.get("model")
     if not isinstance(named, str) or not 1 <= len(named) <= MODEL_CHARACTERS:
         raise _wrong("model", named, f"the name of a model, of at most {MODEL_CHARACTERS} characters")
-    fields = _fields(given) | {"sampling": _sampling(given, chat=chat)}
+    usual = {} if chat else {"max_tokens": COMPLETION_TOKENS}
+    fields = usual | _fields(given) | {"sampling": _sampling(given, chat=chat)}
+    fields |= _chat(given) if chat else _completion(given)
     try:
-        request = _chat(given, fields) if chat else _completion(given, fields)
-        check_request(request)
-    except (ValueError, RequestFailed) as error:
+        request = checked_request(Chat if chat else Generate, fields)
+    except RequestFailed as error:
         raise _refused(str(error), chat=chat) from None
     return BatchRequest(custom_id, named, request)
 
 
-def _chat(given: Mapping[str, Any], fields: dict[str, Any]) -> Chat:
+def _chat(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Its fields of `messages.Chat`."""
     messages = given.get("messages")
     if not isinstance(messages, list) or not messages:
         raise _wrong("messages", messages, "a list of messages")
@@ -154,7 +156,7 @@ def _chat(given: Mapping[str, Any], fields: dict[str, Any]) -> Chat:
             raise _wrong(f"messages[{index}]", message, "an object with role and content")
         if isinstance(message.get("content"), list):
             message["content"] = _joined(message["content"], f"messages[{index}].content")
-    return Chat(messages=messages, template_args=_template_args(given), **fields)
+    return {"messages": messages, "template_args": _template_args(given)}
 
 
 def _joined(parts: list[Any], where: str) -> str:
@@ -174,15 +176,15 @@ def _template_args(given: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _completion(given: Mapping[str, Any], fields: dict[str, Any]) -> Generate:
+def _completion(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Its fields of `messages.Generate`."""
     prompt = given.get("prompt")
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
         (prompt,) = prompt
-    fields.setdefault("max_tokens", COMPLETION_TOKENS)
     if isinstance(prompt, str):
-        return Generate(prompt=prompt, **fields)
+        return {"prompt": prompt}
     if isinstance(prompt, list) and prompt and all(map(_is_id, prompt)):
-        return Generate(prompt_tokens=prompt, **fields)
+        return {"prompt_tokens": prompt}
     raise _wrong("prompt", prompt, "one text, or one list of token ids")
 
 
