@@ -31,7 +31,9 @@ def plan_with_device(
     may come from disk. Where nothing was tried, the disk is what is known to be slow; and where there are many, the
     processor."""
     here = with_laws(model, machine, room)
-    ways = _ways(model, contexts, room, memory_bytes, machine, here, many=many, streaming=streaming)
+    ways = _ways(
+        model, contexts, room, memory_bytes, machine, here, many=many, streaming=streaming, named=True
+    )
     there = _fitting(ways)
     if not ways:
         return plan_staying(model, contexts, room, memory_bytes, machine)
@@ -81,9 +83,10 @@ def _ways(
     *,
     many: bool,
     streaming: bool,
+    named: bool = False,
 ) -> list[Way]:
     """`here`: the machine with the device; None if that was not tried."""
-    found = [*ways_with_device(model, contexts, room, memory_bytes, machine)]
+    found = [*ways_with_device(model, contexts, room, memory_bytes, machine, named=named)]
     if many and here is not None:
         found += ways_through_device(model, contexts, room, memory_bytes, here)
     if streaming and not _fitting(found):

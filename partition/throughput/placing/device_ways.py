@@ -132,13 +132,20 @@ def _sizes(model: Weighed) -> ModelBytes:
 
 
 def ways_with_device(
-    model: Weighed, contexts: Sequence[Wanted], room: DeviceRoom, memory_bytes: int, machine: Device
+    model: Weighed,
+    contexts: Sequence[Wanted],
+    room: DeviceRoom,
+    memory_bytes: int,
+    machine: Device,
+    *,
+    named: bool = False,
 ) -> Iterator[Way]:
-    """All ways with a device that are worth a look: with experts that come and without, and with the device's memory
-    for what every token reads alone."""
+    """All ways with a device that are worth a look: with experts that come and, unless it was `named`, without, and
+    with the device's memory for what every token reads alone."""
     known: set[tuple[int, int, int, int]] = set()
     alone = room._replace(expert=None)
-    for order, its, long in ((6, room, False), (5, room, True), (4, alone, False)):
+    tried = [(6, room, False), (5, room, True), *([] if named else [(4, alone, False)])]
+    for order, its, long in tried:
         made = plan_staying(model, contexts, its, memory_bytes, machine, long=long)
         if isinstance(made, NoRoomThere):
             continue
