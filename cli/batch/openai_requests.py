@@ -140,7 +140,7 @@ def _asked(found: dict[str, Any], model: str | None) -> BatchRequest:
     fields = usual | _fields(given) | {"sampling": _sampling(given, chat=chat)}
     fields |= _chat(given) if chat else _completion(given)
     try:
-        request = checked_request(Chat if chat else Generate, fields)
+        request = checked_request(Chat, fields) if chat else checked_request(Generate, fields)
     except RequestFailed as error:
         raise _refused(str(error), chat=chat) from None
     return BatchRequest(custom_id, named, request)
