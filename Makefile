@@ -13,6 +13,10 @@ SHOAL := $(BIN)/shoal
 SOURCES := pyproject.toml constraints-dev.txt $(wildcard setup.py kernels/native/* comm/group/native/*)
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install
 
+# Some containers forbid Python to keep what it compiles: then every worker and every daemon of the tests would compile
+# all anew.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .PHONY: help setup run test test-peer test-cluster test-cards test-aarch64 sanitize check bench bench-offload \
 	bench-cluster bench-gpu clean distclean

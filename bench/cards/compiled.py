@@ -1,10 +1,11 @@
 """What Triton's kernels become on a graphics card, found without one: they are compiled for it.
 
-    python bench/cards/compiled.py [--cards 80,90] [--types Q4_K,Q6_K] [--markdown]
+    python bench/cards/compiled.py [--cards 80,90] [--types Q4_K,Q6_K] [--brief] [--markdown]
 
 For each kernel, type and number of rows of inputs: registers of a thread, bytes that are spilled, shared memory, loads
 of 16 bytes and of less, instructions for each weight where one row is multiplied, and how many of the card's threads
 can be there at once. Needs triton, with the assembler and the disassembler that it brings; nothing runs on a card.
+The disassembler takes a third of the time: with `--brief` it has to read one matrix by one row only.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
 class Compiled(NamedTuple):
-    """`wide`, `narrow`: loads of 16 bytes, and of less; `per_weight`: instructions of a thread, nan where it says
-    little.
+    """`wide`, `narrow`: loads of 16 bytes, and of less, None if not looked for; `per_weight`: instructions of a thread,
+    nan where it says little.
     `occupancy`: share of the threads that a processor of the card can have."""
 
     kernel: str
@@ -54,8 +55,8 @@ class Compiled(NamedTuple):
     registers: int
     spilled_bytes: int
     shared_bytes: int
-    wide: int
-    narrow: int
+    wide: int | None
+    narrow: int | None
     per_weight: float
     occupancy: float
 
@@ -119,12 +120,16 @@ def looks(kinds: Iterable[str] = KV) -> Iterator[Case]:
         ("DIMS", 0),
         ("DIMS", 64),
     ):
-        yield from _look("f16", HEADS[0], plain | {name: value}, f" {name} {value}")
+        yield from _look("f16", HEADS[0], plain, {name: value})
     joining = {"HEADS": 32, "DIM": 128, "ROOM": 128, "EACH": LOOKED_PAGES, "SOME": JOINED}
     yield Case("joined", "", 1, triton_attention.joined, joining, WARPS, 0)
 
 
-def _look(kind: str, its: tuple[int, int, int], more: dict[str, Any], label: str = "") -> Iterator[Case]:
+def _look(
+    kind: str, its: tuple[int, int, int], plain: dict[str, Any], other: dict[str, Any] | None = None
+) -> Iterator[Case]:
+    """Those of the kernels that know what is `other` than `plain`."""
+    other = other or {}
     heads, kv_heads, dim = its
     layout = KvLayout.of(KV_FORMATS[kind], dim)
     room, group = (triton.next_power_of_2(number) for number in (layout.wide, heads // kv_heads))
@@ -133,19 +138,23 @@ def _look(kind: str, its: tuple[int, int, int], more: dict[str, Any], label: str
         "SCALED": layout.kind.scaled, "HEAD_STEP": layout.head_bytes // layout.kind.itemsize,
         "SCALES_HEAD_STEP": layout.head_bytes // 4, "DIMS": dim, "GROUP_ROOM": group,
         "SOME": tokens_of(group, room), "EACH": LOOKED_PAGES,
-    } | more  # fmt: skip
+    } | plain | other  # fmt: skip
     launches = (triton_attention.stored, 1, None), (triton_attention.looked, WARPS, REGISTERS)
     for kernel, warps, registers in launches:
+        if not other.keys() <= set(kernel.arg_names):
+            continue
         constants = {name: value for name, value in how.items() if name in kernel.arg_names}
-        what = f"{kind} {heads}/{kv_heads}/{dim}{label}"
+        what = " ".join(
+            [f"{kind} {heads}/{kv_heads}/{dim}", *(f"{name} {value}" for name, value in other.items())]
+        )
         yield Case(kernel.__name__, what, 1, kernel, constants, warps, 0, most_registers=registers)
 
 
 POINTERS = {"w": "*u8", "gate": "*u8", "up": "*u8", "one": "i32", "eps": "fp32", "T": "i32", "rows": "i32"}
 
 
-def compiled(case: Case, card: int) -> Compiled:
-    """For compute capability `card` / 10."""
+def compiled(case: Case, card: int, brief: bool = False) -> Compiled:
+    """For compute capability `card` / 10. `brief`: disassembled only if instructions count."""
     names, many = case.fn.arg_names, case.rows > 1
     signature = {name: _type(name, case.kernel, case.type, many) for name in names} | dict.fromkeys(
         case.constants, "constexpr"
@@ -166,7 +175,7 @@ def compiled(case: Case, card: int) -> Compiled:
         file.write(made.asm["cubin"])
         file.flush()
         usage = USAGE.search(_said("-res-usage", file.name))
-        listing = _said("-sass", file.name)
+        listing = "" if brief and not case.weights else _said("-sass", file.name)
     opcodes = Counter(OPCODE.findall(listing))
     assert usage is not None
     registers, stack, _, local = map(int, usage.groups())
@@ -178,9 +187,9 @@ def compiled(case: Case, card: int) -> Compiled:
     each += [SHARED_BYTES[card] // (shared + 1024)] if shared else []
     instructions = sum(opcodes.values()) - opcodes["NOP"] + (case.turns - 1) * _looped(listing)
     return Compiled(
-        case.kernel, case.type, case.rows, card, case.warps, registers, max(stack, local, 4 * moved), shared, broad,
-        sum(loads.values()) - broad, instructions / case.weights if case.weights else float("nan"),
-        min(each) * threads / THREADS,
+        case.kernel, case.type, case.rows, card, case.warps, registers, max(stack, local, 4 * moved), shared,
+        broad if listing else None, sum(loads.values()) - broad if listing else None,
+        instructions / case.weights if case.weights else float("nan"), min(each) * threads / THREADS,
     )  # fmt: skip
 
 
@@ -224,7 +233,8 @@ def lines(all: Sequence[Compiled], markdown: bool) -> Iterator[str]:
     table = [heads]
     for it in all:
         each = f"{it.per_weight:.1f}" if it.per_weight == it.per_weight else ""
-        table.append((*map(str, it[:10]), each, f"{it.occupancy:.0%}"))
+        cells = ("" if cell is None else str(cell) for cell in it[:10])
+        table.append((*cells, each, f"{it.occupancy:.0%}"))
     if markdown:
         yield from ("| " + " | ".join(row) + " |" for row in (table[0], ("---",) * len(heads), *table[1:]))
         return
@@ -239,10 +249,15 @@ def main() -> int:
     parser.add_argument(
         "--types", default=",".join(kind.name for kind in WEIGHT_TYPES if kind.name in COVERED)
     )
+    parser.add_argument(
+        "--brief",
+        action="store_true",
+        help="loads and instructions of one matrix by one row only, in less time",
+    )
     parser.add_argument("--markdown", action="store_true")
     options = parser.parse_args()
     all = [
-        compiled(case, card)
+        compiled(case, card, options.brief)
         for card in map(int, options.cards.split(","))
         for case in (*cases(options.types.split(",")), *looks())
     ]

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parent.parent.parent
 @pytest.mark.skipif(not (TOOLS / "ptxas").exists(), reason="triton has no assembler here")
 def test_nothing_is_spilled(tmp_path: Path) -> None:
     """Types of each family; `bench/cards/compiled.py` has all. Compiled anew: what is kept may be of other kernels."""
-    command = [sys.executable, "bench/cards/compiled.py", "--cards", "90", "--types", "Q4_K,Q6_K,Q5_1"]
+    options = "--cards 90 --types Q4_K,Q6_K,Q5_1 --brief"
+    command = [sys.executable, "bench/cards/compiled.py", *options.split()]
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
