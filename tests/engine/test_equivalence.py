@@ -6,6 +6,7 @@ fp32, prefill in chunks and then decode with KV: max |Δ| ≤ 1e-3 of the logit 
 from __future__ import annotations
 
 import random
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -43,9 +44,13 @@ def test_gguf_checkpoint(family: str, tmp_path: Path) -> None:
     assert relative_error(running.logits(ids, [30]), tiny.logits(model, ids)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral", "qwen2_moe"])
+TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q8_0", "IQ4_NL", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+
+
+# Which kernels multiply a type, a dense model and a mixture show; the two others, once in each kind of blocks.
 @pytest.mark.parametrize(
-    "type", ["Q4_0", "Q4_1", "Q5_0", "Q8_0", "IQ4_NL", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+    ("family", "type"),
+    [*product(["llama", "mixtral"], TYPES), *product(["qwen3", "qwen2_moe"], ["Q4_0", "Q4_K"])],
 )
 def test_quantised_gguf_checkpoint(family: str, type: str, tmp_path: Path) -> None:
     """Against `transformers` on the weights that were stored: inputs are rounded too, but finely."""
