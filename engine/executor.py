@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial as bound
 from itertools import pairwise
 from typing import NamedTuple
@@ -35,6 +36,7 @@ from .collective import Collective, PendingSum
 from .expert_places import ExpertPlaces
 from .expert_staging import ExpertStaging
 from .passing.alternating import Alternating
+from .passing.coming_layers import ComingLayers
 
 StillWanted = Callable[[float], bool]
 """Is told which share of a step is done, many times in it; False when nobody wants the step any more."""
@@ -99,6 +101,7 @@ class Executor:
         ]
         self._experts = ExpertPlaces(plan, home_of)
         self._staging = ExpertStaging(plan, home_of)
+        self._coming = ComingLayers(plan, store, home_of)
         self._alternating = Alternating(model, plan, store, kv, home_of) if plan.passes else None
         own = model.spec.moe.own if model.spec.moe else ()
         self._own = {
@@ -118,11 +121,12 @@ class Executor:
     @property
     def trouble(self) -> str:
         """What is not as it could be with weights that pass through a device, in one line."""
-        return self._alternating.trouble if self._alternating is not None else ""
+        return self._alternating.trouble if self._alternating is not None else self._coming.trouble
 
     def close(self) -> None:
         """End what runs in the background. It runs no step any more. Idempotent."""
         self.store.close()
+        self._coming.let_go()
         if self._alternating is not None:
             self._alternating.let_go()
 
@@ -160,18 +164,20 @@ class Executor:
             return carried(hidden, there, self._head[0].home) if self._head else hidden
         count = len(step.tokens)
         parts = step.split(count)
-        last, _ = self._layers[-1]
-        for done, (attention, feeding) in enumerate(self._layers):
-            self._share = done / len(self._layers)
+        self._coming.begin(count)
+        for done, (own, feeding) in enumerate(self._layers, 1):
+            self._share = (done - 1) / len(self._layers)
+            attention = self._for_step(own, count)
             hidden, home = self._moved(hidden, home, attention.home), attention.home
             self._attend(attention, [home.rows(hidden, part) for part in parts], step, rotations)
-            if attention is last:
+            if done == len(self._layers):
                 self._arrive()
                 hidden = home.rows(hidden, step.rows)  # nobody needs the others any more
                 count = len(step.rows)
                 parts = step.split(count)
                 if not count:
                     break
+            feeding = self._for_step(feeding, count)
             hidden, home = self._moved(hidden, home, feeding.home), feeding.home
             its = [home.rows(hidden, part) for part in parts]
             if feeding.block.kind == "router":
@@ -179,6 +185,7 @@ class Executor:
             else:
                 self._feed_forward(feeding, its)
         self._arrive()
+        self._coming.end()
         return carried(hidden, home, self._head[0].home) if self._head else hidden
 
     def _embedded(self, tokens: Ids) -> Hidden:
@@ -217,6 +224,14 @@ class Executor:
                 done += part.shape[1]
         return logits if self.vocab is None else self.collective.gather(logits)
 
+    def _for_step(self, placed: Placed, tokens: int) -> Placed:
+        """Where a block is computed in this step, if so many tokens pass it."""
+        there = self._coming.home_for(placed.block, tokens)
+        return placed if there is None else Placed(placed.block, there)
+
+    def _acquire(self, placed: Placed) -> AbstractContextManager[Weights]:
+        return self._coming.lend(*placed) or self.store.acquire(placed.block)
+
     def _attend(
         self, placed: Placed, rows: Sequence[Hidden], step: Step, rotations: Sequence[list[Rotation]]
     ) -> None:
@@ -224,16 +239,16 @@ class Executor:
         block, home = placed
         layer, kv = block.layer, self.kv.layers[block.layer]
         allreduce = bound(self.collective.allreduce, home)
-        with self.store.acquire(block) as weights:
+        with self._acquire(placed) as weights, self.store.acquire(block) as there:
             for part, (its, turns) in enumerate(zip(step.parts, rotations, strict=True)):
-                hidden = self._next(rows, part)
-                partial = self.model.attend(home, layer, weights, hidden, its.segments, turns, kv, allreduce)
+                rest = its.segments, turns, kv, allreduce, (self._layers[layer][0].home, there)
+                partial = self.model.attend(home, layer, weights, self._next(rows, part), *rest)
                 self._leave(home, weights, rows, part, partial)
 
     def _feed_forward(self, placed: Placed, rows: Sequence[Hidden]) -> None:
         """Adds the dense feed-forward of a layer to hidden (T, hidden). `rows` are the parts of hidden."""
         block, home = placed
-        with self.store.acquire(block) as weights:
+        with self._acquire(placed) as weights:
             for part in range(len(rows)):
                 partial = self.model.feed_forward(home, block.layer, weights, self._next(rows, part))
                 self._leave(home, weights, rows, part, partial)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from shoal.kernels import ComputeHome
 from shoal.kernels.arrays import Floats, Hidden
 from shoal.kernels.attention_operands import HeadNorms, KvPages, Rotation, Scoring, Segments
+from shoal.kernels.compute_home import carried
 from shoal.kernels.routing import Routing
 from shoal.partition.spec import ModelSpec
 
@@ -68,12 +69,17 @@ class Transformer:
         rotations: list[Rotation],
         kv: KvPages,
         allreduce: Callable[[Hidden], Hidden],
+        looking: tuple[ComputeHome, Weights] | None = None,
     ) -> Hidden:
         """hidden (T, C) → partial (T, C); stores the new K and V in `kv`, the layer's pages. `allreduce` sums over
-        ranks, which norms over all heads need."""
+        ranks, which norms over all heads need. `looking`: where `kv` lies, if elsewhere, with the vectors there."""
+        there, vectors = looking or (home, weights)
         q, k, v = self.asked(home, weights, hidden, allreduce)
-        mixed = self.look_back(home, layer, weights, q, k, v, segments, rotations, kv)
-        return self.attended(home, layer, weights, mixed)
+        if there is not home:
+            home.prefetch(q, k, v)
+        q, k, v = (carried(x, home, there) for x in (q, k, v))
+        mixed = self.look_back(there, layer, vectors, q, k, v, segments, rotations, kv)
+        return self.attended(home, layer, weights, carried(mixed, there, home))
 
     def asked(
         self, home: ComputeHome, weights: Weights, hidden: Hidden, allreduce: Callable[[Hidden], Hidden]

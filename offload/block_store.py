@@ -14,7 +14,8 @@ from shoal.kernels import ComputeHome, gather_rows, home_of
 from shoal.kernels.arrays import Floats, Ids
 from shoal.kernels.compute_home import HERE
 from shoal.models.weights import Weights
-from shoal.partition.plan import Plan, arena_slack
+from shoal.partition.memory_layout import arena_slack
+from shoal.partition.plan import Plan
 from shoal.partition.spec import BlockId
 
 from .bytes_done import BytesDone, unheard

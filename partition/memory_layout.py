@@ -91,3 +91,8 @@ def staged_starts(sizes: Sequence[int]) -> list[int]:
 def staged_slot_bytes(nbytes: int) -> int:
     """Room there for the matrices of a block, whichever sizes they have."""
     return nbytes + MOST_MATRICES * STAGED_STARTS
+
+
+def arena_slack(nbytes: int) -> int:
+    """Bytes that memory for weights may waste because it is taken in huge pages."""
+    return nbytes // 64

@@ -4,7 +4,8 @@ Every token reads all dense weights, so what counts is how many bytes lie in the
 last one on, and the head before them: rows of the embedding are gathered on the host, so hidden states pass the link
 once, and logits come back. Of a mixture a token reads few experts, so the rest of all layers goes first, and then, from
 the last layer on, experts. The CPU computes the others, for which hidden states go out and come back; or, for many
-tokens, they come, through what whole layers leave of the device's memory.
+tokens, they come, through what whole layers leave of the device's memory. So do other layers of a dense model, for
+which the last ones make room.
 
 What this machine's memory has no room for comes from its disk to the CPU, which computes it. Pure.
 """
@@ -22,6 +23,7 @@ from .memory_layout import (
     LOOKED_TOGETHER,
     PAGE_TOKENS,
     SCORES_TOGETHER,
+    arena_slack,
     kv_page_bytes,
     staged_slot_bytes,
 )
@@ -31,7 +33,6 @@ from .plan import (
     Misfit,
     Plan,
     Wanted,
-    arena_slack,
     first_fit,
     kv_plan,
     least_kv_pages,
@@ -53,9 +54,9 @@ PINNED_BYTES = 6 << 20  # of memory that is page-locked, through which a device'
 
 
 class ExpertTimes(NamedTuple):
-    """What one expert of so many bytes takes a device: seconds to come from this machine's memory, and to be computed
-    for so many rows; for so many that arithmetic decides (0: not tried). `locked_s`: to come from where it is
-    page-locked (0: not tried, or nothing is)."""
+    """What one expert, or a dense model's feed-forward, of so many bytes takes a device: seconds to come from this
+    machine's memory, and to be computed for so many rows; for so many that arithmetic decides (0: not tried).
+    `locked_s`: to come from where it is page-locked (0: not tried, or nothing is)."""
 
     nbytes: int
     come_s: float
@@ -84,11 +85,12 @@ class DeviceRoom(NamedTuple):
 
 class ModelBytes(NamedTuple):
     """Bytes of a model's blocks in the order of a step, of the one matrix that a tied embedding and head share (0 if
-    they are not tied), and of all vectors where they are counted with the first block (else 0)."""
+    they are not tied), of all vectors where they are counted with the first block (else 0), and of all of them."""
 
     blocks: Mapping[BlockId, int]
     tied: int
     vectors: int
+    all_vectors: int = 0
 
 
 class NoRoomThere(NamedTuple):
@@ -109,7 +111,7 @@ def plan_on_device(
 
     contexts: what is asked for, once with each context that would do, the longest first. K and V take the place of
     layers, so the longest is taken that leaves most of the layers there that the shortest would. `staged_tokens`: of a
-    step, from which on experts of the CPU should come to the device; 0 = they never should.
+    step, from which on experts of the CPU, or dense layers, should come to the device; 0 = they never should.
     """
     return longest([_plan(wanted, model, room, memory_bytes, staged_tokens) for wanted in contexts])
 
@@ -145,12 +147,19 @@ def _plan(
     layers = [sum(map(model.blocks.__getitem__, its)) for its in dense]
     sizes = [nbytes + pages * page_bytes for nbytes in layers]
     free = room.free_bytes - scratch - model.vectors
+    come = staged_tokens > 0 and not spec.moe and _fitting(sizes, free) < len(sizes)
+    if come:
+        scratch += model.all_vectors - model.vectors  # those of layers that come stay
+        rooms = (max(map(model.blocks.__getitem__, its)) for its in zip(*dense, strict=True))
+        free = room.free_bytes - scratch - model.vectors - 2 * sum(map(staged_slot_bytes, rooms))
     heads = _heads(model)
     head_bytes = _head_bytes(model, spec)
     last = len(layers)
     alone, beside = _fitting(sizes, free), _fitting(sizes, free - head_bytes) if heads else 0
     takes_head = beside > 0 and sum(layers[last - beside :]) + head_bytes >= sum(layers[last - alone :])
     count = beside if takes_head else alone
+    if not count and come:
+        return _plan(wanted, model, room, memory_bytes, 0)
     if not count:
         return NoRoomThere(scratch + model.vectors + sizes[-1])
     first = last - count
@@ -177,11 +186,11 @@ def _plan(
     least = replace(
         plan_of(wanted, plans, pages, host_scratch(wanted, plans)),
         device_scratch_bytes=scratch + model.vectors,
-        staged_tokens=staged_tokens if staged else 0,
+        staged_tokens=staged_tokens if staged or (come and first) else 0,
         staged_experts=staged,
     )
     if least.peak_bytes > memory_bytes:
-        if staged:  # then the layer that made room for experts to come may be what is too much here
+        if least.staged_tokens:  # then what made room for others to come may be what is too much here
             return _plan(wanted, model, room, memory_bytes, 0)
         return Misfit(least.peak_bytes, least)
     if wanted.kv_tokens is not None:

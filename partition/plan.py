@@ -21,6 +21,7 @@ from .memory_layout import (
     SPAN_TOKENS,
     SPANS_BYTES,
     THREAD_BYTES,
+    arena_slack,
     kv_page_bytes,
     staged_slot_bytes,
 )
@@ -87,7 +88,7 @@ class Plan:
     group_rows: int = 1
     page_rows: int = 0
     device_scratch_bytes: int = 0  # that a step needs on the device besides weights and KV
-    staged_tokens: int = 0  # in steps of so many, experts that lie with the CPU come to the device; 0 = never
+    staged_tokens: int = 0  # in steps of so many, experts or dense layers come to the device; 0 = never
     staged_experts: int = 0  # so many at once
     attending_rows: int = 0  # where weights pass: texts with so many rows in a step attend there; 0 = none
     why: str = ""  # a device takes part, or none does, where that was a choice
@@ -140,11 +141,17 @@ class Plan:
         """Whether blocks come to the device in every step, while the CPU attends."""
         return any(block.passes for block in self.blocks)
 
+    @cached_property
+    def coming(self) -> tuple[BlockPlan, ...]:
+        """Blocks that have room on the device in turns: in every step, or, of dense layers, in long ones."""
+        kinds = ("attn", "ffn") if self.staged_tokens and not self.staged_experts else ()
+        return tuple(it for it in self.blocks if it.passes or (it.tier == "ram" and it.block.kind in kinds))
+
     @property
     def passing_rooms(self) -> dict[tuple[str, int], int]:
         """Bytes of the device in which this block of any layer has room (`BlockId.place`)."""
         largest: dict[tuple[str, int], int] = {}
-        for block, nbytes in ((it.block, it.nbytes) for it in self.blocks if it.passes):
+        for block, nbytes in ((it.block, it.nbytes) for it in self.coming):
             largest[block.place] = max(largest.get(block.place, 0), nbytes)
         return {place: staged_slot_bytes(nbytes) for place, nbytes in largest.items()}
 
@@ -253,11 +260,10 @@ class Plan:
             rows = f" (but for texts of {self.attending_rows} tokens or more in a step)"
             return f"{there}{disk} while the cpu attends" + rows * (self.attending_rows > 0)
         there = f"{self.there} on {self.device} with {weights} of weights and {pages} of KV"
-        if self.staged_experts:
+        if self.staged_tokens:
             there += f" (others come for steps of {counted(self.staged_tokens, 'token')} or more)"
-        return (
-            f"{there}, {format_bytes(self.pinned_bytes + self.expert_bytes)} of weights in ram{self._others}"
-        )
+        here = format_bytes(self.pinned_bytes + self.expert_bytes)
+        return f"{there}, {here} of weights in ram{self._others}"
 
     @property
     def there(self) -> str:
@@ -267,8 +273,7 @@ class Plan:
         notes = ["the last"] if mine < whole else []
         if experts < among:
             notes.append(f"{experts:,} of {among:,} experts" if experts else "without experts")
-        if notes:
-            layers += f" ({', '.join(notes)})"
+        layers += f" ({', '.join(notes)})" if notes else ""
         has_head = any(it.block.kind == "head" and it.tier == "gpu" for it in self.blocks)
         return f"{layers} and the head" if has_head else layers
 
@@ -335,11 +340,6 @@ def step_numbers(wanted: Wanted, part_tokens: int | None = None) -> int:
         seen = 2 * spec.kv_heads * spec.head_dim + min(part, wanted.chunk_tokens)  # and a mask
         attention = wanted.context_tokens * seen
     return whole + inside + attention + logits
-
-
-def arena_slack(nbytes: int) -> int:
-    """Bytes that memory for weights may waste because it is taken in huge pages."""
-    return nbytes // 64
 
 
 def kv_plan(wanted: Wanted, pages: int) -> KvPlan:

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from .memory_layout import PAGE_TOKENS
-from .plan import BlockPlan, Misfit, Plan, Wanted, arena_slack, kv_plan, plan_in_ram
+from .memory_layout import PAGE_TOKENS, arena_slack
+from .plan import BlockPlan, Misfit, Plan, Wanted, kv_plan, plan_in_ram
 from .spec import BlockId, ModelSpec
 from .streamed_plan import plan_streamed
 

@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 from .hardware_guesses import KV_SHARE, SCRATCH_SHARE, WINDOW_SHARE
 from .machines import BlockTimes, DiskTimes, FixedCosts, Machine, RankHolds, RankShares, StepRows
-from .memory_layout import PAGE_TOKENS, kv_page_bytes
+from .memory_layout import PAGE_TOKENS, arena_slack, kv_page_bytes
 from .pinning import between
-from .plan import Wanted, arena_slack, least_kv_pages, scratch_bytes
+from .plan import Wanted, least_kv_pages, scratch_bytes
 from .slicing import Shard, shard_spec
 from .spec import BlockId, ModelSpec, MoeSpec
 from .streamed_plan import PART_TOKENS, READING_BYTES

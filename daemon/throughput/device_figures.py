@@ -127,14 +127,15 @@ def _as_named(figures: DeviceFigures, home: DeviceHome) -> DeviceFigures:
 
 
 def _shapes(model: Tried) -> tuple[list[Shape], list[Shape]]:
-    """(the matrices of one expert; those of all blocks, each shape once, the commonest first)"""
+    """(the matrices of one expert, or of a dense model's feed-forward; those of all blocks, each shape once, the
+    commonest first)"""
     from shoal.devices.expert_timing import Shape
 
     def shaped(its: Product) -> Shape:
         return Shape(_TYPES[its.kind], its.rows, its.cols)
 
-    none: Sequence[Product] = ()
-    expert = next((its for block, its in model.products.items() if block.kind == "expert"), none)
+    comes = (its for kind in ("expert", "ffn") for block, its in model.products.items() if block.kind == kind)
+    expert = next(comes, ())
     counts: dict[Shape, int] = {}
     for its in model.products.values():
         for it in its:

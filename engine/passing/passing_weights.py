@@ -1,5 +1,5 @@
-"""Weights that lie on the host or on its disk and pass through a device's memory in every step, in the order in which
-it uses them.
+"""Weights that lie on the host or on its disk and pass through a device's memory, in every step or in long ones, in the
+order in which it uses them.
 
 Each kind of block has two places there, in turns, as large as the largest of the kind. So while a layer is computed the
 next one comes, and it comes as soon as nothing is begun any more with what its places had. It goes on from the last
@@ -31,7 +31,7 @@ class PassingWeights:
     def __init__(self, plan: Plan, store: BlockStore, home: ComputeHome) -> None:
         self._home = home
         self._store = store
-        passing = [it for it in plan.blocks if it.passes]
+        passing = plan.coming
         self._cycle = [*_together(passing)]
         rooms = plan.passing_rooms
         self._rooms = {

@@ -23,7 +23,7 @@ from .group_plans import Groups
 from .peak import beside_bytes
 from .placing.device_ways import (
     PASSING_TOKENS,
-    expert_of,
+    coming_one,
     ways_from_disk,
     ways_through_device,
     ways_with_device,
@@ -198,7 +198,7 @@ def _with_devices(model: Weighed, asking: Sequence[Wanted], device: Device, job:
     asking = [it._replace(narrow_inputs=False) for it in asking]
     long = [it._replace(chunk_tokens=max(it.chunk_tokens, PASSING_TOKENS)) for it in asking]
     for its in device.accelerators:
-        room = room_of(its, expert_of(model))
+        room = room_of(its, coming_one(model))
         staying = [*ways_with_device(model, asking, room, memory_bytes, device)]
         passing = [*ways_through_device(model, long, room, memory_bytes, device)]
         found = [*staying, *passing]

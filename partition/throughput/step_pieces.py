@@ -32,15 +32,20 @@ class Pieces:
         self._expert_bytes = max((it.nbytes for it in held), default=0)
         self._guesses = all(it.tier != "disk" for it in plan.blocks if it.block.kind == "router")
 
-    def attention(self, kind: LayerKind) -> Share:
-        key = kind.attention, kind.window
+    def asking(self, kind: LayerKind) -> Share:
+        """The products of attention."""
+        key = "asking", kind.attention
         if key not in self._known:
-            found = self._products(kind.attention, self._rows)
+            self._known[key] = as_it_ran(self._device, self._products(kind.attention, self._rows))
+        return self._known[key]
+
+    def looking(self, kind: LayerKind) -> Share:
+        """Attention itself."""
+        key = "looking", kind.window
+        if key not in self._known:
+            spec, kv_type, found = self._model.spec, self._plan.kv.dtype, NOTHING
             for alike, rows, before in self._segments:
-                one = attention(
-                    self._device, self._model.spec, self._plan.kv.dtype, rows, before, kind.window
-                )
-                found += one.times(alike)
+                found += attention(self._device, spec, kv_type, rows, before, kind.window).times(alike)
             self._known[key] = as_it_ran(self._device, found)
         return self._known[key]
 

@@ -18,7 +18,16 @@ from typing import NamedTuple
 
 from ..plan import Plan
 from ..spec import BlockId
-from .laws import LEASE_CALLS, NOTHING, Rows, Share, as_it_ran, embedded_s, products
+from .laws import (
+    LEASE_CALLS,
+    NOTHING,
+    Rows,
+    Share,
+    as_it_ran,
+    embedded_s,
+    passing_bytes_per_s,
+    products,
+)
 from .prediction import Binding
 from .profile import Accelerator, Device, Overheads
 from .schedule import Experts, Use, contended
@@ -98,6 +107,7 @@ class _Step:
         experts = [it.block for it in plan.blocks if it.block.kind == "expert"]
         self._experts = Counter(it.layer for it in experts)
         self._experts_gone = Counter(it.layer for it in experts if it in self._gone)
+        self._coming = {it.block: it.nbytes for it in plan.coming} if there else {}
         self._on_disk = {it.block: it.nbytes for it in plan.blocks if it.tier == "disk" and not it.slotted}
         self._computing = dict.fromkeys((False, True), NOTHING)
         self._calls_s, self._link_s = dict.fromkeys((False, True), 0.0), 0.0
@@ -111,7 +121,7 @@ class _Step:
         for layer in range(last + 1):  # of the last layer only what logits are wanted of is needed
             away = self._layer(layer, away, self._rows if layer < last else wanted, last=layer == last)
         for block in (it.block for it in self._plan.blocks if it.block.kind == "head" and wanted):
-            away = self._moved(away, block, wanted)
+            away = self._moved(away, block in self._gone, wanted)
             home = self._homes[away]
             self._compute(as_it_ran(home, products(home, self._model.products[block], wanted)), away)
             self._use(block)
@@ -143,24 +153,31 @@ class _Step:
 
     def _layer(self, layer: int, away: bool, fed: int, *, last: bool) -> bool:
         """→ where its last block is computed. `fed`: rows that its feed-forward part is computed of."""
-        spec, kind, rows = self._model.spec, self._model.kind_of(layer), self._rows
+        spec, kind, rows, begun_s = self._model.spec, self._model.kind_of(layer), self._rows, self._seconds
         attn, feed = BlockId("attn", layer), spec.ffn_blocks(layer)[0]
-        attending = self._pieces[attn in self._gone].attention(kind)
-        feeding = self._pieces[feed in self._gone].feeding(kind, fed)
-        mixed = self._mixture(layer, kind, fed, attending)
-        here = ((attn, attending), (feed, feeding))
-        kernels_s = mixed.ours.seconds + sum(its.seconds for block, its in here if block not in self._gone)
+        coming = [block for block, count in ((attn, rows), (feed, fed)) if self._comes(block, count)]
+        asks, feeds = (block in self._gone or block in coming for block in (attn, feed))
+        looks = attn in self._gone  # K and V stay where they are
+        asking, looking = self._pieces[asks].asking(kind), self._pieces[looks].looking(kind)
+        feeding = self._pieces[feeds].feeding(kind, fed)
+        mixed = self._mixture(layer, kind, fed, asking + looking)
+        parts = ((asks, asking), (looks, looking), (feeds, feeding))
+        kernels_s = mixed.ours.seconds + sum(its.seconds for there, its in parts if not there)
         swept_s = self._machine.overheads.swept_s(kernels_s) / 2
 
-        away = self._moved(away, attn, rows)
+        away = self._moved(away, asks, rows)
         its = self._homes[away].overheads
         normed_s = its.hidden_s * queried(spec) / 2 if spec.qk_norm == "full" else 0.0
-        self._compute(attending, away)
+        self._compute(asking, asks)
+        self._compute(looking, looks)
+        if asks is not looks:  # q, k and v leave, and what was found comes
+            for heads in (spec.heads + 2 * spec.kv_heads, spec.heads):
+                self._copied(self._carry_s(rows * heads * spec.head_dim))
         self._call(swept_s)
         self._call(its.layer_s / 2 + (self._added_s(its) + normed_s) * rows, away)
         self._use(attn)
 
-        away = self._moved(away, feed, fed)
+        away = self._moved(away, feeds, fed)
         its = self._homes[away].overheads
         self._compute(feeding, away)
         self._call(swept_s)
@@ -169,8 +186,22 @@ class _Step:
             # Its rows are normalised apart, and its sum begins with zeros.
             self._call(its.mixture_s + 2 * self._added_s(its) * fed, away)
             self._add_mixture(layer, kind, fed, away, mixed, last=last)
+        self._brought(coming, begun_s)
         self._use(feed)
         return away
+
+    def _comes(self, block: BlockId, rows: int) -> bool:
+        """Whether it comes to the accelerator, if so many rows pass it."""
+        return block in self._coming and rows >= self._plan.staged_tokens
+
+    def _brought(self, blocks: Sequence[BlockId], begun_s: float) -> None:
+        """These have come since a layer was begun, as those of the next do while it is computed."""
+        if blocks:
+            assert self._link is not None
+            nbytes = sum(self._coming[block] for block in blocks)
+            come_s = self._times_link(nbytes / passing_bytes_per_s(self._link))
+            self._link_s += come_s
+            self._seconds = max(self._seconds, begun_s + come_s)
 
     def _mixture(self, layer: int, kind: LayerKind, fed: int, attending: Share) -> _Mixture:
         if not kind.expert or not fed:
@@ -250,9 +281,8 @@ class _Step:
         self._uses.append(Use(self._seconds - self._used_s, nbytes))
         self._used_s = self._seconds
 
-    def _moved(self, away: bool, block: BlockId, rows: int) -> bool:
-        """→ where that block is computed, to which so many rows have gone."""
-        to = block in self._gone
+    def _moved(self, away: bool, to: bool, rows: int) -> bool:
+        """→ where the next block is computed, to which so many rows have gone."""
         if away is not to and rows:
             self._copied(self._carry_s(rows * self._model.spec.hidden))
         return to

@@ -24,7 +24,8 @@ from shoal.partition.group_cost import Cost
 from shoal.partition.group_cuts import Cuts
 from shoal.partition.group_search import EXACT_MACHINES, TOLERANCE, choose
 from shoal.partition.machines import LinkSpeed, Machine, Workload
-from shoal.partition.plan import Plan, arena_slack, least_in_ram
+from shoal.partition.memory_layout import arena_slack
+from shoal.partition.plan import Plan, least_in_ram
 from shoal.partition.rank_sizes import Memory, Sizes
 from shoal.partition.slicing import ANYWHERE, Shard, divide, shard_spec
 from shoal.partition.spec import ModelSpec

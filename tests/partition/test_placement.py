@@ -127,6 +127,21 @@ def test_experts_come_through_what_whole_layers_leave() -> None:
     assert partly.staged_tokens == (40 if partly.staged_experts else 0)
 
 
+def test_dense_layers_come_in_the_place_of_three_at_most() -> None:
+    for megabytes in range(6, 40):
+        device_bytes = SCRATCH + megabytes * MB
+        without, coming = plan(device_bytes), plan(device_bytes, staged_tokens=40)
+        if not coming.staged_tokens:  # all layers are there, or none would be
+            assert coming == without
+            continue
+        assert (coming.staged_experts, coming.staged_tokens) == (0, 40)
+        assert coming.passing_bytes == 4 * (MB + 5 * 256)  # attention and feed-forward, twice each
+        assert 0 < without.device_weights_bytes - coming.device_weights_bytes <= 6 * MB
+        assert "(others come for steps of 40 tokens or more)" in coming.placed
+    assert plan(SCRATCH + 12 * MB, staged_tokens=40).staged_tokens
+    assert not plan(1 << 30, staged_tokens=40).staged_tokens
+
+
 def test_no_layer_makes_room_for_experts_to_come_that_has_none_here() -> None:
     device_bytes = MIXED_SCRATCH + 30 * MB
     asked = {"spec": MIXTURE, "kv_tokens": 512}

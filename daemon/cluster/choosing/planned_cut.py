@@ -19,7 +19,8 @@ from shoal.offload.pack.layout import grains_of
 from shoal.partition.errors import ShardError
 from shoal.partition.group_choice import Choice
 from shoal.partition.group_search import STEADY
-from shoal.partition.plan import BlockPlan, Misfit, Plan, Wanted, arena_slack
+from shoal.partition.memory_layout import arena_slack
+from shoal.partition.plan import BlockPlan, Misfit, Plan, Wanted
 from shoal.partition.rank_plans import Fit, RankPart, assisted_plans, rank_plans
 from shoal.partition.slicing import Shard, divide
 

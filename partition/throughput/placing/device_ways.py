@@ -22,7 +22,7 @@ from ..weights_of import Product, Weighed
 from .attending_worth import attends_from
 from .passing_plans import plan_passing, plan_passing_from_disk
 from .rooms import accelerator
-from .staging_worth import at_least_fast, staged_from
+from .staging_worth import at_least_fast, coming_of, staged_from
 
 PASSING_TOKENS = 8192  # of prompts in a step for which weights come to a device
 _WHERE_PROMPTS_ATTEND = ", where prompts attend"
@@ -34,9 +34,14 @@ def expert_of(model: Weighed) -> Sequence[Product]:
     return next((kind.expert for kind in model.layer_kinds if kind.expert), ())
 
 
+def coming_one(model: Weighed) -> Sequence[Product]:
+    """The matrices of one of the blocks that come to a device for many tokens: of an expert, or of a feed-forward."""
+    return next((its for kind in model.layer_kinds if (its := coming_of(model, kind))), ())
+
+
 def with_laws(model: Weighed, machine: Device, room: DeviceRoom) -> Device | None:
     """A machine with a device as it was found to be; None if that was not tried."""
-    there = accelerator(room, expert_of(model))
+    there = accelerator(room, coming_one(model))
     if there is None:
         return None
     # One of which nobody has said anything is taken for a fast one, or a device might make it slower.
@@ -53,8 +58,8 @@ def plan_staying(
     *,
     long: bool = False,
 ) -> Plan | Misfit | NoRoomThere:
-    """Blocks stay where they are, but for experts that come, from so many tokens on as is worth it. `long`: in steps in
-    which they come for as many tokens as a share of both memories allows."""
+    """Blocks stay where they are, but for experts or layers that come, from so many tokens on as is worth it. `long`: in
+    steps in which they come for as many tokens as a share of both memories allows."""
     if long:
         contexts = [longer_steps(it, room, memory_bytes, PASSING_TOKENS) for it in contexts]
     longest = contexts[0]
@@ -89,7 +94,7 @@ def _attending_rows(
     model: Weighed, contexts: Sequence[Wanted], room: DeviceRoom, host: Device | None
 ) -> tuple[int, ...]:
     """What plans may have: 0, and what may be quicker."""
-    there, longest = accelerator(room, expert_of(model)), contexts[0]
+    there, longest = accelerator(room, coming_one(model)), contexts[0]
     if host is None or there is None:
         return (0,)
     rows = attends_from(model, host, there, longest.kv_type, longest.chunk_tokens)
@@ -128,7 +133,8 @@ def ways_from_disk(
 
 def _sizes(model: Weighed) -> ModelBytes:
     tied = sum(it.nbytes for it in model.head) if model.spec.tied and model.spec.vocab else 0
-    return ModelBytes(model.block_bytes, tied, 0 if model.quant == "keep" else model.vectors_bytes)
+    vectors = 0 if model.quant == "keep" else model.vectors_bytes
+    return ModelBytes(model.block_bytes, tied, vectors, model.vectors_bytes)
 
 
 def ways_with_device(
@@ -140,8 +146,8 @@ def ways_with_device(
     *,
     named: bool = False,
 ) -> Iterator[Way]:
-    """All ways with a device that are worth a look: with experts that come and, unless it was `named`, without, and
-    with the device's memory for what every token reads alone."""
+    """All ways with a device that are worth a look: with experts or layers that come and, unless it was `named`,
+    without, and with the device's memory for what every token reads alone."""
     known: set[tuple[int, int, int, int]] = set()
     alone = room._replace(expert=None)
     tried = [(6, room, False), (5, room, True), *([] if named else [(4, alone, False)])]
@@ -150,7 +156,7 @@ def ways_with_device(
         if isinstance(made, NoRoomThere):
             continue
         plan = made.plan if isinstance(made, Misfit) else made
-        if long and (made is not plan or not plan.staged_experts):
+        if long and (made is not plan or not plan.staged_tokens):
             continue
         key = plan.device_weights_bytes, plan.staged_tokens, plan.context_tokens, plan.chunk_tokens
         if key not in known:
@@ -168,5 +174,6 @@ def name_of(plan: Plan) -> str:
         parts = "all but experts" if not experts else f"all but {among - experts:,} of {among:,} experts"
     else:
         parts = "all layers"
-    comes = f", experts come from {plan.staged_tokens} tokens on" if plan.staged_experts else ""
+    coming = "experts" if among else "others"
+    comes = f", {coming} come from {plan.staged_tokens} tokens on" if plan.staged_tokens else ""
     return f"on {plan.device}: {parts}{comes}"

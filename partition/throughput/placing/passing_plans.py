@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from ...memory_layout import PAGE_TOKENS, kv_page_bytes, lent_pages
+from ...memory_layout import PAGE_TOKENS, arena_slack, kv_page_bytes, lent_pages
 from ...placement import (
     DeviceRoom,
     ModelBytes,
@@ -27,7 +27,6 @@ from ...plan import (
     Misfit,
     Plan,
     Wanted,
-    arena_slack,
     first_fit,
     kv_plan,
     least_kv_pages,

@@ -17,7 +17,8 @@ from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shoal.partition.given_plan import check_given
 from shoal.partition.group_choice import Choice, RankPlan, Split
 from shoal.partition.group_cost import Figures
-from shoal.partition.plan import Plan, arena_slack, scratch_bytes, wanted_by
+from shoal.partition.memory_layout import arena_slack
+from shoal.partition.plan import Plan, scratch_bytes, wanted_by
 from shoal.partition.slicing import cut_rows
 from shoal.partition.sum_cost import Means
 

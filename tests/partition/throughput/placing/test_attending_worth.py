@@ -16,7 +16,7 @@ from shoal.partition.throughput.cost import steady_batch
 from shoal.partition.throughput.laws import Rows, attention
 from shoal.partition.throughput.placing.attending_worth import LEAST_ROWS, attends_from
 from shoal.partition.throughput.placing.device_choice import mixed_rate, plan_with_device
-from shoal.partition.throughput.placing.device_ways import expert_of, ways_through_device
+from shoal.partition.throughput.placing.device_ways import coming_one, ways_through_device
 from shoal.partition.throughput.placing.passing_step import _Passing
 from shoal.partition.throughput.placing.rooms import room_of
 from shoal.partition.throughput.prediction import Job
@@ -68,7 +68,7 @@ ASKED = wanted(MODEL.spec, context_tokens=4096, sequences=64, chunk_tokens=MOST,
 
 def passing(there: Accelerator) -> list[Plan]:
     """Without and with."""
-    ways = [*ways_through_device(MODEL, [ASKED], room_of(there, expert_of(MODEL)), MEMORY, MACHINE)]
+    ways = [*ways_through_device(MODEL, [ASKED], room_of(there, coming_one(MODEL)), MEMORY, MACHINE)]
     assert [way.name for way in ways] == ["through gpu", "through gpu, where prompts attend"][: len(ways)]
     return [way.made for way in ways if isinstance(way.made, Plan)]
 
@@ -129,7 +129,9 @@ def test_who_chooses_takes_what_is_predicted_to_be_quicker() -> None:
     for flops in (2e13, 1e12, 3e11):
         there = card(flops=flops)
         plans, here = passing(there), replace(MACHINE, accelerators=(there,))
-        found = plan_with_device(MODEL, [ASKED], room_of(there, expert_of(MODEL)), MEMORY, MACHINE, many=True)
+        found = plan_with_device(
+            MODEL, [ASKED], room_of(there, coming_one(MODEL)), MEMORY, MACHINE, many=True
+        )
         assert isinstance(found, Plan)
         rates = [mixed_rate(MODEL, plan, here, 4096) for plan in plans]
         if found.passes:

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from shoal.partition.placement import DeviceRoom, NoRoomThere
 from shoal.partition.plan import Plan
-from shoal.partition.spec import MoeSpec
+from shoal.partition.spec import BlockId, MoeSpec
 from shoal.partition.throughput.alone import AS_QUICK, best_plan, usual_job
 from shoal.partition.throughput.cost import Took, cost, step_cost
 from shoal.partition.throughput.placing.device_choice import plan_with_device, with_device_or_alone
-from shoal.partition.throughput.placing.device_ways import expert_of, ways_through_device, ways_with_device
+from shoal.partition.throughput.placing.device_ways import coming_one, ways_through_device, ways_with_device
 from shoal.partition.throughput.placing.rooms import room_of
 from shoal.partition.throughput.prediction import Job
 from shoal.partition.throughput.profile import Accelerator, Corrections, Device, Overheads
@@ -29,7 +29,7 @@ card = partial(free_card, host_bytes_per_s=1e14)  # and a link that takes no tim
 
 
 def room(there: Accelerator, model: Weighed) -> DeviceRoom:
-    return room_of(there, expert_of(model))._replace(kernel_bytes=0, gathers=False)
+    return room_of(there, coming_one(model))._replace(kernel_bytes=0, gathers=False)
 
 
 def planned(model: Weighed, there: Accelerator, machine: Device = MACHINE) -> Plan:
@@ -115,13 +115,42 @@ def test_experts_of_the_processor_cost_two_copies_a_layer() -> None:
     )
 
 
+def test_layers_come_while_the_processor_attends() -> None:
+    """Each of the processor's layers takes the longer of coming and of all else, also of the copy of hidden states."""
+    there = card(memory_bytes=DENSE.weights_bytes / 2)
+    plan, rows = planned(DENSE, there), 256
+    theirs = 8 - plan.device_layers[0]
+    assert plan.staged_tokens
+    assert theirs > 4
+
+    def first_s(**changes: float) -> float:
+        machine = replace(MACHINE, accelerators=(replace(there, **changes),))
+        return cost(DENSE, plan, machine, Job(rows, 1)).ttft_s
+
+    slow, slower = 1e6, 0.5e6
+    nbytes = sum(DENSE.block_bytes[BlockId(kind, 0)] for kind in ("attn", "ffn"))
+    numbers = DENSE.spec.vocab  # logits come back
+    more = first_s(host_bytes_per_s=slower) - first_s(host_bytes_per_s=slow)
+    assert more == pytest.approx((theirs * nbytes + 4 * numbers) * (1 / slower - 1 / slow), rel=1e-3)
+    attended = first_s(host_bytes_per_s=1e15) / (theirs * nbytes)  # seconds a byte
+    assert first_s(host_bytes_per_s=10 / attended) < 1.5 * first_s(host_bytes_per_s=1e15)
+    assert first_s(copy_s=1.0) - first_s() == pytest.approx(2 * theirs + 2), (
+        "both ways in each layer, in and back"
+    )
+
+
 def test_which_way_is_best() -> None:
     dense = MIXED.weights_bytes - sum(
         MIXED.block_bytes[it] for it in MIXED.block_bytes if it.kind == "expert"
     )
     for model, there, said in (
         (DENSE, card(), "on gpu: all layers: "),
-        (DENSE, card(memory_bytes=DENSE.weights_bytes / 2), "on gpu: 3 of 8 layers: "),
+        (DENSE, card(memory_bytes=DENSE.weights_bytes / 2, host_bytes_per_s=1e8), "on gpu: 3 of 8 layers: "),
+        (
+            DENSE,
+            card(memory_bytes=DENSE.weights_bytes / 2),
+            "on gpu: 1 of 8 layers, others come ",
+        ),
         (MIXED, card(), "on gpu: all layers: "),
         (MIXED, card(memory_bytes=dense + 40e6, host_bytes_per_s=1e9), "on gpu: all but experts: "),
         (

@@ -14,10 +14,14 @@ from hypothesis import strategies as st
 
 from shoal.partition.plan import Misfit, Plan
 from shoal.partition.throughput.alone import AS_QUICK, best_plan, usual_job
-from shoal.partition.throughput.cost import cost, round_bytes, steady_batch, step_cost
+from shoal.partition.throughput.cost import cost, round_bytes, step_cost
 from shoal.partition.throughput.laws import passing_bytes_per_s
-from shoal.partition.throughput.placing.device_choice import plan_with_device, with_device_or_alone
-from shoal.partition.throughput.placing.device_ways import expert_of, ways_from_disk, ways_through_device
+from shoal.partition.throughput.placing.device_choice import (
+    mixed_rate,
+    plan_with_device,
+    with_device_or_alone,
+)
+from shoal.partition.throughput.placing.device_ways import coming_one, ways_from_disk, ways_through_device
 from shoal.partition.throughput.placing.rooms import room_of
 from shoal.partition.throughput.prediction import Job
 from shoal.partition.throughput.profile import (
@@ -41,7 +45,7 @@ card = partial(free_card, memory_bytes=300e6, scratch_bytes=0)
 
 
 def plans(model: Weighed, there: Accelerator, memory: int, **more: Any) -> dict[str, Plan]:
-    room = room_of(there, expert_of(model))._replace(gathers=False)
+    room = room_of(there, coming_one(model))._replace(gathers=False)
     asked = wanted(model.spec, **more)
     return {
         way.name.partition(":")[0]: way.made
@@ -98,7 +102,7 @@ def test_what_running_taught_of_the_disk_counts_beside_a_device() -> None:
 def test_what_caches_keep_of_the_processors_part_counts_beside_a_device() -> None:
     """As it does of all of the model without one."""
     far, near = RowsLaw(ANY, 1.0, (1, 256), (5e-11, 1e-9)), RowsLaw(ANY, 1.0, (1, 256), (1e-11, 1e-9))
-    plan = plan_with_device(MIXED, [wanted(MIXED.spec)], room_of(card(), expert_of(MIXED)), 1 << 30, MACHINE)
+    plan = plan_with_device(MIXED, [wanted(MIXED.spec)], room_of(card(), coming_one(MIXED)), 1 << 30, MACHINE)
     assert isinstance(plan, Plan)
     here = round_bytes(MIXED, plan, 0)
     assert 0 < here < MIXED.weights_bytes
@@ -138,7 +142,7 @@ def test_a_device_beside_the_disk_is_taken_where_it_is_quicker() -> None:
         (DENSE, card(layer_s=0.5), 400 * MB, True, "the processor alone: "),
         (DENSE, card(memory_bytes=1e6), 400 * MB, False, "the processor alone: gpu has no room for a layer"),
     ):
-        room = room_of(there, expert_of(model))._replace(gathers=False)
+        room = room_of(there, coming_one(model))._replace(gathers=False)
         more = {"sequences": 64, "chunk_tokens": 1024, "kv_tokens": None} if many else {}
         machine = replace(MACHINE, flops=1e10)
         found = with_device_or_alone(model, [wanted(model.spec, **more)], room, memory, machine, many=many)
@@ -170,7 +174,7 @@ def test_it_is_never_predicted_to_be_slower_than_the_processor_alone(
 ) -> None:
     there = card(memory_bytes=there_bytes, flops=flops, host_bytes_per_s=link, memory_bytes_per_s=flops / 10)
     machine = replace(MACHINE, disk_bytes_per_s=read)
-    room, contexts = room_of(there, expert_of(model))._replace(gathers=False), [wanted(model.spec)]
+    room, contexts = room_of(there, coming_one(model))._replace(gathers=False), [wanted(model.spec)]
     chosen = with_device_or_alone(model, contexts, room, memory, machine, many=many)
     alone = best_plan(model, contexts, memory, machine)
     if isinstance(alone, Misfit):
@@ -181,7 +185,7 @@ def test_it_is_never_predicted_to_be_slower_than_the_processor_alone(
 
     def took_s(plan: Plan) -> float:
         if many:
-            return 1 / steady_batch(model, plan, here, job).tokens_per_s
+            return 1 / mixed_rate(model, plan, here, chosen.context_tokens)
         return cost(model, plan, here, job).total_s(job)
 
     assert took_s(chosen) <= took_s(alone) * (1 + 1e-9)
@@ -194,7 +198,7 @@ def test_it_is_never_predicted_to_be_slower_than_the_processor_alone(
 def test_a_device_that_was_named_is_used_beside_the_disk() -> None:
     """Also if nothing is known of it; what is missing is said if nothing fits."""
     for model in (DENSE, MIXED):
-        room = room_of(card(), expert_of(model))._replace(gathers=False, expert=None)
+        room = room_of(card(), coming_one(model))._replace(gathers=False, expert=None)
         for many in (False, True):
             made = plan_with_device(
                 model, [wanted(model.spec)], room, 160 * MB, MACHINE, many=many, streaming=True
@@ -264,7 +268,7 @@ def test_what_passes_from_memory_has_the_speed_of_locked_pages(model: Weighed) -
     quick = replace(there, locked_bytes_per_s=4e8)
     assert (passing_bytes_per_s(there), passing_bytes_per_s(quick)) == (1e8, 4e8)
     machine = replace(MACHINE, memory_bytes_per_s=1e13, flops=1e15, disk_bytes_per_s=1e11)
-    room = room_of(there, expert_of(model))._replace(gathers=False)
+    room = room_of(there, coming_one(model))._replace(gathers=False)
     (way,) = ways_through_device(model, [wanted(model.spec)], room, 2000 * MB)
     assert isinstance(way.made, Plan)
     in_memory = way.made

@@ -21,6 +21,7 @@ SPEC = ModelSpec(
     kv_heads=2, head_dim=32, ffn=FFN, ropes=(RopeSpec(32, 10000.0),),
     moe=MoeSpec(experts=EXPERTS, active=ACTIVE, ffn=FFN, normalize=True),
 )  # fmt: skip
+DENSE = replace(SPEC, layers=(LayerSpec(),) * LAYERS, moe=None)
 EXPERT_BYTES = 3 * HIDDEN * FFN * 2
 MOST = 1 << 16
 
@@ -28,7 +29,9 @@ MOST = 1 << 16
 def model(spec: ModelSpec = SPEC) -> Weighed:
     shapes = ((FFN, HIDDEN), (FFN, HIDDEN), (HIDDEN, FFN))
     expert = tuple(Product("BF16", rows, cols, 2 * rows * cols) for rows, cols in shapes)
-    products = {block: expert if block.kind == "expert" else () for block in spec.blocks()}
+    products = {
+        block: expert if block.kind == ("expert" if spec.moe else "ffn") else () for block in spec.blocks()
+    }
     sizes = {block: sum(it.nbytes for it in its) for block, its in products.items()}
     products[BlockId("head")] = ()
     return Weighed(spec, "keep", products, sizes, sizes, 0, 0)
@@ -73,8 +76,15 @@ def test_never_where_it_is_never_quicker() -> None:
     assert staged_from(model(), cpu(1e12), there(25e9), 100) == 0  # steps are too short
     assert staged_from(model(), cpu(1e12), there(25e9, flops=1e9), MOST) == 0  # a slow device
     assert staged_from(model(), cpu(1e8, 1e8), there(1e12), MOST) == 1  # a slow processor
-    dense = replace(SPEC, layers=(LayerSpec(),) * LAYERS, moe=None)
-    assert staged_from(model(dense), cpu(1e12), there(25e9), MOST) == 0
+    assert staged_from(model(DENSE), cpu(1e12), there(25e9), 30) == 0
+
+
+@pytest.mark.parametrize(("compute", "link"), [(1e12, 25e9), (2e12, 12e9), (0.7e12, 16e9)])
+def test_a_feed_forward_is_the_one_expert_that_all_tokens_use(compute: float, link: float) -> None:
+    expected = compute / link
+    carried = 2 * 4 * HIDDEN / link / (3 * HIDDEN * FFN * 2 / compute)
+    found = staged_from(model(DENSE), cpu(compute), there(link), MOST)
+    assert found == pytest.approx(expected / (1 - carried), rel=0.03)
 
 
 def test_a_machine_of_which_nobody_has_said_anything_is_taken_for_a_fast_one() -> None:
