@@ -165,19 +165,19 @@ class Executor:
         count = len(step.tokens)
         parts = step.split(count)
         self._coming.begin(count)
-        for done, (own, feeding) in enumerate(self._layers, 1):
-            self._share = (done - 1) / len(self._layers)
-            attention = self._for_step(own, count)
+        for done, placed in enumerate(self._layers):
+            self._share = done / len(self._layers)
+            attention = self._for_step(placed[0], count)
             hidden, home = self._moved(hidden, home, attention.home), attention.home
             self._attend(attention, [home.rows(hidden, part) for part in parts], step, rotations)
-            if done == len(self._layers):
+            if placed is self._layers[-1]:
                 self._arrive()
                 hidden = home.rows(hidden, step.rows)  # nobody needs the others any more
                 count = len(step.rows)
                 parts = step.split(count)
                 if not count:
                     break
-            feeding = self._for_step(feeding, count)
+            feeding = self._for_step(placed[1], count)
             hidden, home = self._moved(hidden, home, feeding.home), feeding.home
             its = [home.rows(hidden, part) for part in parts]
             if feeding.block.kind == "router":

@@ -58,8 +58,8 @@ def plan_staying(
     *,
     long: bool = False,
 ) -> Plan | Misfit | NoRoomThere:
-    """Blocks stay where they are, but for experts or layers that come, from so many tokens on as is worth it. `long`: in
-    steps in which they come for as many tokens as a share of both memories allows."""
+    """Blocks stay where they are, but for experts or layers that come, from so many tokens on as is worth it. `long`:
+    in steps in which they come for as many tokens as a share of both memories allows."""
     if long:
         contexts = [longer_steps(it, room, memory_bytes, PASSING_TOKENS) for it in contexts]
     longest = contexts[0]
