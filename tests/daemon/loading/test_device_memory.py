@@ -33,7 +33,7 @@ from shoal.devices.sim_device import SimDevice
 from shoal.kernels import routing
 from shoal.kernels.homes import cpu
 from shoal.partition.placement import PINNED_BYTES
-from shoal.partition.throughput.placing import device_choice, staging_worth
+from shoal.partition.throughput.placing import device_choice, device_ways, staging_worth
 
 CARD = "sim:64MB"
 BALLAST = 48 << 20
@@ -281,6 +281,27 @@ def test_budgets_hold_where_one_expert_gets_everything(
         assert [text_of(there, it)[:2] for it in asked] == expected
         assert sim(name).budget.peak_bytes <= status(there).device_bytes
         assert there.budget.on(name).held_bytes == status(there).device_bytes
+
+
+def test_budgets_hold_where_dense_layers_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_ways, "staged_from", lambda *_: 32)
+    deep = tiny.save_gguf(tiny.hf_model("llama", num_hidden_layers=8), tmp_path / "deep.gguf", type="Q8_0")
+    more = {"chunk_tokens": 64, "kv_tokens": 1024}
+    asked = [prompt(i, tokens=tokens, new=4) for i, tokens in enumerate((80, 60, 8))]
+    with loaded(deep, device="cpu", **more) as node:
+        expected = [text_of(node, it)[:2] for it in asked]
+    with loaded(deep, device=CARD, **more) as there:
+        whole = status(there).device_bytes
+    name = f"sim:{3 * whole // 4}"
+    with loaded(deep, device=name, **more) as there:
+        plan = model_of(there).plan
+        assert (plan.staged_tokens, plan.staged_experts) == (32, 0)
+        assert "(others come for steps of 32 tokens or more)" in status(there).plan
+        assert [text_of(there, it)[:2] for it in asked] == expected
+        assert sim(name).budget.peak_bytes <= status(there).device_bytes
+        assert there.budget.on(name).held_bytes == status(there).device_bytes
+        there.unload(Unload(model=status(there).name))
+        assert sim(name).budget.held_bytes == there.budget.on(name).held_bytes == 0
 
 
 # --- page-locked memory ------------------------------------------------------------------------------------
