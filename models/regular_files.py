@@ -17,7 +17,7 @@ from typing import Any
 
 from shoal.models.errors import one_line
 
-from .json_bounds import check_nesting
+from .json_bounds import check_nesting, utf_8
 
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
@@ -92,7 +92,7 @@ def object_of(data: bytes) -> dict[str, Any]:
     """The object that JSON text is. Raises ValueError with what is wrong with it."""
     check_nesting(data)
     try:
-        value = json.loads(data)
+        value = json.loads(utf_8(data))
     except ValueError as error:
         raise ValueError(f"is not valid JSON: {one_line(error)}") from error
     if not isinstance(value, dict):

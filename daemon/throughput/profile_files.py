@@ -16,7 +16,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import msgspec
 
 from shoal.daemon.errors import DaemonError
-from shoal.models.json_bounds import check_nesting
+from shoal.models.json_bounds import check_nesting, utf_8
 from shoal.models.regular_files import read_regular
 from shoal.partition.errors import ProfileError
 from shoal.partition.throughput.profile import Corrections, Profile
@@ -41,7 +41,7 @@ def parse_profile(text: bytes, origin: str) -> Profile:
     """The profile in a text. Raises DaemonError."""
     try:
         check_nesting(text)
-        found = json.loads(text, object_pairs_hook=_once)
+        found = json.loads(utf_8(text), object_pairs_hook=_once)
         if problem := next(_problems(found, Profile, ""), ""):
             raise ProfileError(problem)
         return check_profile(msgspec.convert(found, Profile))

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from shoal.daemon.errors import DaemonError
+from shoal.daemon.throughput.profile_files import parse_profile
 from shoal.models.json_bounds import MAX_NESTING, check_nesting, decoded_bytes
 from shoal.models.regular_files import object_of, read_advice
 
@@ -67,6 +69,18 @@ def _bytes_of(value: Any) -> int:
 def test_objects_take_no_more_than_is_said(value: Any) -> None:
     text = json.dumps(value).encode()
     assert _bytes_of(json.loads(text)) <= decoded_bytes(text) + 128
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32-le"])
+def test_json_is_utf_8(encoding: str) -> None:
+    """In other encodings a quote has other bytes, so nesting could not be measured."""
+    for text in ('{"a":"\u2200","b":', '{"a":"\\"","b":'):
+        data = (text + "[" * 100_000 + "]" * 100_000 + "}").encode(encoding)
+        with pytest.raises(ValueError, match=r"is not valid JSON|is nested too deep"):
+            object_of(data)
+        with pytest.raises(DaemonError, match=r"is no JSON|is nested too deep"):
+            parse_profile(data, "profile.json")
+    assert object_of(b'\xef\xbb\xbf{"a":1}') == {"a": 1}
 
 
 def test_a_configuration_that_is_nested_too_deep_is_refused_at_any_depth(tmp_path: Path) -> None:
