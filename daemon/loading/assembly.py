@@ -40,7 +40,7 @@ from shoal.partition.plan import Plan
 from .advice import advice_of
 from .device_rooms import let_idle_be
 from .grouping import GroupFailed, Grouping
-from .loaded_model import LoadedModel, release
+from .loaded_model import LoadedModel, release, release_main
 from .planning import least_bytes
 from .runnable import Runnable, read_draft
 
@@ -119,10 +119,10 @@ class Assembly:
         model.main.close()
         model.main.keep_uses()
         model.main.let_go()
-        release(name, self.budget)
+        release_main(name, self.budget)
         return_freed()
         with refusing(name):
-            main = self._read_anew(name, path, config)
+            main = self._read_anew(name, path, config, self.grouping if model.draft is None else None)
         model.main = main
         disk = self._disk(name, main, config)
         model.engine.start_anew(
@@ -131,17 +131,17 @@ class Assembly:
         model.settled_s = self.clock()
         model.load_s = model.settled_s - began_s
 
-    def _read_anew(self, name: str, path: Path, config: NodeConfig) -> Runnable:
+    def _read_anew(self, name: str, path: Path, config: NodeConfig, grouping: Grouping | None) -> Runnable:
         """Without a device that was named if nothing fits there any more: requests wait for it."""
         try:
-            return self._read(name, path, config, no_progress, grouping=self.grouping)
+            return self._read(name, path, config, no_progress, grouping=grouping)
         except (DaemonError, HomeFull) as error:
             lacks = isinstance(error, HomeFull) or error.code == "resources"
             if not (lacks and config.names_device):
                 raise
             said = f"{error.message if isinstance(error, DaemonError) else error}; it is loaded without"
             log.warning("%s: %s", name, said)
-            release(name, self.budget)
+            release_main(name, self.budget)
         return self._without_device(self._read(name, path, replace(config, device=CPU), no_progress), said)
 
     def _without_device(self, main: Runnable, said: str) -> Runnable:
@@ -188,12 +188,12 @@ class Assembly:
                         raise
                     config, full = replace(config, device=CPU), f"{error}; it is loaded without"
                 log.warning("%s: %s; it is loaded without", name, error)
-                release(name, self.budget)
+                release_main(name, self.budget)
             except GroupFailed as error:
                 if config.ranks is not None:
                     raise
                 log.warning("%s: %s; it is loaded without", name, error)
-                release(name, self.budget)
+                release_main(name, self.budget)
 
     def _disk(self, name: str, main: Runnable, config: NodeConfig) -> KvDisk | None:
         """Where this node keeps the KV of a model, or of its part of one. If that is nowhere, the model says why."""

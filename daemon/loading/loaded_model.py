@@ -328,5 +328,10 @@ def release(name: str, budget: Budget) -> None:
         budget.release(purpose)
 
 
+def release_main(name: str, budget: Budget) -> None:
+    """Give back what a model holds, but not what its draft model does, which stays when it is loaded anew."""
+    budget.release(_purposes(name)[0])
+
+
 def _purposes(name: str) -> tuple[str, str]:
     return f"model {name}", f"draft for {name}"

@@ -88,6 +88,8 @@ class Regrouping:
         narrow = narrow_inputs(model.plan, group, self._assembly.machine)
         if model.plan.narrow_inputs is not narrow and _readable(model):
             return "its machine has joined or left a cluster"
+        if model.draft is not None:  # which runs on one machine with it
+            return ""
         came, model.arrivals = model.arrivals != arrivals, arrivals
         if group is not None and not group.whole:
             return "a machine is gone"

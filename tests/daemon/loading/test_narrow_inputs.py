@@ -17,6 +17,7 @@ from shoal.daemon.cluster.neighbours import Neighbours
 from shoal.daemon.config import NodeConfig
 from shoal.daemon.library.kv_files import fingerprint
 from shoal.daemon.loading.assembly import Assembly
+from shoal.daemon.loading.grouping import Judgement
 from shoal.daemon.node import Node
 from shoal.daemon.throughput.own_machine import OwnMachine
 from shoal.kernels.arrays import Floats
@@ -83,6 +84,34 @@ def test_a_model_is_loaded_anew_when_its_machine_joins_or_leaves_a_cluster(tmp_p
             node._regrouping.look()
             assert model.engine.rank is rank
             assert text_of(node, prompt(0, new=3))[2].finish_reason == "length"
+
+
+def test_a_draft_model_stays_when_its_model_is_loaded_anew(tmp_path: Path) -> None:
+    """And so does what the ledger has of it, and that the two run on one machine."""
+    path, belongs = saved(tmp_path, "llama", "Q4_0"), False
+    small = tiny.save_gguf(tiny.hf_model("llama", seed=12), tmp_path / "small.gguf")
+    machine = OwnMachine(2, alone=lambda: not belongs)
+
+    class Others(Neighbours):
+        arrivals = 1
+
+        def better(self, *_: object) -> Judgement:
+            pytest.fail("a model with a draft model runs on one machine")
+
+        seat = would_seat = better
+
+    grouping = Others(lambda: pytest.fail("nobody asked"))
+    with Node(CONFIG, grouping=grouping, machine=machine) as node:
+        plan = node.load(Load(model=str(path), draft=str(small))).model.plan
+        (model,) = node._models
+        held_bytes, rank, belongs = node.budget.held_by(f"draft for {model.name}"), model.engine.rank, True
+        assert held_bytes
+        node._regrouping.look()
+        wait_for(lambda: model.engine.rank is not rank)
+        assert node.budget.held_by(f"draft for {model.name}") == held_bytes
+        assert model.status().plan == plan
+        node._regrouping.look()
+        assert text_of(node, prompt(0, new=3))[2].finish_reason == "length"
 
 
 def test_kept_kv_tells_how_inputs_were_rounded(tmp_path: Path) -> None:
