@@ -73,7 +73,8 @@ class ByteLevelBpe:
         if pairs.bad is not None:
             raise TokenizerError(f"the merge {pairs.bad[:60]!r} is not two texts with a space between them")
 
-        self.cut, self.falls_back = word_cut(), not absent
+        self.cut = word_cut()
+        self.uncounted: bytes | None = bytes(BYTE_OF_CHAR[char] for char in absent)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text without special tokens."""

@@ -90,6 +90,7 @@ def _parts(
         encoder,
         vocabulary_memory(len(vocab), merges, vocab.tokens.nbytes).kept,
         encoder.longest_bytes,
+        encoder.uncounted,
         chat_templates=keys.templates(),
         template_tokens=keys.named_tokens(vocab),
         warnings=tuple(keys.outside.values()),

@@ -98,7 +98,7 @@ def _from_sentence_piece(path: Path, config: Mapping[str, Any], stated: Stated) 
         edges=edges,
     )
     nbytes = vocabulary_memory(len(vocab), 0, vocab.tokens.nbytes).kept
-    return Parts(vocab, encoder, nbytes, encoder.longest_bytes)
+    return Parts(vocab, encoder, nbytes, encoder.longest_bytes, encoder.uncounted)
 
 
 def _add_tokens(

@@ -59,8 +59,9 @@ class HfLibrary:
         take the white space after them. touching: whether some take white space at all. single: whether some are only
         tokens where no letter touches them. around: ids that stand around
         an empty text. normalizer, pre_tokenizer, decoder: their JSON, or None. fallback: whether the model is a BPE
-        that takes bytes for what is no token."""
-        added = self._library.get_added_tokens_decoder()
+        that takes bytes for what is no token. merging: whether it is a BPE that drops single characters at most, where
+        others make one unknown token of a word, however long."""
+        added, model = self._library.get_added_tokens_decoder(), self._library.model
         return {
             "ids": self._library.get_vocab(with_added_tokens=True),
             # An added token's text is what the normalizer makes of it, and another token may have the same text.
@@ -72,7 +73,8 @@ class HfLibrary:
             "normalizer": _state(self._library.normalizer),
             "pre_tokenizer": _state(self._library.pre_tokenizer),
             "decoder": _state(self._decoder),
-            "fallback": bool(getattr(self._library.model, "byte_fallback", False)),
+            "fallback": bool(getattr(model, "byte_fallback", False)),
+            "merging": isinstance(model, tokenizers.models.BPE) and not model.continuing_subword_prefix,
         }
 
     def to_json(self) -> bytes:

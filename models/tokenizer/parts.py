@@ -44,7 +44,7 @@ class Parts:
     """What a model's files say about text.
 
     longest_bytes: of a text, in UTF-8, no token stands for more; None where that is not known, because white space or
-    unknown characters may be dropped.
+    unknown characters may be dropped. uncounted: bytes of a text that may be in no token.
     join: texts of tokens → text, for tokens that have no bytes of their own (whether there is a space between two
     depends on both). None where a text is the bytes of its tokens, one after the other.
     rewrites: any later token may make `join` change all of the text before it.
@@ -57,6 +57,7 @@ class Parts:
     encoder: Encoder
     nbytes: int
     longest_bytes: int | None = None
+    uncounted: bytes = b""
     join: Callable[[list[str]], str] | None = None
     rewrites: bool = False
     chat_templates: Mapping[str, str] = field(default_factory=dict)

@@ -31,11 +31,11 @@ _WORD = re.compile(r"\w")
 class Merger(Protocol):
     """Text without special tokens → ids.
 
-    falls_back: every byte of a text is in some token. cut: where texts can be cut without changing any id. encode_long:
-    of a text that cannot be cut; raises TextTooLarge or TooManyTokens.
+    uncounted: bytes of a text that may be in no token; None if that is not known. cut: where texts can be cut without
+    changing any id. encode_long: of a text that cannot be cut; raises TextTooLarge or TooManyTokens.
     """
 
-    falls_back: bool
+    uncounted: bytes | None
     cut: re.Pattern[str] | None
 
     def encode(self, text: str) -> list[int]: ...
@@ -56,9 +56,9 @@ class Edges:
 class SpecialSplitter:
     """Text → ids: special tokens by their text, the merger for what stands between them.
 
-    longest_bytes: as in `Parts`. add_bos, add_eos: whether they stand around a text. edges: by token id, of those that
-    want something. Raises TokenizerError if BOS or EOS is wanted and the vocabulary names none, or if a special token
-    is too long.
+    longest_bytes, uncounted: as in `Parts`. add_bos, add_eos: whether they stand around a text. edges: by token id, of
+    those that want something. Raises TokenizerError if BOS or EOS is wanted and the vocabulary names none, or if a
+    special token is too long.
     """
 
     def __init__(
@@ -75,8 +75,9 @@ class SpecialSplitter:
         self._suffix = _one("EOS", vocabulary.eos_id) if add_eos else []
         self._space_prefix = vocabulary.add_space_prefix
         self._edges = edges
-        dropping = not merger.falls_back or any(edge.lstrip or edge.rstrip for edge in edges.values())
+        dropping = merger.uncounted is None or any(edge.lstrip or edge.rstrip for edge in edges.values())
         self.longest_bytes = None if dropping else vocabulary.tokens.longest_bytes
+        self.uncounted = merger.uncounted or b""
         self._is_special = vocabulary.is_special
         self._finder = SpecialFinder(
             {vocabulary.tokens[i]: i for i, kind in enumerate(vocabulary.kinds) if kind in _SPLITTING}

@@ -28,8 +28,8 @@ _MAX_CHARS = 1 << 18  # that merge with each other; they take 80 MB and some sec
 class SentencePieceBpe:
     """The merger. ids: token text → id. scores: one float per token, higher merges first.
 
-    Control and byte tokens never merge. falls_back: whether every
-    text has tokens of its own, if need be those of its bytes.
+    Control and byte tokens never merge. uncounted: None unless
+    every text has tokens of its own, if need be those of its bytes.
     """
 
     def __init__(self, vocabulary: Vocabulary, ids: Mapping[str, int], scores: Iterable[float]) -> None:
@@ -39,7 +39,7 @@ class SentencePieceBpe:
         self._costs = array("d", (-score for score in scores))
         self._byte_ids = [_byte_id(ids, vocabulary.unk_id, byte) for byte in range(256)]
         self._unk_id = vocabulary.unk_id
-        self.falls_back = self._unk_id not in self._byte_ids
+        self.uncounted = b"" if self._unk_id not in self._byte_ids else None
         self._words = _word_pattern(self._ids)
         self._cache: dict[str, list[int]] = {}
         self.cut = space_cut(self._ids)
@@ -73,7 +73,7 @@ class SentencePieceBpe:
                     "ends are; put some in"
                 )
             # A run of characters that are no tokens is one unknown token, unless bytes stand for them.
-            if end == len(text) or (self.falls_back and text[end - 1 : end + 1] not in pairs):
+            if end == len(text) or (self.uncounted is not None and text[end - 1 : end + 1] not in pairs):
                 ids += self._merge(text[start:end])
                 start = end
                 if len(ids) > limit:

@@ -30,7 +30,7 @@ class Tokenizer:
         vocabulary = parts.vocabulary
         self._vocabulary = vocabulary
         self._encoder = parts.encoder
-        self._longest_bytes = parts.longest_bytes
+        self._longest_bytes, self._uncounted = parts.longest_bytes, parts.uncounted
         self.nbytes = parts.nbytes  # of memory, as far as it grows with the vocabulary
         self.join = parts.join
         self.rewrites = parts.rewrites
@@ -79,7 +79,8 @@ class Tokenizer:
         """How many tokens a text has at least, without a look at it."""
         if self._longest_bytes is None or len(text) <= PIECE_CHARS:
             return 0
-        return -(-len(text.encode()) // max(1, self._longest_bytes))
+        counted = text.encode().translate(None, self._uncounted)
+        return -(-len(counted) // max(1, self._longest_bytes))
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """Text of ids; bytes that are not UTF-8 become U+FFFD. skip_special: leave control tokens out."""

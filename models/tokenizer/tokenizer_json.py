@@ -76,27 +76,30 @@ def read_tokenizer_json(data: bytes, stated: Stated) -> Parts:
         unk_id=named.get("unk_token"),
     )
     vocab = completed(vocab, ids, [token_id for token_id in stated.ends if token_id < count])
-    longest, nbytes = _longest_bytes(facts, vocab), token_bytes * len(vocab)
+    (longest, uncounted), nbytes = _longest_bytes(facts, vocab), token_bytes * len(vocab)
     if byte_level or steps in (_SENTENCE_PIECE, _WITHOUT_FIRST_SPACE):
-        return Parts(vocab, library, nbytes, longest)
+        return Parts(vocab, library, nbytes, longest, uncounted)
     joining = library if isinstance(library, Here) else joiner(decoder)
-    return Parts(vocab, library, nbytes, longest, joining.join, _rewrites(steps))
+    return Parts(vocab, library, nbytes, longest, uncounted, joining.join, _rewrites(steps))
 
 
 def _fields(token: AddedToken) -> dict[str, Any]:
     return {name: getattr(token, name) for name in ("content", *TOKEN_FLAGS)}
 
 
-def _longest_bytes(facts: Mapping[str, Any], vocab: Vocabulary) -> int | None:
-    """As in `Parts`."""
+def _longest_bytes(facts: Mapping[str, Any], vocab: Vocabulary) -> tuple[int | None, bytes]:
+    """`longest_bytes` and `uncounted`, as in `Parts`."""
     ids = facts["ids"]
     byte_level = any(step["type"] == "ByteLevel" for step in steps_of(facts["pre_tokenizer"]))
-    whole = byte_level and all(char in ids for char in BYTE_OF_CHAR)
-    whole |= facts["fallback"] and all(f"<0x{byte:02X}>" in ids for byte in range(256))
+    uncounted = bytes(byte for char, byte in BYTE_OF_CHAR.items() if char not in ids) if byte_level else b""
+    if facts["fallback"] and all(f"<0x{byte:02X}>" in ids for byte in range(256)):
+        uncounted, byte_level = b"", True
     factor = shrinking(facts["normalizer"], facts["pre_tokenizer"])
-    if factor is None or not whole or facts["touching"]:
-        return None
-    return factor * vocab.tokens.longest_bytes
+    # What a normalizer makes of a text may lack tokens where the text itself does not.
+    dropping = uncounted and (facts["normalizer"] is not None or not facts["merging"])
+    if factor is None or dropping or not byte_level or facts["touching"]:
+        return None, b""
+    return factor * vocab.tokens.longest_bytes, uncounted
 
 
 def _rewrites(steps: list[Mapping[str, Any]]) -> bool:

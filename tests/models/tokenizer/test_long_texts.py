@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest.mock import patch
 
@@ -32,7 +32,7 @@ from shoal.models.tokenizer.parts import Stated
 from shoal.models.tokenizer.spm import SentencePieceBpe
 from shoal.models.tokenizer.tokenizer import Tokenizer as Ours
 from shoal.models.tokenizer.tokenizer_json import read_tokenizer_json
-from shoal.models.tokenizer.vocabulary import TokenKind, Vocabulary, inverse
+from shoal.models.tokenizer.vocabulary import BYTE_OF_CHAR, TokenKind, Vocabulary, inverse
 from shoal.models.tokenizer.word_rules import PRE_TOKENIZERS
 
 NO_TOKENS: dict[str, Any] = {"names": [], "added": [], "extra": []}
@@ -212,15 +212,15 @@ def test_where_text_is_dropped_nothing_is_said(normalizer: Any) -> None:
     assert len(ours.encode("a" * 100, most=100)) <= 100
 
 
-def gguf() -> Ours:
-    tokens = sorted(VOCAB, key=lambda text: VOCAB[text])
+def gguf(tokens: Sequence[str] = (), merges: Sequence[str] = MERGES) -> Ours:
+    tokens = tokens or sorted(VOCAB, key=lambda text: VOCAB[text])
     return Ours.from_gguf(
         {
             "tokenizer.ggml.model": "gpt2",
             "tokenizer.ggml.pre": "llama3",
             "tokenizer.ggml.add_bos_token": False,
-            "tokenizer.ggml.tokens": tokens,
-            "tokenizer.ggml.merges": MERGES,
+            "tokenizer.ggml.tokens": [*tokens],
+            "tokenizer.ggml.merges": [*merges],
         }
     )
 
@@ -233,6 +233,47 @@ def test_what_cannot_fit_is_refused_at_once(text: str) -> None:
     with pytest.raises(TooManyTokens):
         ours.encode(text, most=8192)
     assert time.process_time() - started < 2
+
+
+LACKING = "\x04\x1de"  # SmolLM2's vocabulary lacks a token for the first two
+
+
+def lacking(name: str) -> Ours:
+    """A vocabulary without tokens for some bytes, from a file of this kind."""
+    kept = {text: number for number, text in enumerate(filter(_has_tokens, VOCAB))}
+    merges = [it for it in MERGES if {it.replace(" ", ""), *it.split(" ")} <= kept.keys()]
+    if name == "gguf":
+        return gguf([*kept], merges)
+    library = Tokenizer(models.BPE(kept, [tuple(it.split(" ", 1)) for it in merges]))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return Ours(read_tokenizer_json(library.to_str().encode(), Stated({}, [], [], [])))
+
+
+def _has_tokens(text: str) -> bool:
+    return not any(BYTE_OF_CHAR.get(char) in LACKING.encode() for char in text)
+
+
+@pytest.mark.parametrize("name", ["gguf", "json"])
+@given(text=st.lists(st.one_of(st.sampled_from([*LACKING, "word ", "a"]), texts), max_size=8).map("".join))
+def test_bytes_without_a_token_may_be_dropped_and_do_not_count(name: str, text: str) -> None:
+    ours = lacking(name)
+    assert ours._least_tokens(text) <= len(ours.encode(text))
+    assert ours._least_tokens(LACKING * 100) == 0
+    assert ours._least_tokens(LACKING + "a" * 1000) > 0
+
+
+@pytest.mark.parametrize("name", ["normalizer", "words", "prefix"])
+def test_more_than_single_bytes_may_be_dropped(name: str) -> None:
+    kept = {text: number for number, text in enumerate(filter(_has_tokens, VOCAB))}
+    prefix = {"continuing_subword_prefix": "##"} if name == "prefix" else {}
+    library = Tokenizer(models.WordLevel(kept, "a") if name == "words" else models.BPE(kept, [], **prefix))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if name == "normalizer":
+        library.normalizer = normalizers.NFKC()
+    ours = Ours(read_tokenizer_json(library.to_str().encode(), Stated({}, [], [], [])))
+    text = ("\uff45" if name == "normalizer" else "z") * 10_000  # a full-width e, which is to become one
+    assert len(ours.encode(text)) <= 1
+    assert ours._least_tokens(text) == 0
 
 
 def test_what_cannot_be_cut_is_tokenised_in_a_child(monkeypatch: pytest.MonkeyPatch) -> None:

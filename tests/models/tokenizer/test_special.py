@@ -30,7 +30,7 @@ typed = st.text(alphabet="ab< \u3000_é", max_size=40)
 class Characters:
     """A merger that makes every character token 0."""
 
-    falls_back = True
+    uncounted = b""
     cut = None
 
     def encode(self, text: str) -> list[int]:
