@@ -193,7 +193,7 @@ class AnswerFile:
             try:
                 known = msgspec.json.decode(line, type=_Known)
                 named = _ID.fullmatch(known.id)
-            except (msgspec.DecodeError, UnicodeDecodeError):
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                 named = None
             if named is None:
                 raise self._foreign(number)

@@ -184,7 +184,7 @@ def _load(state: ChatState, argument: str) -> None:
         raise DaemonError("not_found", f"no saved conversation {argument}", "/load lists them") from error
     except OSError as error:
         raise DaemonError("internal", f"cannot read {path}: {error.strerror}") from error
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise DaemonError("corrupt", f"{path} is not a saved conversation: {error}") from error
     state.last, state.used_tokens = None, 0
     state.known = {argument}

@@ -89,7 +89,7 @@ class Conversation:
         return msgspec.json.format(msgspec.json.encode(saved))
 
     def load_json(self, data: bytes) -> str:
-        """Take over a saved conversation; returns its model. Raises msgspec.MsgspecError."""
+        """Take over a saved conversation; returns its model. Raises msgspec.MsgspecError, or RecursionError."""
         saved = msgspec.json.decode(data, type=SavedConversation)
         self.system, self.turns, self.unanswered = saved.system, saved.turns, ""
         return saved.model

@@ -289,7 +289,7 @@ class Library:
                 _stays_inside(file.name) and (directory / file.name).stat().st_size == file.size
                 for file in manifest.files
             )
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return None
         return StoredModel(directory, manifest) if whole else None
 

@@ -83,7 +83,7 @@ def read_kept(path: Path, key: str) -> Kept | None:
             return None
         profile = parse_profile(bytes(found.profile), str(path))
         return Kept(profile, found.disturbed, found.brief, found.looked_s, found.drift)
-    except (OSError, msgspec.MsgspecError, DaemonError):
+    except (OSError, msgspec.MsgspecError, RecursionError, DaemonError):
         return None
 
 

@@ -491,6 +491,11 @@ def _pipe(path: Path) -> None:
             "line 1 is no answer of shoal batch",
             2,
         ),
+        (
+            lambda: asked(line(1)) or Path("out.jsonl").write_text('{"x":' + "[" * 100_000 + "\n"),
+            "line 1 is no answer of shoal batch",
+            2,
+        ),
     ],
 )
 def test_files_that_will_not_do(many: Many, make: Callable[[], object], said: str, code: int) -> None:

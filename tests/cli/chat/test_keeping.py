@@ -95,7 +95,9 @@ def test_what_is_no_saved_conversation_is_not_loaded(
 ) -> None:
     state.home.sessions.mkdir(parents=True)
     place = state.home.sessions / "odd.json"
-    for data in (b"{", b'{"turns":[{"user":"\xff","assistant":""}]}', b'{"turns":[{"user":"\\ud800"}]}'):
+    deep = b'{"x":' + b"[" * 100_000
+    no_utf_8, no_text = b'{"turns":[{"user":"\xff","assistant":""}]}', b'{"turns":[{"user":"\\ud800"}]}'
+    for data in (b"{", no_utf_8, no_text, deep):
         place.write_bytes(data)
         assert talk(state, "/load odd") == 1
         assert f"{place} is not a saved conversation" in capsys.readouterr().err

@@ -102,7 +102,9 @@ def test_two_processes_cannot_fetch_one_name(library: Library) -> None:
     assert caught.value.code == "busy"
 
 
-@pytest.mark.parametrize("harm", ["no manifest", "bad manifest", "cut file", "missing file", "climbing name"])
+@pytest.mark.parametrize(
+    "harm", ["no manifest", "bad manifest", "deep manifest", "cut file", "missing file", "climbing name"]
+)
 def test_damaged_models_are_told_apart(library: Library, harm: str) -> None:
     put(library, "tiny")
     directory = library.root / "tiny"
@@ -111,6 +113,8 @@ def test_damaged_models_are_told_apart(library: Library, harm: str) -> None:
         (directory / MODEL_MANIFEST).unlink()
     elif harm == "bad manifest":
         (directory / MODEL_MANIFEST).write_text(manifest.replace('"gguf"', '"zip"'))
+    elif harm == "deep manifest":
+        (directory / MODEL_MANIFEST).write_text('{"x":' + "[" * 100_000)
     elif harm == "cut file":
         os.truncate(directory / "model.gguf", 3)
     elif harm == "missing file":

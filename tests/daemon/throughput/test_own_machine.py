@@ -533,3 +533,10 @@ def test_small_drifts_are_not_forgotten_as_they_stand_in_the_figures() -> None:
     little = Kept(Profile((unmeasured(1, 1e9),)), drift={"disk": 1.1})
     assert (little.settled, little.slower, little.changed) == (True, False, "")
     assert Looked({"disk": 1 / true}).since_measured(drift) == {}
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"key":1}', '{"key":"\\ud800"}', '{"x":' + "[" * 100_000])
+def test_a_file_that_is_no_profile_is_as_none(text: str, tmp_path: Path) -> None:
+    (kept := tmp_path / "profile.json").write_text(text)
+    assert read_kept(kept, profile_key(1, tmp_path)) is None
+    assert not OwnMachine(1, kept, tmp_path).device.measured
