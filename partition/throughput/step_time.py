@@ -12,7 +12,7 @@ fast. Pure.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -108,6 +108,7 @@ class _Step:
         self._experts = Counter(it.layer for it in experts)
         self._experts_gone = Counter(it.layer for it in experts if it in self._gone)
         self._coming = {it.block: it.nbytes for it in plan.coming} if there else {}
+        self._came_s, self._freed_s = 0.0, defaultdict[str, list[float]](list)
         self._on_disk = {it.block: it.nbytes for it in plan.blocks if it.tier == "disk" and not it.slotted}
         self._computing = dict.fromkeys((False, True), NOTHING)
         self._calls_s, self._link_s = dict.fromkeys((False, True), 0.0), 0.0
@@ -153,10 +154,9 @@ class _Step:
 
     def _layer(self, layer: int, away: bool, fed: int, *, last: bool) -> bool:
         """→ where its last block is computed. `fed`: rows that its feed-forward part is computed of."""
-        spec, kind, rows, begun_s = self._model.spec, self._model.kind_of(layer), self._rows, self._seconds
+        spec, kind, rows = self._model.spec, self._model.kind_of(layer), self._rows
         attn, feed = BlockId("attn", layer), spec.ffn_blocks(layer)[0]
-        coming = [block for block, count in ((attn, rows), (feed, fed)) if self._comes(block, count)]
-        asks, feeds = (block in self._gone or block in coming for block in (attn, feed))
+        asks, feeds = self._away(attn, rows), self._away(feed, fed)
         looks = attn in self._gone  # K and V stay where they are
         asking, looking = self._pieces[asks].asking(kind), self._pieces[looks].looking(kind)
         feeding = self._pieces[feeds].feeding(kind, fed)
@@ -166,6 +166,7 @@ class _Step:
         swept_s = self._machine.overheads.swept_s(kernels_s) / 2
 
         away = self._moved(away, asks, rows)
+        self._wait_for(attn, rows)
         its = self._homes[away].overheads
         normed_s = its.hidden_s * queried(spec) / 2 if spec.qk_norm == "full" else 0.0
         self._compute(asking, asks)
@@ -178,6 +179,7 @@ class _Step:
         self._use(attn)
 
         away = self._moved(away, feeds, fed)
+        self._wait_for(feed, fed)
         its = self._homes[away].overheads
         self._compute(feeding, away)
         self._call(swept_s)
@@ -186,22 +188,23 @@ class _Step:
             # Its rows are normalised apart, and its sum begins with zeros.
             self._call(its.mixture_s + 2 * self._added_s(its) * fed, away)
             self._add_mixture(layer, kind, fed, away, mixed, last=last)
-        self._brought(coming, begun_s)
         self._use(feed)
         return away
 
-    def _comes(self, block: BlockId, rows: int) -> bool:
-        """Whether it comes to the accelerator, if so many rows pass it."""
-        return block in self._coming and rows >= self._plan.staged_tokens
+    def _away(self, block: BlockId, rows: int) -> bool:
+        """Whether the accelerator computes it, if so many rows pass it: it is there, or it comes."""
+        return block in self._gone or (block in self._coming and rows >= self._plan.staged_tokens)
 
-    def _brought(self, blocks: Sequence[BlockId], begun_s: float) -> None:
-        """These have come since a layer was begun, as those of the next do while it is computed."""
-        if blocks:
+    def _wait_for(self, block: BlockId, rows: int) -> None:
+        """A block that comes takes the place of the last but one of its kind, when that has been used; the first two
+        came behind the step before."""
+        if block in self._coming and self._away(block, rows):
             assert self._link is not None
-            nbytes = sum(self._coming[block] for block in blocks)
-            come_s = self._times_link(nbytes / passing_bytes_per_s(self._link))
+            come_s = self._times_link(self._coming[block] / passing_bytes_per_s(self._link))
             self._link_s += come_s
-            self._seconds = max(self._seconds, begun_s + come_s)
+            if len(freed := self._freed_s[block.kind]) >= 2:
+                self._came_s = max(self._came_s, freed[-2]) + come_s
+                self._seconds = max(self._seconds, self._came_s)
 
     def _mixture(self, layer: int, kind: LayerKind, fed: int, attending: Share) -> _Mixture:
         if not kind.expert or not fed:
@@ -280,6 +283,8 @@ class _Step:
             self._call(LEASE_CALLS * self._machine.overheads.layer_s)
         self._uses.append(Use(self._seconds - self._used_s, nbytes))
         self._used_s = self._seconds
+        if block in self._coming:
+            self._freed_s[block.kind].append(self._seconds)
 
     def _moved(self, away: bool, to: bool, rows: int) -> bool:
         """→ where the next block is computed, to which so many rows have gone."""
