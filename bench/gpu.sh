@@ -7,7 +7,7 @@
 # same with tiny models on a device that the CPU plays. Needs a python with torch (PYTHON; 3.11 or later) and a C++ compiler.
 # Other packages come from .whl, a folder of wheels, if it is there, else from the package index. Where a command may take
 # ten minutes at most, run it twice: --parts
-# tests,tests-triton,copies,kernels,dense,dense-torch,crossover and then the others.
+# tests,tests-triton,copies,kernels,dense,dense-torch,crossover,layers and then the others.
 set -eu
 cd "$(dirname "$0")/.."
 out=${OUT:-bench/results/gpu}

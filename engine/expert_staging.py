@@ -21,10 +21,11 @@ from shoal.partition.spec import BlockId
 
 
 class ExpertStaging:
-    """Of a plan. `home_of` gives the home of a device. Raises HomeFull and HomeLost."""
+    """Of a plan. `home_of` gives the home of a device. They come for `least_tokens` or more. Raises HomeFull and
+    HomeLost."""
 
     def __init__(self, plan: Plan, home_of: Callable[[str], ComputeHome]) -> None:
-        self._tokens, self._together = plan.staged_tokens, plan.staged_experts
+        self.least_tokens, self._together = plan.staged_tokens, plan.staged_experts
         self._slot_bytes = plan.staged_slot_bytes
         self._home = home_of(plan.device) if self._together else None
         self._buffers: list[Bytes] = []
@@ -37,7 +38,7 @@ class ExpertStaging:
 
     def pays(self, home: ComputeHome, tokens: int) -> bool:
         """Whether experts come to `home`, where their router is, for a step of so many tokens."""
-        return home is self._home and tokens >= self._tokens
+        return home is self._home and tokens >= self.least_tokens
 
     def cut(self, blocks: Sequence[BlockId], coming: Collection[int]) -> Iterator[Sequence[BlockId]]:
         """Groups of these experts of a layer, in their order. Of each so many are `coming` as a buffer holds."""

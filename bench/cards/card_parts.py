@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -285,20 +285,38 @@ def crossover(sizes: Sizes, place: Path) -> dict[str, Any]:
     room += kv_page_bytes(wanted.spec, "f16") * least_kv_pages(wanted) + sum(experts) // shape.layers * 3 // 4
     device = f"cuda:{sizes.card},{room}" if sizes.card is not None else f"sim:{room}"
     engine, facts = loaded(shape, place, device=device, **how)
-    staging = engine._model.executor._staging
-    predicted = staging._tokens
-    rows: dict[int, dict[str, float]] = {}
-    for count in sizes.crossover_rows:
+    return {
+        "plan": facts["plan"],
+        **_both_ways(engine, engine._model.executor._staging, sizes.crossover_rows),
+    }
+
+
+def layers(sizes: Sizes, place: Path) -> dict[str, Any]:
+    """The same of a dense model of which some three fifths are there: its other layers stay, or they come."""
+    most = max(sizes.crossover_rows)
+    room = weights_bytes(sizes.dense) * 3 // 5 + (3 << 28 if sizes.card is not None else 12_000_000)
+    device = f"cuda:{sizes.card},{room}" if sizes.card is not None else f"sim:{room}"
+    how: dict[str, Any] = {"context": most + 64, "streams": 1, "threads": default_threads(), "chunk": most}
+    engine, facts = loaded(sizes.dense, place, device=device, **how)
+    if not engine._model.plan.staged_tokens:
+        return {"plan": facts["plan"], "predicted_tokens": 0, "seen_tokens": 0, "seconds": {}}
+    return {"plan": facts["plan"], **_both_ways(engine, engine._model.executor._coming, sizes.crossover_rows)}
+
+
+def _both_ways(engine: Any, coming: Any, counts: Sequence[int]) -> dict[str, Any]:
+    """Prompts of so many tokens, with what `coming` governs where it lies, and there."""
+    predicted, rows = coming.least_tokens, dict[int, dict[str, float]]()
+    for count in counts:
         rows[count] = {}
         for way, tokens in (("stay", 1 << 30), ("come", 1)):
-            staging._tokens = tokens
+            coming.least_tokens = tokens
             took = []
             for seed in range(3):
                 took.append(engine.begin(1, count, seed=10 + seed)["seconds"])
                 engine.end()
             rows[count][way] = min(took)
     seen = next((count for count, its in rows.items() if its["come"] < its["stay"]), 0)
-    return {"plan": facts["plan"], "predicted_tokens": predicted, "seen_tokens": seen, "seconds": rows}
+    return {"predicted_tokens": predicted, "seen_tokens": seen, "seconds": rows}
 
 
 PARTS: dict[str, Callable[[Sizes, Path], dict[str, Any]]] = {
@@ -309,6 +327,7 @@ PARTS: dict[str, Callable[[Sizes, Path], dict[str, Any]]] = {
     "dense": dense,
     "dense-torch": dense_torch,
     "crossover": crossover,
+    "layers": layers,
     "interactive-16": lambda sizes, place: interactive(sizes, place, "16"),
     "peer-16": lambda sizes, place: peer(sizes, place, "16"),
     "offline-16": lambda sizes, place: offline(sizes, place, "16"),
@@ -318,6 +337,7 @@ PARTS: dict[str, Callable[[Sizes, Path], dict[str, Any]]] = {
 }
 LIMITS_S = {
     "tests": 120, "tests-triton": 180, "copies": 30, "kernels": 90, "dense": 80, "dense-torch": 60, "crossover": 80,
+    "layers": 60,
     "interactive-16": 110, "peer-16": 110, "offline-16": 140, "interactive-24": 100, "offline-24": 120, "peer-24": 100,
 }  # fmt: skip
 

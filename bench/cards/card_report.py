@@ -21,7 +21,7 @@ def report(results: Mapping[str, Any]) -> list[str]:
     for name in ("tests", "tests-triton"):
         if name in parts:
             lines += _tests(name, parts[name])
-    for name, say in (("copies", _copies), ("crossover", _crossover)):
+    for name, say in (("copies", _copies), ("crossover", _crossover), ("layers", _layers)):
         if name in parts:
             lines += say(parts[name])
     if "kernels" in parts:
@@ -115,8 +115,12 @@ def _share(its: Mapping[str, Any], copies: Mapping[str, Any] | None) -> Iterator
     yield f"  {share:.0%} of what {narrowest} allows ({_aimed(share, SHARE_AIM, '80%')}): {others}"
 
 
-def _crossover(its: Mapping[str, Any]) -> Iterator[str]:
-    yield f"experts come: predicted from {its['predicted_tokens']} tokens on, seen from {its['seen_tokens']} on"
+def _layers(its: Mapping[str, Any]) -> Iterator[str]:
+    yield from _crossover(its, "a dense model's layers")
+
+
+def _crossover(its: Mapping[str, Any], what: str = "experts") -> Iterator[str]:
+    yield f"{what} come: predicted from {its['predicted_tokens']} tokens on, seen from {its['seen_tokens']} on"
     for count, both in its["seconds"].items():
         stay, come = both["stay"] * 1e3, both["come"] * 1e3
         yield f"  {count} tokens: {stay:.1f} ms where they stay, {come:.1f} ms where they come"

@@ -20,12 +20,13 @@ from .passing_weights import PassingWeights
 
 
 class ComingLayers:
-    """Of a plan; none come where it has none that should. Raises HomeFull and HomeLost."""
+    """Of a plan; none come where it has none that should. They do for `least_tokens` or more. Raises HomeFull and
+    HomeLost."""
 
     def __init__(self, plan: Plan, store: BlockStore, home_of: Callable[[str], ComputeHome]) -> None:
         coming = () if plan.passes else plan.coming
         self._home = home_of(plan.device if coming else "cpu")
-        self._least_tokens = plan.staged_tokens
+        self.least_tokens = plan.staged_tokens
         self._blocks = frozenset(it.block for it in coming)
         self._weights = PassingWeights(plan, store, self._home) if coming else None
         self._begun = False
@@ -43,11 +44,11 @@ class ComingLayers:
 
     def home_for(self, block: BlockId, tokens: int) -> ComputeHome | None:
         """Of the device, if the block comes there for so many tokens."""
-        return self._home if block in self._blocks and tokens >= self._least_tokens else None
+        return self._home if block in self._blocks and tokens >= self.least_tokens else None
 
     def begin(self, tokens: int) -> None:
         """A step of so many tokens begins."""
-        self._begun = bool(self._blocks) and tokens >= self._least_tokens
+        self._begun = bool(self._blocks) and tokens >= self.least_tokens
         if self._begun and self._weights is not None:
             self._weights.begin(1)
 
