@@ -239,9 +239,11 @@ class Executor:
         block, home = placed
         layer, kv = block.layer, self.kv.layers[block.layer]
         allreduce = bound(self.collective.allreduce, home)
-        with self._acquire(placed) as weights, self.store.acquire(block) as there:
+        own = self._layers[layer][0].home
+        looking = (own, self.store.coming(block).weights) if own is not home else None
+        with self._acquire(placed) as weights:
             for part, (its, turns) in enumerate(zip(step.parts, rotations, strict=True)):
-                rest = its.segments, turns, kv, allreduce, (self._layers[layer][0].home, there)
+                rest = its.segments, turns, kv, allreduce, looking
                 partial = self.model.attend(home, layer, weights, self._next(rows, part), *rest)
                 self._leave(home, weights, rows, part, partial)
 

@@ -41,6 +41,7 @@ class ComingLayers:
         self._blocks = frozenset()
         if self._weights is not None:
             self._weights.let_go()
+            self._weights = None  # which knows the store
 
     def home_for(self, block: BlockId, tokens: int) -> ComputeHome | None:
         """Of the device, if the block comes there for so many tokens."""

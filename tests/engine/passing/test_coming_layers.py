@@ -116,6 +116,24 @@ def test_in_torch_they_are_the_same_but_for_rounding(tmp_path: Path, stored: str
         assert came(home.device)
 
 
+@pytest.mark.parametrize("tokens", [0, PROMPTS])
+def test_a_step_leases_no_block_twice(
+    llama: Running, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store that reads takes a lease for a use that is over, and what it costs is counted once."""
+    _, home = sim()
+    executor = executor_of(llama, staged(llama.plan, tokens=tokens), home)
+    acquire, leased = executor.store.acquire, list[BlockId]()
+
+    def counted(block: BlockId) -> Any:
+        leased.append(block)
+        return acquire(block)
+
+    monkeypatch.setattr(executor.store, "acquire", counted)
+    logits(executor, rounds=1)
+    assert len(leased) == len(set(leased)) > 0
+
+
 class _Impatient(SimDevice):
     """Computes without waiting for what comes."""
 

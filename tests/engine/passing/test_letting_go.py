@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from fakes import tiny
-from fakes.on_device import executor_of, logits, sim, with_blocks_passing
+from fakes.on_device import executor_of, logits, sim, with_blocks_on, with_blocks_passing
 from fakes.running import Running
 
 from shoal.engine.executor import Executor
+from shoal.partition.plan import Plan
 from shoal.partition.spec import BlockId
 
 
@@ -52,6 +55,25 @@ def test_memory_of_the_host_goes_with_the_model(
         getattr(executor, ends)()
     assert device.locked_bytes == 0
     del executor
+    gc.collect()
+    assert memory() is None
+    assert device.budget.held_bytes == 0
+
+
+def with_layers_coming(plan: Plan) -> Plan:
+    return replace(with_blocks_on(plan, lambda block: block == BlockId("head")), staged_tokens=1)
+
+
+@pytest.mark.parametrize("planned", [with_blocks_passing, with_layers_coming])
+def test_what_was_let_go_holds_no_memory_though_somebody_still_knows_it(
+    running: Running, planned: Callable[[Plan], Plan]
+) -> None:
+    """As a model does while it is loaded anew."""
+    device, home = sim()
+    executor = executor_of(running, planned(running.plan), home)
+    memory = memory_of(executor, BlockId("ffn", 0))
+    logits(executor)
+    executor.let_go()
     gc.collect()
     assert memory() is None
     assert device.budget.held_bytes == 0
