@@ -146,11 +146,11 @@ def ways_with_device(
     *,
     named: bool = False,
 ) -> Iterator[Way]:
-    """All ways with a device that are worth a look: with experts or layers that come and, unless it was `named`,
-    without, and with the device's memory for what every token reads alone."""
+    """All ways with a device that are worth a look: with experts or layers that come, and without. To one that was
+    `named` experts come wherever they gain anything, as few have to make room for them."""
     known: set[tuple[int, int, int, int]] = set()
     alone = room._replace(expert=None)
-    tried = [(6, room, False), (5, room, True), *([] if named else [(4, alone, False)])]
+    tried = [(6, room, False), (5, room, True), *([] if named and model.spec.moe else [(4, alone, False)])]
     for order, its, long in tried:
         made = plan_staying(model, contexts, its, memory_bytes, machine, long=long)
         if isinstance(made, NoRoomThere):

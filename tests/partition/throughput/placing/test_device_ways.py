@@ -204,6 +204,23 @@ def test_experts_come_to_a_device_that_is_named_however_little_that_gains() -> N
     assert not named.why, "nobody has chosen"
 
 
+@pytest.mark.parametrize(("link", "come"), [(1e14, True), (12e9, False)])
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
+def test_layers_come_to_a_device_that_is_named_unless_answers_lose_more_than_prompts_gain(
+    link: float, come: bool, share: float
+) -> None:
+    """The last ones make room for two of them, and answers have these computed by the processor."""
+    there = card(memory_bytes=share * DENSE.weights_bytes, host_bytes_per_s=link)
+    contexts, its = [wanted(DENSE.spec)], room(there, DENSE)
+    job, here = usual_job(contexts[0].context_tokens), replace(MACHINE, accelerators=(there,))
+    made = planned(DENSE, there)
+    ways = [way.made for way in ways_with_device(DENSE, contexts, its, MEMORY, MACHINE)]
+    took = [cost(DENSE, it, here, job).total_s(job) for it in ways if isinstance(it, Plan)]
+    assert {it.staged_tokens > 0 for it in ways if isinstance(it, Plan)} == {False, True}
+    assert cost(DENSE, made, here, job).total_s(job) <= AS_QUICK * min(took)
+    assert (made.staged_tokens > 0) == come
+
+
 def test_where_the_processors_memory_is_too_small_the_device_helps() -> None:
     there, few = card(memory_bytes=DENSE.weights_bytes), DENSE.weights_bytes // 2 + 60 * MB
     found = with_device_or_alone(
