@@ -14,6 +14,8 @@ from fakes.running import Running, relative_error
 from shoal.devices.cuda_device import CudaDevice
 from shoal.devices.device_home import DeviceHome
 from shoal.devices.torch_kernels import TorchKernels
+from shoal.engine.executor import Abandoned
+from shoal.models.step import Step
 from shoal.partition.spec import BlockId
 
 IN_TORCH = 1e-4  # of the largest logit
@@ -23,6 +25,13 @@ IN_TORCH = 1e-4  # of the largest logit
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Running:
     path = tmp_path_factory.mktemp("m") / "m"
     tiny.save_hf(tiny.hf_model("qwen3_moe"), path)
+    return Running(path)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Running:
+    path = tmp_path_factory.mktemp("m") / "m"
+    tiny.save_hf(tiny.hf_model("gemma3"), path)
     return Running(path)
 
 
@@ -41,6 +50,23 @@ def test_weights_that_pass(mixture: Running, device: CudaDevice, attending_rows:
     executor = executor_of(mixture, plan, DeviceHome(device, TorchKernels()))
     assert bool(device.locked_bytes) == bool(device.pinned_bytes)
     assert relative_error(logits(executor), logits(mixture.executor)) < IN_TORCH
+    executor.let_go()
+    device.unpin()
+    assert (device.lost, device.locked_bytes, device.budget.held_bytes) == ("", 0, 0)
+
+
+def test_layers_that_come(dense: Running, device: CudaDevice) -> None:
+    """Also after a step that was abandoned while they came."""
+    plan = with_blocks_on(dense.plan, lambda block: block.kind == "head", device.name)
+    executor = executor_of(dense, replace(plan, staged_tokens=50), DeviceHome(device, TorchKernels()))
+    assert bool(device.locked_bytes) == bool(device.pinned_bytes)
+    expected = logits(dense.executor)
+    for share in (0.0, 0.3, 0.6):
+        step = Step.build([([*range(60)], 0, [0], 1)], 60)
+        with pytest.raises(Abandoned):
+            executor.forward(step, lambda done, share=share: done < share)
+        assert relative_error(logits(executor), expected) < IN_TORCH
+    del step
     executor.let_go()
     device.unpin()
     assert (device.lost, device.locked_bytes, device.budget.held_bytes) == ("", 0, 0)
