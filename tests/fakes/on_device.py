@@ -72,6 +72,20 @@ class TakingTime:
         return getattr(cpu(), name)
 
 
+class Attending:
+    """The CPU; attention takes it so many seconds on a device's virtual clock."""
+
+    def __init__(self, device: SimDevice, seconds: float) -> None:
+        self._device, self._seconds = device, seconds
+
+    def attention(self, *operands: Any) -> Any:
+        self._device.now_s += self._seconds
+        return cpu().attention(*operands)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(cpu(), name)
+
+
 def executor_of(
     running: Running,
     plan: Plan,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fakes import tiny
-from fakes.on_device import ROOMY, executor_of, logits, sim, with_blocks_on
+from fakes.on_device import ROOMY, Attending, executor_of, logits, sim, with_blocks_on
 from fakes.running import FP32, Running, relative_error
 from fakes.torch_on_host import torch_home
 
@@ -117,9 +117,7 @@ def test_in_torch_they_are_the_same_but_for_rounding(tmp_path: Path, stored: str
 
 
 @pytest.mark.parametrize("tokens", [0, PROMPTS])
-def test_a_step_leases_no_block_twice(
-    llama: Running, tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_leases_no_block_twice(llama: Running, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A store that reads takes a lease for a use that is over, and what it costs is counted once."""
     _, home = sim()
     executor = executor_of(llama, staged(llama.plan, tokens=tokens), home)
@@ -147,27 +145,13 @@ def test_what_is_read_before_it_has_come_is_poisoned(llama: Running) -> None:
     assert np.isnan(found).all()
 
 
-class _Attending:
-    """The CPU; attention takes it so many seconds on a device's virtual clock."""
-
-    def __init__(self, device: SimDevice, seconds: float) -> None:
-        self._device, self._seconds = device, seconds
-
-    def attention(self, *operands: Any) -> Any:
-        self._device.now_s += self._seconds
-        return cpu().attention(*operands)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(cpu(), name)
-
-
 @pytest.mark.parametrize("longer", ["copy", "attention"])
 def test_they_come_while_the_cpu_attends(llama: Running, longer: str) -> None:
     """All four blocks of two layers have room. A step takes the longer of their copies and of attention; of the
     other, what comes before or after."""
     device, home = sim(link_bytes_per_s=1e6)
     attends_s = 1.0 if longer == "attention" else 1e-3
-    executor = executor_of(llama, staged(llama.plan), home, _Attending(device, attends_s))
+    executor = executor_of(llama, staged(llama.plan), home, Attending(device, attends_s))
     begun_s = device.now_s
     device.schedule.clear()
     logits(executor, rounds=1)

@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 from fakes import tiny
-from fakes.on_device import executor_of, sim, with_blocks_passing
+from fakes.on_device import Attending, executor_of, sim, with_blocks_passing
 from fakes.running import Running
 from fakes.throughput.clocked_disk import ClockedDisk, ClockedStore, sim_behind_disk
 
 from shoal.devices import sim_device
 from shoal.devices.sim_device import Scheduled, SimDevice
 from shoal.engine.executor import Executor
-from shoal.kernels.homes import cpu
 from shoal.models.step import Step
 from shoal.partition.plan import BlockPlan, Plan
 from shoal.partition.spec import BlockId
@@ -36,20 +35,6 @@ from shoal.partition.throughput.placing.two_groups import (
 
 LAYERS, STEPS = 4, 5
 FAMILIES = ("qwen2_moe", "olmoe", "mixtral", "llama")
-
-
-class Attending:
-    """The CPU; attention takes it so many seconds on a device's virtual clock."""
-
-    def __init__(self, device: SimDevice, seconds: float) -> None:
-        self._device, self._seconds = device, seconds
-
-    def attention(self, *operands: Any) -> Any:
-        self._device.now_s += self._seconds
-        return cpu().attention(*operands)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(cpu(), name)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
