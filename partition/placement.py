@@ -113,7 +113,11 @@ def plan_on_device(
     layers, so the longest is taken that leaves most of the layers there that the shortest would. `staged_tokens`: of a
     step, from which on experts of the CPU, or dense layers, should come to the device; 0 = they never should.
     """
-    return longest([_plan(wanted, model, room, memory_bytes, staged_tokens) for wanted in contexts])
+    made = longest([_plan(wanted, model, room, memory_bytes, staged_tokens) for wanted in contexts])
+    if staged_tokens and not contexts[0].spec.moe and not (isinstance(made, Plan) and made.staged_tokens):
+        # It was chosen beside plans with fewer layers there, as these make room for others.
+        return plan_on_device(contexts, model, room, memory_bytes=memory_bytes)
+    return made
 
 
 def device_scratch_bytes(wanted: Wanted, room: DeviceRoom) -> int:

@@ -142,6 +142,32 @@ def test_dense_layers_come_in_the_place_of_three_at_most() -> None:
     assert not plan(1 << 30, staged_tokens=40).staged_tokens
 
 
+@given(st.integers(1, 40 * MB), st.integers(1, 80 * MB), st.booleans())
+@example(
+    7 * MB, 1 << 33, False
+)  # nothing can come with the longer context, and with the shorter one two layers stay
+def test_where_no_dense_layer_comes_the_plan_is_as_if_none_should(
+    device_bytes: int, memory_bytes: int, full: bool
+) -> None:
+    """Also with several contexts, of which some let layers come and others do not."""
+    blocks = dict.fromkeys(SPEC.blocks(), MB)
+    device_bytes += SCRATCH
+    room = DeviceRoom("sim:x", device_bytes, 0, False, device_bytes)
+    contexts = [
+        WANTED._replace(context_tokens=tokens, kv_tokens=None if full else tokens) for tokens in (4096, 512)
+    ]
+    coming, without = (
+        plan_on_device(
+            contexts, ModelBytes(blocks, 0, 0), room, memory_bytes=memory_bytes, staged_tokens=tokens
+        )
+        for tokens in (40, 0)
+    )
+    if isinstance(coming, Plan) and coming.staged_tokens:
+        assert isinstance(without, Plan)
+    else:
+        assert coming == without
+
+
 def test_no_layer_makes_room_for_experts_to_come_that_has_none_here() -> None:
     device_bytes = MIXED_SCRATCH + 30 * MB
     asked = {"spec": MIXTURE, "kv_tokens": 512}
