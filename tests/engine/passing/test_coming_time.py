@@ -22,7 +22,9 @@ from shoal.partition.throughput.step_pieces import Pieces
 from shoal.partition.throughput.step_time import staying_step
 
 LAYERS, ROWS, STEPS = 9, 120, 4
-TOLERANCE = 0.05  # of the first two layers: they come at the end of the step before, or while nothing is computed
+TOLERANCE = (
+    0.05  # the first two layers come beside the end of the step before, and first of all beside nothing
+)
 CASES = {  # bytes per second of the link, operations per second of the device, and of the CPU
     "link": (1e7, 1e12, 1e15),
     "device": (1e12, 1e9, 1e15),

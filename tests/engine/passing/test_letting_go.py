@@ -36,16 +36,21 @@ def memory_of(executor: Executor, block: BlockId) -> weakref.ref[Any]:
     return weakref.ref(memory)
 
 
+def with_layers_coming(plan: Plan) -> Plan:
+    return replace(with_blocks_on(plan, lambda block: block == BlockId("head")), staged_tokens=1)
+
+
+@pytest.mark.parametrize("planned", [with_blocks_passing, with_layers_coming])
 @pytest.mark.parametrize("lost", [False, True])
 @pytest.mark.parametrize("ends", ["close", "let_go"])
 @pytest.mark.parametrize("pinned", [False, True])
 def test_memory_of_the_host_goes_with_the_model(
-    running: Running, ends: str, lost: bool, pinned: bool
+    running: Running, ends: str, lost: bool, pinned: bool, planned: Callable[[Plan], Plan]
 ) -> None:
     device, home = sim()
     if pinned:
         device.pin()
-    executor = executor_of(running, with_blocks_passing(running.plan), home)
+    executor = executor_of(running, planned(running.plan), home)
     memory = memory_of(executor, BlockId("ffn", 0))
     logits(executor)
     assert bool(device.locked_bytes) == pinned
@@ -58,10 +63,6 @@ def test_memory_of_the_host_goes_with_the_model(
     gc.collect()
     assert memory() is None
     assert device.budget.held_bytes == 0
-
-
-def with_layers_coming(plan: Plan) -> Plan:
-    return replace(with_blocks_on(plan, lambda block: block == BlockId("head")), staged_tokens=1)
 
 
 @pytest.mark.parametrize("planned", [with_blocks_passing, with_layers_coming])
