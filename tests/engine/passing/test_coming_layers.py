@@ -16,11 +16,13 @@ from fakes.on_device import ROOMY, Attending, executor_of, logits, sim, with_blo
 from fakes.running import FP32, Running, relative_error
 from fakes.torch_on_host import torch_home
 
+from shoal.devices import sim_device
 from shoal.devices.device_home import DeviceHome
 from shoal.devices.errors import DeviceLost
 from shoal.devices.sim_device import SimDevice
 from shoal.devices.sim_kernels import SimKernels
 from shoal.kernels.homes import cpu
+from shoal.models.step import Step
 from shoal.partition.plan import Plan
 from shoal.partition.spec import BlockId
 
@@ -164,6 +166,30 @@ def test_they_come_while_the_cpu_attends(llama: Running, longer: str) -> None:
     # In; q, k and v out and what was found in, in both layers; each of these may wait for a packet of what comes.
     hidden_s = 7 * ROWS * llama.spec.hidden * 4 / 1e6 + 4 * max(it.end_s - it.begin_s for it in copies)
     assert expected_s < device.now_s - begun_s < expected_s + hidden_s
+
+
+def test_an_answer_waits_for_packets_of_what_comes_ahead_not_for_layers(
+    llama: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sim_device, "PACKET_BYTES", 1 << 10)
+    link = 1e6
+    device, home = sim(link_bytes_per_s=link)
+    executor = executor_of(llama, staged(llama.plan), home)
+    executor.head(executor.forward(Step.build([([*range(60)], 0, [0], 1)], 60)))
+
+    def token_s() -> float:
+        begun_s = device.now_s
+        device.schedule.clear()
+        executor.head(executor.forward(Step.build([([1], 60, [0], 1)], 1)))
+        return device.now_s - begun_s
+
+    comes_until_s = max(it.end_s for it in device.schedule if it.queue == "stage")
+    beside_s = token_s()
+    assert device.now_s < comes_until_s
+    device.now_s = comes_until_s
+    alone_s = token_s()
+    copies = sum(it.queue == "in" for it in device.schedule)
+    assert alone_s <= beside_s <= alone_s + copies * (1 << 10) / link
 
 
 def test_a_device_that_is_lost_while_one_comes(llama: Running, monkeypatch: pytest.MonkeyPatch) -> None:
