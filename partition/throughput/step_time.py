@@ -108,7 +108,8 @@ class _Step:
         self._experts = Counter(it.layer for it in experts)
         self._experts_gone = Counter(it.layer for it in experts if it in self._gone)
         self._coming = {it.block: it.nbytes for it in plan.coming} if there else {}
-        self._came_s, self._freed_s = 0.0, defaultdict[str, list[float]](list)
+        self._coming_s = self._came_s = 0.0  # all that come; when the last did
+        self._freed_s = defaultdict[str, list[float]](list)
         self._on_disk = {it.block: it.nbytes for it in plan.blocks if it.tier == "disk" and not it.slotted}
         self._computing = dict.fromkeys((False, True), NOTHING)
         self._calls_s, self._link_s = dict.fromkeys((False, True), 0.0), 0.0
@@ -137,7 +138,7 @@ class _Step:
             self._seconds - self._used_s,
             self._machine.corrections.disk,
         )
-        seconds = max(found.step_s, found.disk_s)
+        seconds = max(found.step_s, found.disk_s, self._coming_s)
         ours, theirs = self._parts(away=False), self._parts(away=True)
         parts = {part: its + theirs[part] for part, its in ours.items()} | {"disk": found.disk_s}
         if self._link is not None:
@@ -197,11 +198,12 @@ class _Step:
 
     def _wait_for(self, block: BlockId, rows: int) -> None:
         """A block that comes takes the place of the last but one of its kind, when that has been used; the first two
-        came behind the step before."""
+        come behind the step before."""
         if block in self._coming and self._away(block, rows):
             assert self._link is not None
             come_s = self._times_link(self._coming[block] / passing_bytes_per_s(self._link))
             self._link_s += come_s
+            self._coming_s += come_s
             if len(freed := self._freed_s[block.kind]) >= 2:
                 self._came_s = max(self._came_s, freed[-2]) + come_s
                 self._seconds = max(self._seconds, self._came_s)

@@ -22,9 +22,7 @@ from shoal.partition.throughput.step_pieces import Pieces
 from shoal.partition.throughput.step_time import staying_step
 
 LAYERS, ROWS, STEPS = 9, 120, 4
-TOLERANCE = (
-    0.05  # the first two layers come beside the end of the step before, and first of all beside nothing
-)
+TOLERANCE = 0.05
 CASES = {  # bytes per second of the link, operations per second of the device, and of the CPU
     "link": (1e7, 1e12, 1e15),
     "device": (1e12, 1e9, 1e15),
@@ -69,4 +67,6 @@ def test_steps_take_what_is_predicted(
         executor.head(executor.forward(Step.build([([*range(ROWS)], 0, [0, 1], 1)], ROWS)))
         took.append(device.now_s - begun_s)
     predicted_s = staying_step(model, plan, machine, there, segments, 1, None).seconds
-    assert took == pytest.approx([predicted_s] * STEPS, rel=TOLERANCE)
+    assert took[1:] == pytest.approx(
+        [predicted_s] * (STEPS - 1), rel=TOLERANCE
+    )  # before the first nothing came
