@@ -18,7 +18,8 @@ class StackingTable(Table):
         needs = []
         for column in self.columns:
             sizes = [Measurement.get(console, wide, cell) for cell in (column.header, *column.cells)]
-            needs.append((max(it.minimum for it in sizes), max(it.maximum for it in sizes)))
+            most = max(it.maximum for it in sizes)
+            needs.append((most if column.no_wrap else max(it.minimum for it in sizes), most))
         between = Measurement.get(console, wide, self).maximum - sum(most for _, most in needs)
         spare = options.max_width - between - sum(least for least, _ in needs)
         if spare < 0:

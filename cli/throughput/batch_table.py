@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from shoal.cli.terminal.output import console, note, print_json, table
+from shoal.cli.terminal.output import console, note, print_json
 from shoal.cli.terminal.paint import printable
 
-from .figures import peak_words, rate_words, seconds_words
+from .figures import rate_words
+from .plan_table import batches_table
 
 if TYPE_CHECKING:
     from shoal.daemon.throughput.batch_foresight import BatchForesight
 
 
-def show_batch(found: BatchForesight, machine: str, *, as_json: bool) -> None:
+def show_batch(found: BatchForesight, machine: str, *, as_json: bool, all_: bool) -> None:
     if isinstance(found.trouble, str):
         note(found.trouble)
     if as_json:
@@ -21,20 +22,7 @@ def show_batch(found: BatchForesight, machine: str, *, as_json: bool) -> None:
         return
     screen = console()
     if found.plans:
-        right = "at once", "all take", "requests/s", "tokens/s", "peak"
-        rows = table("plan", "fits", *right, "binds", right=right)
-        for row in found.plans:
-            rows.add_row(
-                ("→ " if row.name == found.chosen else "  ") + row.name,
-                "yes" if row.fits else f"no, {row.missing} missing",
-                "" if row.at_once is None else f"{row.at_once:,}",
-                "" if row.seconds is None else seconds_words(row.seconds),
-                "" if row.requests_per_s is None else rate_words(row.requests_per_s),
-                "" if row.tokens_per_s is None else rate_words(row.tokens_per_s),
-                peak_words(row.peak_bytes, [machine]),
-                row.binding,
-            )
-        screen.print(rows)
+        screen.print(batches_table(found.plans, found.best, found.chosen, {machine}, all_=all_))
         screen.print()
     screen.print(printable(f"{found.chosen}: {found.reason}" if found.chosen else found.reason))
     for bound in found.bounds:

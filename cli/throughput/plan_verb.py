@@ -6,7 +6,6 @@ Knows options and how plans are shown. `daemon.throughput.foresight` finds them.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,19 +15,17 @@ import click
 from shoal.cli.exit_codes import Exit
 from shoal.cli.interrupt import deferred_interrupt
 from shoal.cli.options import Decorator, PlanOptions, Real, Whole, examples, json_option, plan_options
-from shoal.cli.terminal.output import console, note, print_json, spinner, table
+from shoal.cli.terminal.output import console, note, print_json, spinner
 from shoal.cli.terminal.paint import printable
 from shoal.comm.home import Home
 from shoal.daemon.library.library import Library
 from shoal.daemon.model_name import Reference
 
-from .figures import peak_words, rate_words, seconds_words
+from .figures import rate_words, seconds_words
 from .own_machines import own_machines
 from .shapes import writer_for
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from shoal.daemon.throughput.foresight import Foresight
 
 _RATE = re.compile(r"(.*?)\s*(tok(ens?)?\s*/\s*s(ec)?|t/s)?", re.IGNORECASE)
@@ -108,6 +105,7 @@ def _count(option: str, default: int, what: str, most: int | None = None) -> Dec
     metavar="FILE.png",
     help="Draw tokens/s by memory, all else as it is, as PNG or SVG.",
 )
+@click.option("--all", "all_", is_flag=True, help="Show all plans, those that do not fit, too.")
 @json_option
 @plan_options
 def plan(
@@ -121,10 +119,11 @@ def plan(
     target: float | None,
     guesses: tuple[int, float] | None,
     plot: Path | None,
+    all_: bool,
     as_json: bool,
     plan: PlanOptions,
 ) -> int:
-    """Predict what MODEL would do: every plan that there is, how fast it would be, what it would take and what binds.
+    """Predict what MODEL would do: the best plan and others, how fast each would be, what it would take and what binds.
 
     MODEL is a path or a name in the store; the header of a checkpoint is enough, and so is a config.json without any
     weights. Nothing is loaded. Without --profile this machine is measured, once; machines that are attached to its
@@ -196,7 +195,7 @@ def plan(
             note(f"{device.name} is left out: requests are predicted for one machine")
         with spinner("planning"):
             expected = foresee_batch(path, profile, asked, requests, config, machine)
-        show_batch(expected, profile.head.name, as_json=as_json)
+        show_batch(expected, profile.head.name, as_json=as_json, all_=all_)
         return Exit.DONE if expected.chosen else Exit.REFUSED
     with spinner("planning"):
         found = foresee(path, profile, asked, config, machine)
@@ -212,7 +211,10 @@ def plan(
         return ends
     screen = console()
     if found.plans:
-        screen.print(_plans(found, {device.name for device in profile.devices}))
+        from .plan_table import plans_table
+
+        machines = {device.name for device in profile.devices}
+        screen.print(plans_table(found.plans, found.best, found.chosen, machines, all_=all_))
         screen.print()
     screen.print(printable(f"{found.chosen}: {found.reason}" if found.chosen else found.reason))
     if found.start is not None:
@@ -237,31 +239,6 @@ def _draw(to: Path, title: str, found: Foresight, memory: float, target: float |
     curves = found.curves if isinstance(found.curves, list) else []
     to.write_bytes(writer_for(to)(WIDTH, HEIGHT, plot(title, curves, memory, chosen, target)))
     note(f"drawn to {to}")
-
-
-def _plans(found: Foresight, machines: Collection[str]) -> Table:
-    rows = table(
-        "plan",
-        "fits",
-        "first token",
-        "tokens/s",
-        "between",
-        "peak",
-        "binds",
-        right=("first token", "tokens/s", "peak"),
-    )
-    for row in found.plans:
-        low, high = row.band
-        rows.add_row(
-            ("→ " if row.name == found.chosen else "  ") + row.name,
-            "yes" if row.fits else f"no, {row.missing} missing",
-            seconds_words(row.ttft_s),
-            rate_words(row.tokens_per_s),
-            f"{rate_words(low)} to {rate_words(high)}",
-            peak_words(row.peak_bytes, machines),
-            row.binding,
-        )
-    return rows
 
 
 def _target(found: Foresight, target: float) -> str:

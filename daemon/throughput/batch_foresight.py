@@ -27,7 +27,7 @@ from .own_machine import OwnMachine
 class BatchRow(Struct, frozen=True):
     """One plan. `at_once`: requests that are answered beside each other; `chunk_tokens`: of prompts in a step, at most;
     `seconds`: until all are answered. Per second: of answers. `missing`: what the machine lacks for it, None if it
-    fits; else these are None."""
+    fits; else these are None, and `needs_bytes` says how much memory it would have to have."""
 
     name: str
     fits: bool
@@ -39,6 +39,7 @@ class BatchRow(Struct, frozen=True):
     peak_bytes: dict[str, int]
     binding: Binding
     missing: str | None
+    needs_bytes: int | None
 
 
 class PassingBound(Struct, frozen=True):
@@ -51,11 +52,13 @@ class PassingBound(Struct, frozen=True):
 
 
 class BatchForesight(Struct, frozen=True):
-    """All plans, the quickest first; `chosen` names the one to run, None if none fits. `trouble`: what is wrong with
+    """All plans, the quickest first; `chosen` names the one to run, None if none fits. `best`: names of the few that
+    are worth a look, the chosen one first. `trouble`: what is wrong with
     this machine's device, or its copies."""
 
     chosen: str | None
     reason: str
+    best: list[str]
     plans: list[BatchRow]
     bounds: list[PassingBound]
     trouble: str | msgspec.UnsetType = msgspec.UNSET
@@ -91,10 +94,14 @@ def foresee_batch(
             best = ways[most.index(max(most))]
             bounds.append(PassingBound(there.name, max(most), best.saturating_tokens))
     rows = [_row(it, requests, job.new_tokens) for it in found]
-    as_kept = [row for row, it in zip(rows, found, strict=True) if row.fits and it.model is models[0]]
-    chosen = next(iter(as_kept or [row for row in rows if row.fits]), None)
+    fitting = [it for it in found if not it.missing]
+    by_model = [[it for it in fitting or found if it.model is model] for model in models]
+    # Of the model as it is kept the ways that fit, of the others and of what does not fit the first.
+    first, *others = [its for its in by_model if its]
+    best = [it.name for it in (*(first if fitting else first[:1]), *(its[0] for its in others))]
+    chosen = next((row for row in rows if row.fits and row.name == best[0]), None)
     return BatchForesight(
-        chosen.name if chosen else None, _reason(chosen, rows), rows, bounds, trouble or msgspec.UNSET
+        chosen.name if chosen else None, _reason(chosen, rows), best, rows, bounds, trouble or msgspec.UNSET
     )
 
 
@@ -111,6 +118,7 @@ def _row(found: PlannedBatch, requests: int, new_tokens: int) -> BatchRow:
         found.peak_bytes,
         found.binding,
         found.missing or None,
+        found.least_bytes if found.lacks_memory else None,
     )
 
 

@@ -22,7 +22,7 @@ from shoal.devices.device_names import CPU
 from shoal.models.checkpoint.weight_source import Described
 from shoal.offload.errors import PackPointless
 from shoal.partition.plan import Wanted
-from shoal.partition.throughput.explain import changes, reason
+from shoal.partition.throughput.explain import changes, reason, worth_a_look
 from shoal.partition.throughput.memory_curve import memory_curve
 from shoal.partition.throughput.prediction import Binding, Job
 from shoal.partition.throughput.profile import Device, Profile
@@ -37,7 +37,8 @@ QUANTS: tuple[Quant, ...] = ("keep", "q8", "q4")  # most bits first
 
 class PlanRow(Struct, frozen=True):
     """One plan. `ttft_s`: until every stream has its first token; `token_s`: between two tokens of a stream;
-    `tokens_per_s`: of all, between the two of `band`. `missing`: what the machines lack for it, None if it fits."""
+    `tokens_per_s`: of all, between the two of `band`. `missing`: what the machines lack for it, None if it fits.
+    `needs_bytes`: if that is memory, how much of it the first machine would have to have."""
 
     name: str
     fits: bool
@@ -48,6 +49,7 @@ class PlanRow(Struct, frozen=True):
     peak_bytes: dict[str, int]
     binding: Binding
     missing: str | None
+    needs_bytes: int | None
 
 
 class ChangeRow(Struct, frozen=True):
@@ -82,11 +84,13 @@ class Start(Struct, frozen=True):
 
 class Foresight(Struct, frozen=True):
     """All plans for a model; `chosen` names the one to run, None if none fits, and `start` says when it can begin.
-    `changes`: what would meet the target, the cheapest first, if one was given and is not met. `curves`: if they were
-    asked for. `trouble`: what is wrong with this machine's device, or its copies."""
+    `best`: names of the few that are worth a look, the chosen one first. `changes`: what would meet the target, the
+    cheapest first, if one was given and is not met. `curves`: if they were asked for. `trouble`: what is wrong with
+    this machine's device, or its copies."""
 
     chosen: str | None
     reason: str
+    best: list[str]
     plans: list[PlanRow]
     start: Start | None
     changes: list[ChangeRow] | msgspec.UnsetType = msgspec.UNSET
@@ -145,8 +149,16 @@ def foresee(
     if asked.curves:
         device, kv_type = profile.head.on(asked.threads), asked.kv_type or usual.kv_type
         curves = [_curve(it, wanted(it, kv_type, device.threads), device, job) for it in models]
+    best = [it.name for it in worth_a_look(found)]
     return Foresight(
-        chosen.name if chosen else None, reason(found), rows, start, would, curves, trouble or msgspec.UNSET
+        chosen.name if chosen else None,
+        reason(found),
+        best,
+        rows,
+        start,
+        would,
+        curves,
+        trouble or msgspec.UNSET,
     )
 
 
@@ -224,4 +236,5 @@ def _row(found: Candidate) -> PlanRow:
         dict(prediction.peak_bytes),
         prediction.binding,
         found.missing or None,
+        found.least_bytes if found.lacks_memory else None,
     )

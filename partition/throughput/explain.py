@@ -5,12 +5,12 @@ Sentences for people, without settings' names: `quant=q4` is said as "4 bits". P
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 from ..amounts import format_bytes, rounded_up
-from .alone import AS_QUICK
+from .alone import AS_QUICK, best
 from .laws import used_experts
 from .prediction import Binding, Job
 from .profile import ANY, Device, Profile, ProfileLink
@@ -23,6 +23,7 @@ _HALVINGS = 12
 _MOST_MEMORY = 1 << 44
 _MOST_TIMES = 64.0  # as fast a disk
 _MOST_MACHINES = 8
+_KINDS = 5  # of plans with the same texts that are worth a look
 CABLE = ProfileLink((ANY, ANY), 0.15e-3, 117e6)  # a gigabit cable, for a machine that is not there
 
 _BOUND: dict[Binding, str] = {
@@ -74,6 +75,50 @@ def runner_up(found: Solved) -> Candidate | None:
     return min(others, key=lambda it: it.prediction.total_s(found.job), default=None)
 
 
+def worth_a_look(found: Solved) -> list[Candidate]:
+    """The plan that was chosen, the next one, the best of each other kind that gives the same texts, and the best with
+    each other number of bits. If none fits, what needs least memory as it was asked for, and with these bits."""
+    chosen, second = found.chosen, runner_up(found)
+    if chosen is None:
+        small = _each(
+            [it for it in found.candidates if it.least_bytes], lambda it: (it.model.quant, it.asked)
+        )
+        return [min(its, key=lambda it: it.least_bytes) for its in small]
+    alike = [it for it in found.candidates if it.fits and _same_texts(it, chosen)]
+    kinds = [_best(its, found.job) for its in _each(alike, _kind) if chosen not in its]
+    kinds.sort(key=lambda it: it.prediction.total_s(found.job))
+    seconds = [] if second is None or second in kinds else [second]
+    bits = [_best(its, found.job) for its in _each(_in_other_bits(found, chosen), lambda it: it.model.quant)]
+    return [chosen, *[*seconds, *kinds][: _KINDS - 1], *bits]
+
+
+def _each(pool: Iterable[Candidate], kind: Callable[[Candidate], object]) -> list[list[Candidate]]:
+    """Those of each kind."""
+    found: dict[object, list[Candidate]] = {}
+    for it in pool:
+        found.setdefault(kind(it), []).append(it)
+    return list(found.values())
+
+
+def _best(pool: Sequence[Candidate], job: Job) -> Candidate:
+    """The one that would be chosen of these."""
+    return best(pool, lambda it: it.order, lambda it: it.prediction.total_s(job))
+
+
+def _in_other_bits(found: Solved, chosen: Candidate) -> list[Candidate]:
+    """Of plans that fit, those with other weights and the same K and V; the most bits come first."""
+    return [
+        it
+        for it in found.candidates
+        if it.fits and it.kv_type == chosen.kv_type and it.model.quant != chosen.model.quant
+    ]
+
+
+def _kind(found: Candidate) -> object:
+    plan = found.plan
+    return (plan.device, plan.passes, plan.streams) if plan is not None else found.name.split()[0]
+
+
 def _compared(other: Candidate, chosen: Candidate, found: Solved) -> str:
     times = other.prediction.total_s(found.job) / chosen.prediction.total_s(found.job)
     mine, theirs = (it.prediction.band[1] / it.prediction.tokens_per_s for it in (chosen, other))
@@ -100,15 +145,10 @@ def _gains(found: Solved, chosen: Candidate) -> list[str]:
             )
             gain = _times(speed(cheapest) / speed(chosen))
             gains.append(f"{cheapest.missing.replace(' of ', ' more ')} would give {gain}")
-    fewer = [
-        it
-        for it in found.candidates
-        if it.fits and it.kv_type == chosen.kv_type and it.model.quant != chosen.model.quant
-    ]
-    best = max(fewer, key=speed, default=None)
-    if best is not None and speed(best) > _WORTH * speed(chosen):
-        gain = _times(speed(best) / speed(chosen))
-        gains.append(f"weights in {BITS.get(best.model.quant, best.model.quant)} would give {gain}")
+    fewer = [_best(its, found.job) for its in _each(_in_other_bits(found, chosen), lambda it: it.model.quant)]
+    if fewer and speed(quickest := max(fewer, key=speed)) > _WORTH * speed(chosen):
+        gain = _times(speed(quickest) / speed(chosen))
+        gains.append(f"weights in {BITS.get(quickest.model.quant, quickest.model.quant)} would give {gain}")
     return gains
 
 
@@ -229,8 +269,8 @@ def _bought(
     fixed = choices._replace(kv_type=choices.kv_type or "f16")
 
     def speed(changed: Profile, ranks: int | None = choices.ranks) -> float:
-        best = solve(only, wanted, changed, job, fixed._replace(ranks=ranks)).chosen
-        return best.prediction.tokens_per_s if best is not None else 0.0
+        chosen = solve(only, wanted, changed, job, fixed._replace(ranks=ranks)).chosen
+        return chosen.prediction.tokens_per_s if chosen is not None else 0.0
 
     def with_memory(nbytes: float) -> Profile:
         return replace(profile, devices=(replace(profile.head, memory_bytes=nbytes), *profile.devices[1:]))

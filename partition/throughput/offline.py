@@ -56,6 +56,7 @@ class PlannedBatch:
     at_once: int
     seconds: float
     missing: str
+    lacks_memory: bool
     least_bytes: int
     peak_bytes: dict[str, int]
     binding: Binding
@@ -102,6 +103,7 @@ def _batch(found: Candidate, device: Device, job: Job, requests: int) -> Planned
         at_once,
         seconds,
         found.missing,
+        found.lacks_memory,
         found.least_bytes,
         dict(together.peak_bytes),
         together.binding,

@@ -8,7 +8,7 @@ import pytest
 from fakes.throughput.throughput_cases import FREE, MIXED, device, spec, weighed
 
 from shoal.partition.throughput.cost import cost
-from shoal.partition.throughput.explain import Change, changes, reason
+from shoal.partition.throughput.explain import Change, changes, reason, worth_a_look
 from shoal.partition.throughput.prediction import Job
 from shoal.partition.throughput.profile import ANY, Accelerator, Profile, ProfileLink
 from shoal.partition.throughput.solve import Choices, Solved, asks, solve
@@ -146,3 +146,34 @@ def test_with_what_is_said_to_be_missing_a_plan_fits(share: float) -> None:
     more = float(value) * {"MB": 1e6, "GB": 1e9}[unit]
     grown = replace(head, memory_bytes=head.memory_bytes + more)
     assert solved([DENSE], Profile((grown,))).candidates[0].fits
+
+
+def test_worth_a_look_is_the_choice_and_the_best_of_each_other_kind() -> None:
+    there = Accelerator("gpu", 0.5 * DENSE.weights_bytes, 100e9, 50e12, 5e9, step_s=0.0, layer_s=0.0)
+    head = device(memory_bytes=0.4 * DENSE.weights_bytes, overheads=FREE, accelerators=(there,))
+    profile = Profile((head, *(replace(head, name=name, accelerators=()) for name in "abc")), (CABLE,))
+    found = solved([DENSE, FEWER], profile)
+    few = worth_a_look(found)
+    names = [it.name for it in few]
+    assert few[0] is found.chosen
+    assert all(it.fits for it in few)
+    assert len(set(names)) == len(names) < len(found.candidates) / 3
+    kinds = {_kind(name) for name in names}
+    assert {_kind(it.name) for it in found.candidates if it.fits and it.asked} == kinds
+    (fewer,) = (it for it in few if it.model is FEWER)
+    assert fewer is few[-1]
+    alone = solved([FEWER], profile).chosen
+    assert alone is not None
+    assert fewer.prediction == alone.prediction
+
+
+def test_worth_a_look_where_nothing_fits_is_what_needs_least() -> None:
+    found = solved([DENSE, FEWER], Profile((device(memory_bytes=1e6),)))
+    few = worth_a_look(found)
+    assert [it.model for it in few] == [DENSE, DENSE, FEWER]
+    assert [it.asked for it in few] == [True, False, False]
+    assert min(it.least_bytes for it in found.candidates) == few[-1].least_bytes
+
+
+def _kind(name: str) -> str:
+    return name.split()[0].rstrip(",")
