@@ -39,6 +39,16 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}" + ("" if number == 1 else "s")
 
 
+def format_rate(speed: float) -> str:
+    """Of something a second, three digits: '0.0148', '1260'."""
+    return f"{speed:.0f}" if speed >= 100 else f"{speed:.3g}"
+
+
+def meets(speed: float, target: float) -> bool:
+    """Whether it is as fast, by the figures that are said of both: nobody is told that 0.05 is less than 0.05."""
+    return float(format_rate(speed)) >= float(format_rate(target))
+
+
 def format_delay(seconds: float) -> str:
     """Of milliseconds what counts: '0.21 ms', '54 ms', '1.2 s'."""
     if seconds >= 1:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from shoal.cli.terminal.output import console, note, print_json
 from shoal.cli.terminal.paint import printable
+from shoal.partition.amounts import format_rate
 
-from .figures import rate_words
 from .plan_table import batches_table
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def show_batch(found: BatchForesight, machine: str, *, as_json: bool, all_: bool
     for bound in found.bounds:
         screen.print(
             printable(
-                f"through {bound.device}: no schedule gives more than {rate_words(bound.tokens_per_s)} tokens/s; from "
+                f"through {bound.device}: no schedule gives more than {format_rate(bound.tokens_per_s)} tokens/s; from "
                 f"{bound.saturating_tokens:,.0f} tokens in a step on it would compute longer than weights take to come"
             )
         )

@@ -11,9 +11,9 @@ from rich.measure import Measurement
 from rich.text import Text
 
 from shoal.cli.terminal.output import table
-from shoal.partition.amounts import format_bytes, rounded_up
+from shoal.partition.amounts import format_bytes, format_rate, rounded_up
 
-from .figures import rate_words, seconds_words
+from .figures import seconds_words
 
 if TYPE_CHECKING:
     from shoal.daemon.throughput.batch_foresight import BatchRow
@@ -68,7 +68,7 @@ def plans_table(
     rows = _shown(plans, best, all_=all_)
     columns = [
         _Column("first token", [seconds_words(row.ttft_s) for row in rows]),
-        _Column("tokens/s", [rate_words(row.tokens_per_s) for row in rows]),
+        _Column("tokens/s", [format_rate(row.tokens_per_s) for row in rows]),
         _Column("±", [f"{row.band[1] / row.tokens_per_s - 1:.0%}" for row in rows]),
     ]
     return _drawn(plans, rows, columns, chosen, machines)
@@ -87,7 +87,7 @@ def batches_table(
     columns = [
         _Column("at once", [_known(row.at_once, "{:,}".format) for row in rows]),
         _Column("all take", [_known(row.seconds, seconds_words) for row in rows]),
-        _Column("tokens/s", [_known(row.tokens_per_s, rate_words) for row in rows]),
+        _Column("tokens/s", [_known(row.tokens_per_s, format_rate) for row in rows]),
     ]
     return _drawn(plans, rows, columns, chosen, machines)
 

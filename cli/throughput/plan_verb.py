@@ -20,8 +20,9 @@ from shoal.cli.terminal.paint import printable
 from shoal.comm.home import Home
 from shoal.daemon.library.library import Library
 from shoal.daemon.model_name import Reference
+from shoal.partition.amounts import format_rate, meets
 
-from .figures import rate_words, seconds_words
+from .figures import start_words
 from .own_machines import own_machines
 from .shapes import writer_for
 
@@ -217,13 +218,8 @@ def plan(
         screen.print(plans_table(found.plans, found.best, found.chosen, machines, all_=all_))
         screen.print()
     screen.print(printable(f"{found.chosen}: {found.reason}" if found.chosen else found.reason))
-    if found.start is not None:
-        packed = (
-            f", after making its pack once in {seconds_words(found.start.pack_s)}"
-            if found.start.pack_s
-            else ""
-        )
-        screen.print(f"it would be loaded in {seconds_words(found.start.load_s)}{packed}")
+    if found.start is not None and (said := start_words(found.start.load_s, found.start.pack_s)):
+        screen.print(said)
     if target is not None:
         screen.print(printable(_target(found, target)))
     return ends
@@ -243,10 +239,10 @@ def _draw(to: Path, title: str, found: Foresight, memory: float, target: float |
 
 def _target(found: Foresight, target: float) -> str:
     reached = next((row for row in found.plans if row.name == found.chosen), None)
-    if reached is not None and reached.tokens_per_s >= target:
-        return f"{rate_words(target)} tokens/s: met"
+    if reached is not None and meets(reached.tokens_per_s, target):
+        return f"{format_rate(target)} tokens/s: met"
     ways = found.changes if isinstance(found.changes, list) else []
     if not ways:
-        return f"{rate_words(target)} tokens/s: nothing that was tried would do (fewer bits, memory, disk, machines)"
-    said = "; ".join(f"{way.what} ({rate_words(way.tokens_per_s)})" for way in ways)
-    return f"{rate_words(target)} tokens/s would take {said}"
+        return f"{format_rate(target)} tokens/s: nothing that was tried would do (fewer bits, memory, disk, machines)"
+    said = "; ".join(f"{way.what} ({format_rate(way.tokens_per_s)})" for way in ways)
+    return f"{format_rate(target)} tokens/s would take {said}"

@@ -21,6 +21,7 @@ from shoal.daemon.model_name import Quant
 from shoal.devices.device_names import CPU
 from shoal.models.checkpoint.weight_source import Described
 from shoal.offload.errors import PackPointless
+from shoal.partition.amounts import meets
 from shoal.partition.plan import Wanted
 from shoal.partition.throughput.explain import changes, reason, worth_a_look
 from shoal.partition.throughput.memory_curve import memory_curve
@@ -138,7 +139,11 @@ def foresee(
     choices = Choices(asked.kv_type, asked.threads, asked.ranks, usual.wires)
     found = solve(models, wanted, profile, job, choices)
     chosen = found.chosen
-    met = chosen is not None and asked.target is not None and chosen.prediction.tokens_per_s >= asked.target
+    met = (
+        chosen is not None
+        and asked.target is not None
+        and meets(chosen.prediction.tokens_per_s, asked.target)
+    )
     would: list[ChangeRow] | msgspec.UnsetType = msgspec.UNSET
     if asked.target is not None:
         tried = [] if met else changes(models, wanted, profile, found, choices, asked.target)

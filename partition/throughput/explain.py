@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from ..amounts import format_bytes, rounded_up
+from ..amounts import format_bytes, meets, rounded_up
 from .alone import AS_QUICK, best
 from .laws import used_experts
 from .prediction import Binding, Job
@@ -20,6 +20,7 @@ from .weights_of import Weighed
 BITS = {"q8": "8 bits", "q4": "4 bits"}
 _WORTH = 1.1  # times as fast is worth a word
 _HALVINGS = 12
+_TRIES, _FURTHER = 8, 1.01
 _MOST_MEMORY = 1 << 44
 _MOST_TIMES = 64.0  # as fast a disk
 _MOST_MACHINES = 8
@@ -214,40 +215,37 @@ def changes(
 def _another_plan(found: Solved, target: float) -> Change | None:
     """One that fits and was not chosen, as all of the job takes longer with it."""
     chosen = found.chosen
-    reaching = [
-        it
-        for it in found.candidates
-        if chosen is not None and it.fits and _same_texts(it, chosen) and it.prediction.tokens_per_s >= target
+    its = [
+        it for it in _reaching(found, target) if chosen is not None and it.fits and _same_texts(it, chosen)
     ]
-    if not reaching:
+    if not its:
         return None
-    first = min(reaching, key=lambda it: it.prediction.total_s(found.job))
+    first = _best(its, found.job)
     after = _seconds(first.prediction.ttft_s)
     return Change(
         f"{first.name}, with which the first token comes after {after}", first.prediction.tokens_per_s
     )
 
 
+def _reaching(found: Solved, target: float) -> list[Candidate]:
+    return [it for it in found.candidates if meets(it.prediction.tokens_per_s, target)]
+
+
 def _fewer_bits_and_memory(found: Solved, target: float) -> Change | None:
-    reaching = [
-        it
-        for it in found.candidates
-        if it.lacks_memory and it.model.quant in BITS and it.prediction.tokens_per_s >= target
-    ]
-    if not reaching:
+    its = [it for it in _reaching(found, target) if it.lacks_memory and it.model.quant in BITS]
+    if not its:
         return None
-    cheapest = min(reaching, key=lambda it: it.least_bytes)
+    cheapest = min(its, key=lambda it: it.least_bytes)
     memory = cheapest.missing.replace(" of ", " more ")
     return Change(f"weights in {BITS[cheapest.model.quant]} and {memory}", cheapest.prediction.tokens_per_s)
 
 
 def _fewer_bits(found: Solved, target: float) -> Change | None:
-    reaching = [
-        it for it in found.candidates if it.fits and not it.asked and it.prediction.tokens_per_s >= target
-    ]
-    if not reaching:
+    its = [it for it in _reaching(found, target) if it.fits and not it.asked]
+    if not its:
         return None
-    first = reaching[0]  # the most bits come first
+    most_bits = [it for it in its if _same_texts(it, its[0])]  # they come first
+    first = _best(most_bits, found.job)
     parts = [BITS[first.model.quant]] if first.model.quant in BITS else []
     kept = found.candidates[0].kv_type
     parts += [f"K and V in {first.kv_type}"] if first.kv_type != kept else []
@@ -279,35 +277,46 @@ def _bought(
         changed = with_faster_disk(profile.head, times)
         return replace(profile, devices=(changed, *profile.devices[1:]))
 
-    now = profile.head.memory_bytes
+    now, disk = profile.head.memory_bytes, profile.head.disk_bytes_per_s
     bought: list[Change | None] = []
-    most = min(
-        _MOST_MEMORY, 1.5 * max((it.least_bytes for it in found.candidates), default=_MOST_MEMORY) + now
-    )
-    if speed(with_memory(most)) >= target:
-        low, high = now, most
-        for _ in range(_HALVINGS):
-            middle = (low + high) / 2
-            low, high = (low, middle) if speed(with_memory(middle)) >= target else (middle, high)
-        lacks = rounded_up(high - now)
-        bought.append(Change(f"{format_bytes(lacks)} more memory", speed(with_memory(now + lacks))))
-    if profile.head.disk_bytes_per_s and speed(with_disk(_MOST_TIMES)) >= target:
-        low, high = 1.0, _MOST_TIMES
-        for _ in range(_HALVINGS):
-            middle = (low * high) ** 0.5
-            low, high = (low, middle) if speed(with_disk(middle)) >= target else (middle, high)
-        rate = rounded_up(profile.head.disk_bytes_per_s * high)
-        reached = speed(with_disk(rate / profile.head.disk_bytes_per_s))
-        bought.append(Change(f"a disk of {format_bytes(rate)}/s", reached))
+    most = 1.5 * max((it.least_bytes for it in found.candidates), default=_MOST_MEMORY)
+    more = _least(lambda it: speed(with_memory(now + it)), 0.0, min(_MOST_MEMORY, most), target)
+    if more is not None:
+        bought.append(Change(f"{format_bytes(more.amount)} more memory", more.tokens_per_s))
+    if disk:
+        faster = _least(lambda it: speed(with_disk(it / disk)), disk, _MOST_TIMES * disk, target)
+        if faster is not None:
+            bought.append(Change(f"a disk of {format_bytes(faster.amount)}/s", faster.tokens_per_s))
     for count in range(len(profile.devices) + 1, _MOST_MACHINES + 1) if choices.ranks != 1 else ():
         more = tuple(replace(profile.head, name=f"{profile.head.name} #{i}") for i in range(2, count + 2))
         grown = Profile((*profile.devices, *more[: count - len(profile.devices)]), (*profile.links, CABLE))
-        if (reached := speed(grown, count)) >= target:
+        if meets(reached := speed(grown, count), target):
             machines = count - len(profile.devices)
             said = "another machine" if machines == 1 else f"{machines} more machines"
             bought.append(Change(f"{said} like the first, by a gigabit cable", reached))
             break
     return bought
+
+
+class _Enough(NamedTuple):
+    amount: float
+    tokens_per_s: float
+
+
+def _least(speed: Callable[[float], float], low: float, high: float, target: float) -> _Enough | None:
+    """The least amount between two with which a target is met, in the three digits that are said of it. More of it may
+    bring a plan that reads prompts faster and gives tokens more slowly, so some amounts above it are tried, too."""
+    if not meets(speed(high), target):
+        return None
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if meets(speed(middle), target) else (middle, high)
+    for _ in range(_TRIES):
+        high = rounded_up(high)
+        if meets(reached := speed(high), target):
+            return _Enough(high, reached)
+        high *= _FURTHER
+    return None
 
 
 def with_faster_disk(device: Device, times: float) -> Device:

@@ -8,6 +8,7 @@ from itertools import takewhile
 import pytest
 from rich.console import Console
 
+from shoal.cli.throughput.figures import start_words
 from shoal.cli.throughput.plan_table import batches_table, plans_table
 from shoal.daemon.throughput.batch_foresight import BatchRow
 from shoal.daemon.throughput.foresight import PlanRow
@@ -79,3 +80,13 @@ def test_many_requests_are_shown_likewise() -> None:
     assert head.split() == ["plan", "at", "once", "all", "take", "tokens/s", "peak", "binds"]
     assert first.split()[:2] == ["→", "stream"]
     assert [*takewhile(bool, others)] == ["  and 1 more that does not fit: --all"]
+
+
+def test_a_plan_that_holds_nothing_is_not_said_to_be_loaded_in_no_time() -> None:
+    """Its weights may all pass through a device, or a window."""
+    assert start_words(0.0, 256.0) == "its pack would be made once, in 4 min 16 s"
+    assert (
+        start_words(0.93, 256.0) == "it would be loaded in 930 ms, after making its pack once in 4 min 16 s"
+    )
+    assert start_words(0.93, 0.0) == "it would be loaded in 930 ms"
+    assert start_words(0.001, 0.0) == ""

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from fakes.throughput.throughput_cases import FREE, MIXED, device, spec, weighed
 
+from shoal.partition.amounts import meets
 from shoal.partition.throughput.cost import cost
 from shoal.partition.throughput.explain import Change, changes, reason, worth_a_look
 from shoal.partition.throughput.prediction import Job
@@ -115,7 +116,7 @@ def test_what_is_bought_does_what_is_said_of_it() -> None:
             there = replace(profile.head, memory_bytes=profile.head.memory_bytes + more)
             reached = solved([DENSE], Profile((there,))).chosen
             assert reached is not None
-            assert reached.prediction.tokens_per_s >= target
+            assert meets(reached.prediction.tokens_per_s, target)
 
 
 def test_more_memory_is_said_of_the_plan_that_needs_least_of_it() -> None:
@@ -177,3 +178,31 @@ def test_worth_a_look_where_nothing_fits_is_what_needs_least() -> None:
 
 def _kind(name: str) -> str:
     return name.split()[0].rstrip(",")
+
+
+@pytest.mark.parametrize("share", [0.35, 0.5])
+def test_what_would_meet_a_target_is_what_would_be_chosen_then(share: float) -> None:
+    """With a device, which reads prompts quickly: so more memory, and another plan, may cost tokens."""
+    there = Accelerator("gpu", 0.3 * DENSE.weights_bytes, 100e9, 50e12, 5e9, step_s=0.0, layer_s=0.0)
+    machine = device(
+        memory_bytes=share * DENSE.weights_bytes, overheads=FREE, flops=2e11, accelerators=(there,)
+    )
+    profile, job = Profile((machine,)), Job(2000, 64)
+    now, fewer = (solved([it], profile, job).chosen for it in (DENSE, FEWER))
+    assert now is not None
+    assert fewer is not None
+    assert "gpu" in fewer.name
+    bits, *_ = changed([DENSE, FEWER], profile, fewer.prediction.tokens_per_s, job)
+    assert bits == ("weights in 4 bits", fewer.prediction.tokens_per_s)
+    for times in (1.2, 2, 4):
+        target = times * now.prediction.tokens_per_s
+        ways = changed([DENSE], profile, target, job, Choices(ranks=1))
+        assert all(meets(it.tokens_per_s, target) for it in ways), ways
+
+
+def test_a_target_is_met_by_the_figures_that_are_shown() -> None:
+    assert meets(0.04996, 0.05)
+    assert meets(99.96, 100)
+    assert meets(0.05004, 0.05004)
+    assert not meets(0.04994, 0.05)
+    assert not meets(0.05004, 0.0501)
