@@ -1,23 +1,25 @@
-"""The axes of a plot: both begin at zero. Whoever draws says what is between them. Numbers in, shapes out."""
+"""The axes of a plot: from zero to where the data end. Whoever draws says what is between. Numbers in, shapes out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import floor, log10
 
 from .shapes import Drawn, Stroke, Words
 
 LEFT = 64
-WIDTH, HEIGHT = 720, 420
+WIDTH, HEIGHT = 720, 440
 _RIGHT, _BELOW = 24, 52
-_STEPS = 5  # of each axis
+_STEPS = 5  # of each axis, at least, and twice as many at most
+_BEYOND = 1.03  # times the largest value is where an axis ends
 
 
 class Axes:
-    """`across` and `up` name the axes, which reach to the `most` of each at least. `top`: what stays free above."""
+    """`across` and `up` name the axes, which reach a little beyond the `most` of each. `top`: what stays free above."""
 
     def __init__(self, across: str, up: str, most_across: float, most_up: float, top: int = _RIGHT) -> None:
         self._names = across, up
-        self.most_across, self.most_up = _round_up(most_across), _round_up(most_up)
+        self.most_across, self.most_up = (_BEYOND * (it if it > 0 else 1.0) for it in (most_across, most_up))
         self.top = top
         self.right, self.bottom = self.x(self.most_across), self.y(0)
 
@@ -28,25 +30,19 @@ class Axes:
         return round(HEIGHT - _BELOW - value / self.most_up * (HEIGHT - _BELOW - self.top), 1)
 
     def shapes(self) -> Iterator[Drawn]:
-        for step in range(_STEPS + 1):
-            across, up = self.most_across * step / _STEPS, self.most_up * step / _STEPS
+        for up in _round_numbers(self.most_up):
             yield Stroke(((LEFT, self.y(up)), (self.right, self.y(up))), "#dddddd")
             yield Words((LEFT - 8, self.y(up) + 4), f"{up:.3g}", "end")
+        for across in _round_numbers(self.most_across):
             yield Words((self.x(across), self.bottom + 18), f"{across:.3g}", "middle")
         across_name, up_name = self._names
         yield Words(((LEFT + self.right) / 2, HEIGHT - 12), across_name, "middle")
         yield Words((16, (self.top + self.bottom) / 2), up_name, "middle", upwards=True)
 
 
-def _round_up(value: float) -> float:
-    """To an end of the axis whose fifths are easy to read."""
-    if value <= 0:
-        return 1.0
-    unit = 10.0
-    while unit < value:
-        unit *= 10
-    while unit / 10 >= value:
-        unit /= 10
-    return next(
-        unit * part for part in (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0) if unit * part >= value
-    )
+def _round_numbers(most: float) -> Iterator[float]:
+    """From zero to `most` at most, in steps that are easy to read."""
+    unit = 10.0 ** floor(log10(most / _STEPS))
+    step = max(unit * part for part in (1, 2, 2.5, 5) if unit * part * _STEPS <= most)
+    for number in range(int(most / step) + 1):
+        yield number * step

@@ -22,8 +22,10 @@ from shoal.daemon.library.library import Library
 from shoal.daemon.model_name import Reference
 from shoal.partition.amounts import format_rate, meets
 
+from .axes import HEIGHT, WIDTH
 from .figures import start_words
 from .own_machines import own_machines
+from .plan_plot import ChosenPlan, Machine, plot
 from .shapes import writer_for
 
 if TYPE_CHECKING:
@@ -204,9 +206,9 @@ def plan(
         note(found.trouble)
     ends = Exit.DONE if found.chosen else Exit.REFUSED
     if plot is not None:
-        memory = plan.memory or profile.head.memory_bytes
+        head = Machine(profile.head.name, plan.memory or profile.head.memory_bytes)
         name = path.absolute().parent.name if path.name == "config.json" else path.name
-        _draw(plot, f"{name}, {prompt_tokens} + {new_tokens} tokens, batch of {batch}", found, memory, target)
+        _draw(plot, f"{name}, {prompt_tokens} + {new_tokens} tokens, batch of {batch}", found, head, target)
     if as_json:
         print_json(found)
         return ends
@@ -225,15 +227,11 @@ def plan(
     return ends
 
 
-def _draw(to: Path, title: str, found: Foresight, memory: float, target: float | None) -> None:
-    from .axes import HEIGHT, WIDTH
-    from .plan_plot import ChosenPlan, plot
-
+def _draw(to: Path, title: str, found: Foresight, machine: Machine, target: float | None) -> None:
     row = next((it for it in found.plans if it.name == found.chosen), None)
-    others = row.name if row is not None and len(row.peak_bytes) > 1 else ""
-    chosen = ChosenPlan(row.tokens_per_s, others) if row is not None else None
+    chosen = ChosenPlan(row.name, row.tokens_per_s) if row is not None else None
     curves = found.curves if isinstance(found.curves, list) else []
-    to.write_bytes(writer_for(to)(WIDTH, HEIGHT, plot(title, curves, memory, chosen, target)))
+    to.write_bytes(writer_for(to)(WIDTH, HEIGHT, plot(title, curves, machine, chosen, target)))
     note(f"drawn to {to}")
 
 

@@ -6,15 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from ..plan import Misfit, Plan, Wanted
-from .alone import STREAMINGS, USUAL, best, ways
-from .cost import cost
-from .peak import beside_bytes
+from ..plan import Wanted
+from .alone import STREAMINGS, best
 from .prediction import Job
 from .profile import Device
+from .solve import here
 from .weights_of import Weighed
 
-_POINTS = 24
+_POINTS = 16
 _BEYOND = 1.1  # times the memory with which all of it stays
 
 
@@ -30,20 +29,15 @@ class MemoryPoint(NamedTuple):
 def memory_curve(
     model: Weighed, contexts: Sequence[Wanted], device: Device, job: Job
 ) -> Iterator[MemoryPoint]:
-    """From the least memory that would do to more than enough, each with the plan that would be taken."""
-    more = beside_bytes(model, contexts[0].kv_type)
-    streaming = device.disk_bytes_per_s > 0
-    lacking = [way.made for way in ways(model, contexts, 0, streaming=streaming, streamings=USUAL)]
-    needed = [made.least_bytes for made in lacking if isinstance(made, Misfit)]
-    least, enough = min(needed), needed[0]
-    places = {least + (_BEYOND * enough - least) * i / (_POINTS - 1) for i in range(_POINTS)} | {enough}
+    """From the least memory that would do to more than enough, each with the plan that would be taken, be it with a
+    device of the machine or without."""
+    lacking = here(model, contexts, replace(device, memory_bytes=0.0), job)
+    needed = [it.least_bytes for it in lacking if it.lacks_memory]
+    least, enough = min(needed), max(needed)
+    places = {least + (_BEYOND * enough - least) * i / (_POINTS - 1) for i in range(_POINTS)} | {*needed}
     for memory in sorted(places):
-        there = replace(device, memory_bytes=memory + more)
-        found = [
-            (way.order, cost(model, way.made, there, job))
-            for way in ways(model, contexts, int(memory), streaming=streaming, streamings=STREAMINGS)
-            if isinstance(way.made, Plan)
-        ]
-        if found:
-            _, made = best(found, lambda it: it[0], lambda it: it[1].total_s(job))
-            yield MemoryPoint(memory + more, made.tokens_per_s, *made.band)
+        there = replace(device, memory_bytes=float(memory))
+        fitting = [it for it in here(model, contexts, there, job, STREAMINGS) if it.fits]
+        if fitting:
+            made = best(fitting, lambda it: it.order, lambda it: it.prediction.total_s(job)).prediction
+            yield MemoryPoint(memory, made.tokens_per_s, *made.band)

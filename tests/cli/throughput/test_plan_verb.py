@@ -90,9 +90,9 @@ def test_the_picture(config: Path, laptop: str, tmp_path: Path) -> None:
     root = ElementTree.parse(to).getroot()
     kinds = [it.tag.rpartition("}")[2] for it in root.iter()]
     assert kinds.count("polygon") == 1
-    assert kinds.count("circle") == 2
+    assert kinds.count("circle") == 4  # each dot has a rim; one is in the legend
     said = " ".join(it.text or "" for it in root.iter())
-    for word in ("as stored", "8 bits", "4 bits", "this machine, 4 GB", "wanted", "memory, GB", "tokens/s"):
+    for word in ("as stored", "8 bits", "4 bits", "laptop, 4 GB", "wanted, 1", "memory, GB", "tokens/s"):
         assert word in said
     found = json.loads(result.stdout)
     for curve in found["curves"]:

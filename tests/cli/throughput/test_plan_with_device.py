@@ -119,18 +119,21 @@ def test_what_a_device_holds_is_shown_beside_what_its_host_does(llama: Path, pc:
     assert "machines" not in shown
 
 
-def test_the_picture_has_the_plan_that_was_chosen_and_says_which(
+def test_the_picture_has_the_plan_that_was_chosen_on_the_curve_of_such_plans(
     llama: Path, pc: Path, tmp_path: Path
 ) -> None:
     to = tmp_path / "plot.svg"
-    result = run(llama, "--profile", pc, "--plot", to)
+    result = run(llama, "--profile", pc, "--quant", "keep", "--plot", to, "--json")
     assert result.exit_code == 0, result.output
     root = ElementTree.parse(to).getroot()
     across, down = (float(root.attrib[it]) for it in ("width", "height"))
     dots = [it.attrib for it in root.iter() if it.tag.endswith("circle")]
-    assert dots
     assert all(0 < float(dot["cx"]) < across and 0 < float(dot["cy"]) < down for dot in dots)
     assert "on gpu: all layers" in [it.text for it in root.iter()]
+    found = json.loads(result.stdout)
+    (speed,) = (row["tokens_per_s"] for row in found["plans"] if row["name"] == found["chosen"])
+    (curve,) = found["curves"]
+    assert max(point["tokens_per_s"] for point in curve["points"]) == pytest.approx(speed)
 
 
 def test_a_device_that_is_called_like_its_machine_is_refused(llama: Path, tmp_path: Path) -> None:

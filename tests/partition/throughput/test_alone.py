@@ -14,6 +14,8 @@ from shoal.partition.throughput.alone import STREAMINGS, best_plan, usual_job, w
 from shoal.partition.throughput.cost import cost
 from shoal.partition.throughput.memory_curve import memory_curve
 from shoal.partition.throughput.peak import beside_bytes
+from shoal.partition.throughput.profile import Accelerator, Profile
+from shoal.partition.throughput.solve import Choices, solve
 from shoal.partition.throughput.weights_of import Weighed
 
 SLICES = 16
@@ -90,6 +92,19 @@ def test_more_memory_is_never_slower() -> None:
         assert more.tokens_per_s > 0.97 * less.tokens_per_s
     below = [it for it in curve if it.memory_bytes < whole_bytes() + beside_bytes(WIDE, "f16")]
     assert len(below) > 10
+
+
+def test_the_curve_has_the_plans_with_a_device() -> None:
+    there = Accelerator("gpu", whole_bytes() / 2, 400e9, 50e12, 1e10, step_s=0.0, layer_s=0.0)
+    machine, job = replace(MACHINE, accelerators=(there,)), usual_job(ASKED[0].context_tokens)
+    curve = list(memory_curve(WIDE, ASKED, machine, job))
+    alone = list(memory_curve(WIDE, ASKED, MACHINE, job))
+    assert curve[-1].tokens_per_s > 1.3 * alone[-1].tokens_per_s
+    for point in curve:
+        here = replace(machine, memory_bytes=point.memory_bytes)
+        chosen = solve([WIDE], lambda *_: ASKED, Profile((here,)), job, Choices("f16")).chosen
+        assert chosen is not None
+        assert chosen.prediction.tokens_per_s == point.tokens_per_s
 
 
 def test_names_say_how_it_streams() -> None:
