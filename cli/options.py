@@ -62,34 +62,43 @@ def shard_name(text: str) -> ShardName:
     return _parsed(ShardName.parse, text)
 
 
-class Whole(click.IntRange):
-    """As its base; what is no number at all is told the range, too."""
+class _Ranged:
+    """A number whose range is said in words, also to what is no number. `example`: what to write, where that is more
+    than a number."""
 
+    name: str
+    min: float | None
+    max: float | None
+    min_open: bool
+    example = ""
+
+    def _describe_range(self) -> str:
+        """Of click's, for its help."""
+        assert self.min is not None
+        low = f"{self.min:,.15g}"
+        if self.max is None:
+            return f"at least {low}"
+        high = f"{self.max:,.15g}"
+        return f"above {low} and at most {high}" if self.min_open else f"from {low} to {high}"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            found = super().convert(value, param, ctx)  # type: ignore[misc]
+        except click.BadParameter:
+            found = math.nan
+        if math.isnan(found):
+            write = f"; write {self.example}" if self.example else ""
+            said = f"{value!r:.40}: must be a {self.name}, {self._describe_range()}{write}"
+            raise click.BadParameter(said, ctx, param)
+        return found
+
+
+class Whole(_Ranged, click.IntRange):
     name = "whole number"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        try:
-            int(value)
-        except ValueError:
-            self.fail(
-                f"{value!r:.40} is not a whole number in the range {self._describe_range()}.", param, ctx
-            )
-        return super().convert(value, param, ctx)
 
-
-class Real(click.FloatRange):
-    """As its base; what is no number at all, and NaN, is told the range, too."""
-
+class Real(_Ranged, click.FloatRange):
     name = "number"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        try:
-            known = not math.isnan(float(value))
-        except ValueError:
-            known = False
-        if not known:
-            self.fail(f"{value!r:.40} is not a number in the range {self._describe_range()}.", param, ctx)
-        return super().convert(value, param, ctx)
 
 
 def _sampling(name: str) -> Whole | Real:

@@ -21,7 +21,7 @@ _LINE, _EACH = 24, 110  # of a legend: its stroke, and how far the next begins
 _NEAR = 1.3  # times as much memory as the curves have: the axis goes so far, and no further
 
 
-class Machine(NamedTuple):
+class PlottedMachine(NamedTuple):
     name: str
     memory_bytes: float
 
@@ -34,7 +34,7 @@ class ChosenPlan(NamedTuple):
 def plot(
     title: str,
     curves: Sequence[Curve],
-    machine: Machine,
+    machine: PlottedMachine,
     chosen: ChosenPlan | None,
     target: float | None,
 ) -> list[Drawn]:
@@ -53,7 +53,7 @@ def _drawn(
     axes: Axes,
     title: str,
     curves: Sequence[Curve],
-    machine: Machine,
+    machine: PlottedMachine,
     chosen: ChosenPlan | None,
     target: float | None,
 ) -> Iterator[Drawn]:

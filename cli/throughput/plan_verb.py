@@ -25,7 +25,7 @@ from shoal.partition.amounts import format_rate, meets
 from .axes import HEIGHT, WIDTH
 from .figures import start_words
 from .own_machines import own_machines
-from .plan_plot import ChosenPlan, Machine, plot
+from .plan_plot import ChosenPlan, PlottedMachine, plot
 from .shapes import writer_for
 
 if TYPE_CHECKING:
@@ -37,22 +37,24 @@ _RATE = re.compile(r"(.*?)\s*(tok(ens?)?\s*/\s*s(ec)?|t/s)?", re.IGNORECASE)
 class Rate(Real):
     """Tokens a second: 10, 10tok/s, 10 tokens/s."""
 
-    name = "rate"
+    name = "number of tokens a second"
+    example = "10tok/s"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         found = _RATE.fullmatch(str(value).strip())
         return super().convert(found[1] if found else value, param, ctx)
 
 
-class Guesses(Real):
+class Guesses(click.ParamType):
     """4@0.7: four tokens guessed ahead in each step, each right with a chance of 70% if those before it were."""
 
     name = "guesses"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         count, at, chance = str(value).partition("@")
-        depth = Whole(1, 64).convert(count, param, ctx)
-        return depth, super().convert(chance if at else "0.6", param, ctx)
+        return Whole(1, 64).convert(count, param, ctx), Real(0, 1).convert(
+            chance if at else "0.6", param, ctx
+        )
 
 
 def _count(option: str, default: int, what: str, most: int | None = None) -> Decorator:
@@ -98,7 +100,7 @@ def _count(option: str, default: int, what: str, most: int | None = None) -> Dec
 )
 @click.option(
     "--guesses",
-    type=Guesses(0, 1),
+    type=Guesses(),
     metavar="N[@CHANCE]",
     help="With N tokens guessed ahead in each step, each right with this chance (default 0.6).",
 )
@@ -206,7 +208,7 @@ def plan(
         note(found.trouble)
     ends = Exit.DONE if found.chosen else Exit.REFUSED
     if plot is not None:
-        head = Machine(profile.head.name, plan.memory or profile.head.memory_bytes)
+        head = PlottedMachine(profile.head.name, plan.memory or profile.head.memory_bytes)
         name = path.absolute().parent.name if path.name == "config.json" else path.name
         _draw(plot, f"{name}, {prompt_tokens} + {new_tokens} tokens, batch of {batch}", found, head, target)
     if as_json:
@@ -227,7 +229,7 @@ def plan(
     return ends
 
 
-def _draw(to: Path, title: str, found: Foresight, machine: Machine, target: float | None) -> None:
+def _draw(to: Path, title: str, found: Foresight, machine: PlottedMachine, target: float | None) -> None:
     row = next((it for it in found.plans if it.name == found.chosen), None)
     chosen = ChosenPlan(row.name, row.tokens_per_s) if row is not None else None
     curves = found.curves if isinstance(found.curves, list) else []

@@ -163,12 +163,16 @@ def test_the_wire_and_both_clients_refuse_with_field_value_and_limit(tmp_path) -
 @pytest.mark.parametrize(
     ("option", "value", "said"),
     [
-        ("--temperature", "200", "invalid value for '--temperature': 200.0 is not in the range 0<=x<=100"),
-        ("--top-p", "0", "invalid value for '--top-p': 0.0 is not in the range 0<x<=1"),
-        ("--min-p", "1.5", "invalid value for '--min-p': 1.5 is not in the range 0<=x<=1"),
-        ("--repeat-penalty", "0", "invalid value for '--repeat-penalty': 0.0 is not in the range 0<x<=10"),
-        ("--top-k", "-1", "invalid value for '--top-k': -1 is not in the range x>=0"),
-        ("--seed", "-1", "invalid value for '--seed': -1 is not in the range x>=0"),
+        ("--temperature", "200", "invalid value for '--temperature': '200': must be a number, from 0 to 100"),
+        ("--top-p", "0", "invalid value for '--top-p': '0': must be a number, above 0 and at most 1"),
+        ("--min-p", "1.5", "invalid value for '--min-p': '1.5': must be a number, from 0 to 1"),
+        (
+            "--repeat-penalty",
+            "0",
+            "invalid value for '--repeat-penalty': '0': must be a number, above 0 and at most 10",
+        ),
+        ("--top-k", "-1", "invalid value for '--top-k': '-1': must be a whole number, at least 0"),
+        ("--seed", "-1", "invalid value for '--seed': '-1': must be a whole number, at least 0"),
         ("--top-k", str(1 << 25), f"top_k={1 << 25}: must be a whole number from 0 to {1 << 24}"),
         ("--seed", str(1 << 63), f"seed={1 << 63}: must be a whole number from 0 to {(1 << 63) - 1}"),
     ],

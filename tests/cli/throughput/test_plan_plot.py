@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shoal.cli.throughput.axes import Axes
-from shoal.cli.throughput.plan_plot import ChosenPlan, Machine, plot
+from shoal.cli.throughput.plan_plot import ChosenPlan, PlottedMachine, plot
 from shoal.cli.throughput.shapes import Drawn, Stroke, Words
 from shoal.daemon.throughput.foresight import Curve, CurvePoint
 
@@ -20,7 +20,7 @@ def said(shapes: list[Drawn]) -> dict[str, Words]:
 @pytest.mark.parametrize("memory_bytes", [2e9, 7.5e9, 15e9, 16e9, 64e9])
 def test_no_word_lies_on_a_line(memory_bytes: float) -> None:
     chosen = ChosenPlan("through gpu from disk", 0.75)
-    shapes = plot("m", CURVES, Machine("laptop", memory_bytes), chosen, 0.4)
+    shapes = plot("m", CURVES, PlottedMachine("laptop", memory_bytes), chosen, 0.4)
     top = min(y for it in shapes if isinstance(it, Stroke) and len(it.points) > 2 for _, y in it.points)
     words = said(shapes)
     (machine,) = (it for text, it in words.items() if text.startswith("laptop, "))
