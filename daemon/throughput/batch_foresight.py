@@ -54,7 +54,7 @@ class PassingBound(Struct, frozen=True):
 class BatchForesight(Struct, frozen=True):
     """All plans, the quickest first; `chosen` names the one to run, None if none fits. `best`: names of the few that
     are worth a look, the chosen one first. `trouble`: what is wrong with
-    this machine's device, or its copies."""
+    the model's files, or this machine's device or its copies."""
 
     chosen: str | None
     reason: str

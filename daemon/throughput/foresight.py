@@ -30,7 +30,7 @@ from shoal.partition.throughput.profile import Device, Profile
 from shoal.partition.throughput.solve import Candidate, Choices, asks, solve
 from shoal.partition.throughput.weights_of import Weighed
 
-from .model_sizes import described, weighed
+from .model_sizes import cut_words, described, weighed
 from .own_machine import OwnMachine
 
 QUANTS: tuple[Quant, ...] = ("keep", "q8", "q4")  # most bits first
@@ -87,7 +87,7 @@ class Foresight(Struct, frozen=True):
     """All plans for a model; `chosen` names the one to run, None if none fits, and `start` says when it can begin.
     `best`: names of the few that are worth a look, the chosen one first. `changes`: what would meet the target, the
     cheapest first, if one was given and is not met. `curves`: if they were asked for. `trouble`: what is wrong with
-    this machine's device, or its copies."""
+    the model's files, or this machine's device or its copies."""
 
     chosen: str | None
     reason: str
@@ -169,7 +169,7 @@ def foresee(
 
 class Prepared(NamedTuple):
     """The model in each of the types that it may be kept in, the machines as far as they count, and what is wrong with
-    this one's device."""
+    the model's files, or with this one's device."""
 
     models: list[Weighed]
     profile: Profile
@@ -190,7 +190,7 @@ def prepared(
             raise DaemonError("context_overflow", f"{both} exceed {whose} of {most}", hint)
         if context > model.spec.longest:
             raise beyond_the_model(context, model.spec.longest, model.spec.context)
-        models = _models(model, asked.quant, path.name)
+        models, cut = _models(model, asked.quant, path.name), cut_words(model)
     cards, trouble = profile.head.accelerators, ""
     if machine is not None:
         cards, trouble = device_laws(usual.device, machine, models[0])
@@ -207,7 +207,7 @@ def prepared(
         raise DaemonError(
             "bad_request", f"`ranks={asked.ranks}`: must be from 1 to {there}, the devices of the profile"
         )
-    return Prepared(models, profile, trouble)
+    return Prepared(models, profile, "; ".join(filter(None, (cut, trouble))))
 
 
 def _curve(model: Weighed, contexts: Sequence[Wanted], device: Device, job: Job) -> Curve:

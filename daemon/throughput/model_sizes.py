@@ -19,6 +19,7 @@ from shoal.models.weights import narrow_roles
 from shoal.offload.kv.disk_pages import buffer_bytes
 from shoal.offload.pack.layout import layout
 from shoal.offload.pack.manifest import Quant, Source
+from shoal.partition.amounts import format_bytes
 from shoal.partition.memory_layout import KV_FORMATS, kv_page_bytes
 from shoal.partition.spec import BlockId
 from shoal.partition.throughput.weights_of import Product, Weighed
@@ -40,6 +41,17 @@ def described(path: Path) -> Iterator[Described]:
             return
         with open_checkpoint(path, whole=False) as checkpoint:
             yield checkpoint
+
+
+def cut_words(model: Described) -> str:
+    """Which files of a checkpoint end before their tensors do; "" if none does."""
+    cut = model.cut_short if isinstance(model, Checkpoint) else []
+    if not cut:
+        return ""
+    path, size, end = cut[0]
+    others = f" ({len(cut)} files are cut short)" if len(cut) > 1 else ""
+    said = f"{path.name} has {format_bytes(size)} of its {format_bytes(end)}{others}"
+    return f"{said}: its header is enough to plan with, but it cannot run"
 
 
 def weighed(model: Described, quant: Quant) -> Weighed:

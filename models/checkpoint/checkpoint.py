@@ -221,6 +221,11 @@ class Checkpoint:
         return self._files.paths
 
     @property
+    def cut_short(self) -> list[tuple[Path, int, int]]:
+        """Files that end before their tensors do: their bytes, and those that they should have."""
+        return self._files.cut_short()
+
+    @property
     def stamps(self) -> Stamps:
         """All files that say something about the model, as they were before they were read."""
         return self._files.stamps

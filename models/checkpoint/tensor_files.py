@@ -116,6 +116,15 @@ class TensorFiles:
             for rows in [min(step, a.rows - row)]
         )
 
+    def cut_short(self) -> list[tuple[Path, int, int]]:
+        """Files that end before their tensors do: their bytes, and those that they should have."""
+        ends = dict.fromkeys(self.paths, 0)
+        for tensor in self.tensors.values():
+            path = self.paths[tensor.file]
+            ends[path] = max(ends[path], tensor.offset + tensor.nbytes)
+        sizes = [(path, path.stat().st_size, end) for path, end in ends.items()]
+        return [it for it in sizes if it[1] < it[2]]
+
     def find(self, name: str) -> StoredTensor:
         """The tensor with this name. Raises CorruptCheckpoint or UnsupportedCheckpoint, which name it."""
         tensor = self.tensors.get(name)

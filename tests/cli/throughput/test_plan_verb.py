@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from contextlib import closing
 from pathlib import Path
@@ -214,6 +215,9 @@ def test_a_header_is_enough(model: Path, tmp_path: Path, laptop: str) -> None:
         path = tmp_path / "header.gguf"
         path.write_bytes(data[:end])
         found = planned(path, "--profile", laptop, "--prompt-tokens", 16, "--new-tokens", 8)
+        assert re.fullmatch(
+            r"header.gguf has \S+ .?B of its \S+ .?B: .*, but it cannot run", found.pop("trouble")
+        )
         assert found == whole
     path.write_bytes(data[: first // 2])
     code, result = run("plan", path, "--profile", laptop)
@@ -232,7 +236,13 @@ def test_a_header_of_safetensors_is_enough(tmp_path: Path, laptop: str) -> None:
     for path in directory.glob("*.safetensors"):
         data = path.read_bytes()
         path.write_bytes(data[: 8 + int.from_bytes(data[:8], "little")])
-    assert planned(directory, "--profile", laptop, "--prompt-tokens", 16, "--new-tokens", 8) == whole
+    code, result = run(
+        "plan", directory, "--profile", laptop, "--prompt-tokens", 16, "--new-tokens", 8, "--json"
+    )
+    found = json.loads(result.stdout)
+    assert (code, result.stderr) == (0, found.pop("trouble") + "\n")
+    assert "model.safetensors has" in result.stderr
+    assert found == whole
 
 
 def test_a_real_checkpoint(model: Path, laptop: str) -> None:
