@@ -16,6 +16,7 @@ from shoal.cli.options import Whole, examples, json_option
 from shoal.cli.terminal.output import console, facts, note, spinner, table
 from shoal.cli.terminal.paint import printable
 from shoal.comm.home import Home
+from shoal.partition.amounts import counted
 
 from .own_machines import own_machines
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         "shoal profile",
         "shoal profile --out laptop.json",
         "shoal profile --json --threads 2",
+        "shoal profile --tables",
         "shoal profile --device cuda:0 --out workstation.json",
         "shoal profile --profile laptop.json",
     )
@@ -52,9 +54,16 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="Check and show this profile instead of measuring.",
 )
+@click.option("--tables", is_flag=True, help="Show what kernels take, too, by stored type, size and rows.")
 @json_option
 def profile(
-    threads: int | None, named: str, out: Path | None, anew: bool, given: Path | None, as_json: bool
+    threads: int | None,
+    named: str,
+    out: Path | None,
+    anew: bool,
+    given: Path | None,
+    tables: bool,
+    as_json: bool,
 ) -> None:
     """Measure what this machine can do: memory, kernels by stored type and rows, attention, the disk, fixed costs.
 
@@ -109,10 +118,14 @@ def profile(
         for name, value in device_facts(device):
             rows.add_row(printable(name), printable(value))
         screen.print(rows)
-        for columns, lines in (rows_table(device), attention_table(device)):
-            if lines:
-                screen.print()
-                screen.print(_table(columns, lines))
+        measured = [it for it in (rows_table(device), attention_table(device)) if it[1]]
+        for columns, lines in measured if tables else ():
+            screen.print()
+            screen.print(_table(columns, lines))
+        if measured and not tables:
+            screen.print(
+                f"and {counted(sum(len(lines) for _, lines in measured), 'row')} of what kernels take: --tables"
+            )
     if found.links:
         rows = facts()
         for name, value in link_facts(found):

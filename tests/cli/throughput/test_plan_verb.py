@@ -322,6 +322,18 @@ def test_a_measured_profile_is_kept_shown_and_exported(
     assert planned(config, "--profile", out, "--memory", "4GB")["plans"]
 
 
+def test_tables_of_a_profile_are_shown_to_who_asks_for_them(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    law = {"kind": "Q4_K", "nbytes": 8 << 20, "rows": [1, 64], "byte_s": [1e-10, 2e-10]}
+    path.write_text(json.dumps({"devices": [LAPTOP["devices"][0] | {"products": [law]}]}))
+    _, few = run("profile", "--profile", path)
+    assert few.stdout.splitlines()[-1] == "and 1 row of what kernels take: --tables"
+    assert "Q4_K" not in few.stdout
+    _, whole = run("profile", "--profile", path, "--tables")
+    assert "Q4_K" in whole.stdout
+    assert "--tables" not in whole.stdout
+
+
 class _Head:
     """A daemon with a worker, as its client sees it."""
 
