@@ -67,8 +67,8 @@ class _Ranged:
     than a number."""
 
     name: str
-    min: float | None
-    max: float | None
+    min: Any
+    max: Any
     min_open: bool
     example = ""
 

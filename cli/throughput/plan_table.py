@@ -104,16 +104,18 @@ def _shown(plans: Sequence[Row], best: Collection[str], *, all_: bool) -> Sequen
 def _drawn(
     plans: Sequence[Row],
     rows: Sequence[Row],
-    columns: Iterable[_Column],
+    its: Iterable[_Column],
     chosen: str | None,
     machines: Collection[str],
 ) -> Group:
     """With what both kinds have, and what is to be said below."""
-    lacking = [row for row in rows if not row.fits]
-    devices = dict.fromkeys(name for row in rows for name in row.peak_bytes if name not in machines)
+    lacking: int = sum(not row.fits for row in rows)
+    devices: dict[str, None] = dict.fromkeys(
+        name for row in rows for name in row.peak_bytes if name not in machines
+    )
     columns = [
         *([_Column("needs", [_needs(row) for row in rows])] if lacking else []),
-        *columns,
+        *its,
         _Column("peak", [_peak(row, machines) for row in rows]),
         *(_Column(f"of {name}", [_peak(row, (name,)) for row in rows]) for name in devices),
         _Column("binds", [row.binding for row in rows], right=False),
@@ -141,11 +143,11 @@ def _peak(row: PlanRow | BatchRow, names: Collection[str]) -> str:
     return format_bytes(max(its)) if its else ""
 
 
-def _below(plans: Sequence[Row], rows: Sequence[Row], lacking: Sequence[Row]) -> Iterable[str]:
+def _below(plans: Sequence[Row], rows: Sequence[Row], lacking: int) -> Iterable[str]:
     if lacking:
         yield f"{_LACKS} does not fit (a plan needs room for any request, a peak is of this job alone)"
     if hidden := len(plans) - len(rows):
-        lack = sum(not row.fits for row in plans) - len(lacking)
+        lack = sum(not row.fits for row in plans) - lacking
         said = "does not fit" if lack == 1 else "do not fit"
         which = f" that {said}" if lack == hidden else f" ({lack} {said})" if lack else ""
         yield f"  and {hidden} more{which}: --all"

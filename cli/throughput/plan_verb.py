@@ -45,16 +45,12 @@ class Rate(Real):
         return super().convert(found[1] if found else value, param, ctx)
 
 
-class Guesses(click.ParamType):
-    """4@0.7: four tokens guessed ahead in each step, each right with a chance of 70% if those before it were."""
-
-    name = "guesses"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        count, at, chance = str(value).partition("@")
-        return Whole(1, 64).convert(count, param, ctx), Real(0, 1).convert(
-            chance if at else "0.6", param, ctx
-        )
+def guesses_at(text: str) -> tuple[int, float]:
+    """4@0.7 as an option's type: four tokens guessed ahead in each step, each right with a chance of 70% if those
+    before it were."""
+    count, at, chance = text.partition("@")
+    depth: int = Whole(1, 64).convert(count, None, None)
+    return depth, Real(0, 1).convert(chance if at else "0.6", None, None)
 
 
 def _count(option: str, default: int, what: str, most: int | None = None) -> Decorator:
@@ -100,7 +96,7 @@ def _count(option: str, default: int, what: str, most: int | None = None) -> Dec
 )
 @click.option(
     "--guesses",
-    type=Guesses(),
+    type=guesses_at,
     metavar="N[@CHANCE]",
     help="With N tokens guessed ahead in each step, each right with this chance (default 0.6).",
 )

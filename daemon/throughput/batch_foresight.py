@@ -98,10 +98,10 @@ def foresee_batch(
     by_model = [[it for it in fitting or found if it.model is model] for model in models]
     # Of the model as it is kept the ways that fit, of the others and of what does not fit the first.
     first, *others = [its for its in by_model if its]
-    best = [it.name for it in (*(first if fitting else first[:1]), *(its[0] for its in others))]
-    chosen = next((row for row in rows if row.fits and row.name == best[0]), None)
+    names = [it.name for it in (*(first if fitting else first[:1]), *(its[0] for its in others))]
+    chosen = next((row for row in rows if row.fits and row.name == names[0]), None)
     return BatchForesight(
-        chosen.name if chosen else None, _reason(chosen, rows), best, rows, bounds, trouble or msgspec.UNSET
+        chosen.name if chosen else None, _reason(chosen, rows), names, rows, bounds, trouble or msgspec.UNSET
     )
 
 

@@ -280,9 +280,9 @@ def _bought(
     now, disk = profile.head.memory_bytes, profile.head.disk_bytes_per_s
     bought: list[Change | None] = []
     most = 1.5 * max((it.least_bytes for it in found.candidates), default=_MOST_MEMORY)
-    more = _least(lambda it: speed(with_memory(now + it)), 0.0, min(_MOST_MEMORY, most), target)
-    if more is not None:
-        bought.append(Change(f"{format_bytes(more.amount)} more memory", more.tokens_per_s))
+    larger = _least(lambda it: speed(with_memory(now + it)), 0.0, min(_MOST_MEMORY, most), target)
+    if larger is not None:
+        bought.append(Change(f"{format_bytes(larger.amount)} more memory", larger.tokens_per_s))
     if disk:
         faster = _least(lambda it: speed(with_disk(it / disk)), disk, _MOST_TIMES * disk, target)
         if faster is not None:
