@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from shoal.comm.home import Home
-from shoal.daemon.library.library import Library
+from shoal.daemon.library.library import Library, is_path
 from shoal.daemon.model_name import Reference
 from shoal.partition.amounts import counted, format_bytes
 
@@ -39,14 +39,20 @@ def _count(option: str, default: int, what: str) -> Decorator:
     return click.option(option, type=Whole(min=1), default=default, show_default=True, metavar="N", help=what)
 
 
-def _prepared(model: str, plan: PlanOptions) -> tuple[Path, NodeConfig, Packs]:
-    """Where the model is, how it is to run, and packs; before one is made, the user is told what that takes."""
+def _prepared(model: str, plan: PlanOptions) -> tuple[Path, str, NodeConfig, Packs]:
+    """Where the model is, its name in the store ("": it is a path), how it is to run, and packs; before one is made,
+    the user is told what that takes."""
     wanted, home = Reference.parse(model), Home.from_env()
     config = plan.config(quant=wanted.quant)
     path = Library(home).resolve(wanted.model)
     with spinner("starting"), deferred_interrupt():
         from shoal.daemon.library.packs import Packs
-    return path, config, Packs(home, lambda estimate: note(estimate.describe()))
+    return (
+        path,
+        "" if is_path(wanted.model) else str(wanted),
+        config,
+        Packs(home, lambda estimate: note(estimate.describe())),
+    )
 
 
 @click.command(
@@ -81,13 +87,14 @@ def bench(
     unless --speculate auto or --draft is given, as what it gains depends on the text.
     """
     plan = replace(plan, speculate=plan.speculate or ("auto" if draft else "off"))
-    path, config, packs = _prepared(model, plan)
+    path, name, config, packs = _prepared(model, plan)
     draft_path = Library(Home.from_env()).resolve(draft) if draft else None
     with spinner("starting"), deferred_interrupt():
         from shoal.daemon import measurement as measure
     with machines(Home.from_env(), config) as grouping, steps_bar() as progress:
         result = measure.bench(
             path,
+            name=name,
             draft=draft_path,
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
@@ -126,12 +133,14 @@ def perplexity(model: str, file: Path, as_json: bool, plan: PlanOptions) -> None
 
     By llama.cpp's method: adjacent windows of --ctx tokens (default 512), of which the second half is scored.
     """
-    path, config, packs = _prepared(model, plan)
+    path, name, config, packs = _prepared(model, plan)
     with spinner("starting"), deferred_interrupt():
         from shoal.daemon import measurement as measure
     ctx = plan.ctx or 512
     with steps_bar() as progress:
-        result = measure.perplexity(path, file, ctx=ctx, config=config, progress=progress, packs=packs)
+        result = measure.perplexity(
+            path, file, name=name, ctx=ctx, config=config, progress=progress, packs=packs
+        )
     if as_json:
         print_json(result)
         return

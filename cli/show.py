@@ -13,13 +13,14 @@ import msgspec
 from shoal.comm.home import Home
 from shoal.daemon.library.library import Library
 from shoal.daemon.model_name import Reference
-from shoal.partition.amounts import format_bytes
+from shoal.partition.amounts import counted, format_bytes
 
 from .interrupt import deferred_interrupt
 from .options import PlanOptions, examples, json_option, plan_options, quant_option
 from .store import described_pack
 from .terminal.output import console, facts, print_json, spinner
 from .terminal.paint import printable
+from .wording import worded
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -57,9 +58,10 @@ def show(model: str, as_json: bool, plan: PlanOptions) -> None:
             from shoal.daemon.loading.checkpoint_facts import checkpoint_facts
             from shoal.daemon.loading.outlook import TooLarge, outlook
             from shoal.daemon.throughput.own_machine import OwnMachine
-        described = checkpoint_facts(path)
         packs = Packs(home)
+        # Before anything is read: what this process takes then is what the daemon takes before it has a model.
         found = outlook(path, config, packs, OwnMachine.of(home, config.thread_count))
+        described = checkpoint_facts(path)
         made = packs.shelf.of(packs.shelf.model_of(path))
     if as_json:
         plan_facts = {"fits": not isinstance(found, TooLarge), **msgspec.structs.asdict(found)}
@@ -117,8 +119,9 @@ def _words(found: Outlook) -> Table:
         rows.add_row("weights", f"{stay} of {whole} stay in memory, the rest is streamed from disk")
     if found.streamed_bytes:
         speed = f"{format_bytes(found.read_bytes_per_s)}/s, the disk's speed just now"
-        read = f"{format_bytes(found.streamed_bytes)} at {speed}"
-        rows.add_row("a token", f"about {found.step_s:.2g} s alone: {read}" if found.step_s else read)
+        read = f"{format_bytes(found.streamed_bytes)} for each token"
+        takes = f", {found.step_s:.2g} s" if found.step_s else ""
+        rows.add_row("reading", f"{read}{takes} at {speed}")
     if found.device:
         rows.add_row(found.device, f"{format_bytes(found.device_bytes)} of its memory, with scratch")
     unknown = f"not predicted: nothing is known of how fast {found.device} is"
@@ -139,14 +142,14 @@ def _speed(found: Outlook) -> str:
     guessed = "" if found.measured else "; shoal profile would make that better than a guess"
     return (
         f"about {found.tokens_per_s:.3g} tokens/s ({low:.3g} to {high:.3g}), bound by {found.binding}, the first "
-        f"after {found.first_s:.2g} s{guessed}"
+        f"after {found.first_s:.2g} s with a prompt of {counted(found.prompt_tokens, 'token')}{guessed}"
     )
 
 
 def _misfit(found: TooLarge) -> Table:
     rows = facts()
     rows.add_row("memory", found.refused)
-    rows.add_row("", f"--memory {-(-found.least_bytes // 10**6)}MB would do, or a smaller --ctx")
+    rows.add_row("", worded(found.remedy))
     return rows
 
 

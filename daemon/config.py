@@ -136,6 +136,21 @@ def beyond_the_model(asked: int, longest: int, made_for: int | None = None) -> D
     )
 
 
+def require_context_for(
+    prompt_tokens: int, new_tokens: int, context_tokens: int | None, longest: int
+) -> None:
+    """Raises DaemonError `context_overflow` unless prompt and answer fit into the context asked for, if one was, and
+    into the `longest` that the model can have. In tokens."""
+    most = min(context_tokens or longest, longest)
+    if prompt_tokens + new_tokens > most:
+        whose = "the context" if most == context_tokens else "the model's context"
+        raise DaemonError(
+            "context_overflow",
+            f"{prompt_tokens} + {new_tokens} tokens exceed {whose} of {most}",
+            f"`prompt_tokens` and `new_tokens` may be {most} together",
+        )
+
+
 def beyond_what_is_loaded(asked: int, name: str, loaded: int, hint: str) -> DaemonError:
     """A request asked for more context than the model has, which is the same for all. In tokens."""
     said = f"a context of {asked} tokens was asked for, {name} is loaded with {loaded}, for all who use it"

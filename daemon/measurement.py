@@ -25,19 +25,22 @@ from shoal.engine.executor import Executor
 from shoal.engine.sequence import Emitted, Failed, Sequence
 from shoal.kernels import set_threads
 from shoal.kernels.arrays import Floats
+from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.models.regular_files import read_regular
 from shoal.models.sampling import Sampler, SamplingParams
 from shoal.models.step import Segment, Step
+from shoal.offload.budget import Budget
 from shoal.partition.amounts import counted
 from shoal.partition.spec import length_class
 
-from .config import NodeConfig
+from .config import NodeConfig, require_context_for
 from .error_codes import refusing
 from .errors import DaemonError
 from .memory import budget_of, peak_memory_bytes
 from .progress import Progress
 
 TEXT_BYTES = 1 << 30  # longer texts are not read
+LEAST_WINDOW = 4  # tokens
 HEAD_ROWS = 32  # logits rows computed at a time, so that a large vocabulary stays within scratch
 
 
@@ -68,21 +71,24 @@ class PerplexityResult(msgspec.Struct, frozen=True):
 
 
 def _load(
+    name: str,
     model: Path,
     config: NodeConfig,
+    budget: Budget,
     progress: Progress,
     packs: Packs | None,
     draft: Path | None = None,
     grouping: Grouping | None = None,
 ) -> LoadedModel:
     set_threads(config.thread_count)
-    assembly = Assembly(budget_of(config.memory_bytes), packs, grouping=grouping)
-    return assembly.load(model.name, model, config, draft=draft, progress=progress)
+    assembly = Assembly(budget, packs, grouping=grouping)
+    return assembly.load(name, model, config, draft=draft, progress=progress)
 
 
 def bench(
     model: Path,
     *,
+    name: str = "",
     draft: Path | None = None,
     prompt_tokens: int,
     new_tokens: int,
@@ -96,18 +102,19 @@ def bench(
     """Prefill `prompt_tokens` random tokens, then decode `new_tokens`, for `batch` sequences at once.
 
     Repeated `repeat` times after one warm-up. Prefill is timed until every sequence has its first token, decode
-    from there to the end, without the tokens that sequences ahead of the last had by then. Raises DaemonError.
+    from there to the end, without the tokens that sequences ahead of the last had by then. `name`: of the model, if it
+    is not its file's. Raises DaemonError.
     """
-    context = prompt_tokens + new_tokens
+    context, name = prompt_tokens + new_tokens, name or model.name
+    budget = budget_of(
+        config.memory_bytes
+    )  # before anything is read: it counts what this process takes without
+    with refusing(name), open_checkpoint(model, whole=False) as header:
+        require_context_for(prompt_tokens, new_tokens, config.context_tokens, header.spec.longest)
     if config.context_tokens is None:
         config = replace(config, context_tokens=context)
-    elif context > config.context_tokens:
-        raise DaemonError(
-            "context_overflow",
-            f"{prompt_tokens} + {new_tokens} tokens exceed the context of {config.context_tokens}",
-        )
     config = replace(config, max_sequences=max(batch, config.max_sequences), kv_tokens=None)
-    loaded = _load(model, config, progress, packs, draft, grouping)
+    loaded = _load(name, model, config, budget, progress, packs, draft, grouping)
     vocab = loaded.checkpoint.spec.vocab
     prefill: list[float] = []
     decode: list[float] = []
@@ -160,6 +167,7 @@ def perplexity(
     model: Path,
     file: Path,
     *,
+    name: str = "",
     ctx: int,
     config: NodeConfig,
     progress: Progress,
@@ -168,24 +176,26 @@ def perplexity(
     """Perplexity of a text by llama.cpp's method: windows of `ctx` tokens side by side, each on its own.
 
     The text is tokenised once; the first token of every window is replaced by BOS if the model wants one; in each
-    window the tokens after the first ctx/2 are scored. Raises DaemonError.
+    window the tokens after the first ctx/2 are scored. `name` as for `bench`. Raises DaemonError.
     """
-    if ctx < 4:
-        raise DaemonError("bad_request", f"ctx={ctx}: must be at least 4")
+    if ctx < LEAST_WINDOW:
+        raise DaemonError("bad_request", f"`ctx={ctx}`: must be at least {LEAST_WINDOW}")
     try:
         text = read_regular(file, TEXT_BYTES).decode()  # not as text, which would change line ends
     except (OSError, UnicodeDecodeError) as error:
         raise DaemonError("bad_request", f"cannot read {file}: {error}") from error
-    loaded = _load(model, replace(config, context_tokens=ctx, kv_tokens=None), progress, packs)
+    config = replace(config, context_tokens=ctx, kv_tokens=None)
+    loaded = _load(name or model.name, model, config, budget_of(config.memory_bytes), progress, packs)
     tokenizer = loaded.tokenizer
     prefix = [token for token in tokenizer.encode("")[:1] if token == tokenizer.bos_id]
     ids = tokenizer.encode(text, add_special=True, parse_special=False)
     windows = len(ids) // ctx
     if windows == 0:
+        shorter = f"use `ctx={len(ids)}` or a longer text"
         raise DaemonError(
             "bad_request",
             f"{file} has {counted(len(ids), 'token')}: must have at least one window of {ctx}",
-            f"use `ctx={max(4, len(ids))}` or a longer text",
+            shorter if len(ids) >= LEAST_WINDOW else "use a longer text",
         )
     pages = loaded.executor.kv.table.take(-(-ctx // loaded.executor.kv.page_tokens))
     assert pages is not None

@@ -14,7 +14,7 @@ from shoal.models.checkpoint.checkpoint import Checkpoint
 from shoal.models.checkpoint.shard import AnyCheckpoint
 from shoal.offload.budget import Budget
 from shoal.offload.kv.disk_pages import buffer_bytes
-from shoal.partition.amounts import format_bytes
+from shoal.partition.amounts import format_bytes, rounded_up
 from shoal.partition.memory_layout import kv_page_bytes
 from shoal.partition.placement import DeviceRoom
 from shoal.partition.plan import Plan
@@ -42,9 +42,16 @@ class Shortfall:
 
     @property
     def least_bytes(self) -> int:
-        """The smallest budget that would do."""
+        """The smallest budget that would do, in as few digits as it is said in."""
         own = max(self.model_bytes + self.extra_bytes, self.reading_bytes)
-        return own + self.process_bytes + self.others_bytes
+        return int(rounded_up(own + self.process_bytes + self.others_bytes))
+
+    @property
+    def remedy(self) -> str:
+        least = format_bytes(self.least_bytes).replace(" ", "")
+        return f"`memory_bytes={least}` would do" + (
+            "" if self.by_reading else ", or a smaller `context_tokens`"
+        )
 
     def __str__(self) -> str:
         parts = (
@@ -98,11 +105,7 @@ def require_plan(found: Plan | Shortfall, name: str) -> Plan:
     """The plan, if model `name` has one. Raises DaemonError `resources`, naming the budget that would do."""
     if isinstance(found, Plan):
         return found
-    least = -(-found.least_bytes // 10**6)
-    hint = f"`memory_bytes={least}MB` would do" + (
-        "" if found.by_reading else ", or a smaller `context_tokens`"
-    )
-    raise DaemonError("resources", f"{name} {found}", hint)
+    raise DaemonError("resources", f"{name} {found}", found.remedy)
 
 
 def disk_buffer_bytes(checkpoint: AnyCheckpoint, config: NodeConfig) -> int:

@@ -19,9 +19,11 @@ from shoal.daemon.model_name import Quant
 from shoal.daemon.throughput.expectation import Expectation
 from shoal.daemon.throughput.own_machine import OwnMachine
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from shoal.offload.budget import Budget
 from shoal.offload.pack.builder import source_of
 from shoal.offload.pack.layout import layout
 from shoal.offload.read_speed import read_speed
+from shoal.partition.throughput.alone import usual_job
 from shoal.partition.throughput.placing.device_choice import batch_rate
 from shoal.partition.throughput.placing.device_ways import expert_of, with_laws
 from shoal.partition.throughput.placing.rooms import accelerator
@@ -48,7 +50,8 @@ class Outlook(Struct, frozen=True):
     """How the daemon would run a model. `plan` is in words. `pack_bytes`: size of the pack that its weights would come
     from, 0 if from none; `packed` says whether this pack exists. `read_bytes_per_s`: speed of the disk just now;
     `step_s`: what the disk takes for a token. Both are 0 if nothing is streamed. `tokens_per_s`, between the two of
-    `band`: of an answer of usual length, whose first token comes after `first_s`; `binding` is what decides that.
+    `band`: of an answer of usual length, whose first token comes after `first_s`, with a prompt of `prompt_tokens`;
+    `binding` is what decides the speed.
     `measured`: whether this machine's speed is known. `device`: which one computes blocks besides the CPU, "" if none;
     with one of which nothing is known, nothing is predicted (0). `batch_tokens_per_s`, of answers to many requests at
     once, is predicted where a device may compute, whether it does or not; 0: it is not. `device_bytes`: of the
@@ -71,6 +74,7 @@ class Outlook(Struct, frozen=True):
     tokens_per_s: float = 0.0
     band: tuple[float, float] = (0.0, 0.0)
     first_s: float = 0.0
+    prompt_tokens: int = 0
     binding: Binding = "memory"
     measured: bool = False
     device: str = ""
@@ -82,24 +86,25 @@ class Outlook(Struct, frozen=True):
 
 
 class TooLarge(Struct, frozen=True):
-    """The model cannot run within the budget: why, and the budget that would do."""
+    """The model cannot run within the budget: why, the budget that would do, and what to do, in words."""
 
     refused: str
     budget_bytes: int
     least_bytes: int
+    remedy: str = ""
 
 
 def outlook(path: Path, config: NodeConfig, packs: Packs, machine: OwnMachine) -> Outlook | TooLarge:
     """How the daemon would run the checkpoint at `path` on this machine. Raises DaemonError if it could not, for other
     reasons than memory."""
+    budget = budget_of(config.memory_bytes)
     with refusing(path.name), open_checkpoint(path) as checkpoint:
-        return _outlook(checkpoint, config, packs, machine)
+        return _outlook(checkpoint, config, budget, packs, machine)
 
 
 def _outlook(
-    checkpoint: Checkpoint, config: NodeConfig, packs: Packs, machine: OwnMachine
+    checkpoint: Checkpoint, config: NodeConfig, budget: Budget, packs: Packs, machine: OwnMachine
 ) -> Outlook | TooLarge:
-    budget = budget_of(config.memory_bytes)
     on_disk = disk_buffer_bytes(checkpoint, config)
     model, *_ = weighed_as_used(checkpoint, config.quant, machine)
     room, trouble = device_room(config.device, budget, model, machine)
@@ -107,7 +112,7 @@ def _outlook(
         checkpoint, model, config, budget, machine.device, extra_bytes=on_disk, room=room
     )
     if isinstance(plan, Shortfall):
-        return TooLarge(str(plan), plan.budget_bytes, plan.least_bytes)
+        return TooLarge(str(plan), plan.budget_bytes, plan.least_bytes, plan.remedy)
     process, tokenizer = budget.held_bytes, checkpoint.tokenizer_memory().kept  # no model is loaded here
     pack_bytes, packed, speed = 0, False, 0.0
     if plan.streams or config.quant != "keep":
@@ -155,6 +160,7 @@ def _outlook(
         tokens_per_s=usual.tokens_per_s,
         band=usual.band,
         first_s=usual.ttft_s,
+        prompt_tokens=usual_job(plan.context_tokens).prompt_tokens,
         binding=usual.binding,
         measured=machine.device.measured,
     )

@@ -13,12 +13,14 @@ from typing import NamedTuple
 import msgspec
 from msgspec import Struct
 
-from shoal.daemon.config import NodeConfig, beyond_the_model
+from shoal.daemon.config import NodeConfig, beyond_the_model, require_context_for
 from shoal.daemon.error_codes import refusing
 from shoal.daemon.errors import DaemonError
+from shoal.daemon.library.packs import Packs
 from shoal.daemon.loading.device_rooms import device_laws
 from shoal.daemon.model_name import Quant
 from shoal.devices.device_names import CPU
+from shoal.models.checkpoint.checkpoint import Checkpoint
 from shoal.models.checkpoint.weight_source import Described
 from shoal.offload.errors import PackPointless
 from shoal.partition.amounts import meets
@@ -77,7 +79,8 @@ class Curve(Struct, frozen=True):
 
 
 class Start(Struct, frozen=True):
-    """Seconds until a plan can begin: to read what it holds, and once before that to make its pack (0: needs none)."""
+    """Seconds until a plan can begin: to read what it holds, and once before that to make its pack (0: it needs none,
+    or has it)."""
 
     load_s: float
     pack_s: float
@@ -148,7 +151,7 @@ def foresee(
     if asked.target is not None:
         tried = [] if met else changes(models, wanted, profile, found, choices, asked.target)
         would = [ChangeRow(change.what, change.tokens_per_s) for change in tried]
-    start = Start(chosen.prediction.load_s, chosen.prediction.pack_s) if chosen else None
+    start = _start(chosen, path, machine) if chosen else None
     rows = [_row(it) for it in found.candidates]
     curves: list[Curve] | msgspec.UnsetType = msgspec.UNSET
     if asked.curves:
@@ -167,6 +170,17 @@ def foresee(
     )
 
 
+def _start(chosen: Candidate, path: Path, machine: OwnMachine | None) -> Start:
+    """A pack that this machine has is not made again."""
+    load_s, pack_s = chosen.prediction.load_s, chosen.prediction.pack_s
+    if pack_s and chosen.plan is not None and machine is not None and machine.home is not None:
+        with described(path) as model:
+            packs = Packs(machine.home)
+            if isinstance(model, Checkpoint) and packs.find(model, chosen.model.quant) is not None:
+                pack_s = 0.0
+    return Start(load_s, pack_s)
+
+
 class Prepared(NamedTuple):
     """The model in each of the types that it may be kept in, the machines as far as they count, and what is wrong with
     the model's files, or with this one's device."""
@@ -182,12 +196,7 @@ def prepared(
     """What `foresee` needs. Raises DaemonError."""
     with described(path) as model:
         context = asked.context_tokens or asked.job.context_tokens
-        most = min(asked.context_tokens or model.spec.longest, model.spec.longest)
-        if asked.job.context_tokens > most:
-            both = f"{asked.prompt_tokens} + {asked.new_tokens} tokens"
-            whose = "the context" if most == asked.context_tokens else "the model's context"
-            hint = f"`prompt_tokens` and `new_tokens` may be {most} together"
-            raise DaemonError("context_overflow", f"{both} exceed {whose} of {most}", hint)
+        require_context_for(asked.prompt_tokens, asked.new_tokens, asked.context_tokens, model.spec.longest)
         if context > model.spec.longest:
             raise beyond_the_model(context, model.spec.longest, model.spec.context)
         models, cut = _models(model, asked.quant, path.name), cut_words(model)

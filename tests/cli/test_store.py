@@ -161,7 +161,16 @@ def test_show_tells_how_it_would_run(tmp_path: Path, home: Path, monkeypatch: py
     assert fewer["weights_bytes"] < whole["weights_bytes"] / 3
     assert not (home / "packs").exists() or not list((home / "packs").iterdir())
     text = shoal("show", "--memory", str(least + (8 << 20)), "--ctx", "64", str(path)).stdout
-    for word in ("weights", "window", "KV", "scratch", "process", "stay in memory", "alone", "shoal pack"):
+    for word in (
+        "weights",
+        "window",
+        "KV",
+        "scratch",
+        "process",
+        "stay in memory",
+        "for each token",
+        "shoal pack",
+    ):
         assert word in text
     text = shoal("show", "--memory", "1MB", "--ctx", "64", str(path)).stdout
     assert "MB would do, or a smaller --ctx" in text

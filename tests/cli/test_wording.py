@@ -151,7 +151,7 @@ def test_what_is_said_of_too_little_memory_to_pack(home: Home, model: Path) -> N
 
 def test_what_is_said_of_a_text_shorter_than_a_window(home: Home, tmp_path: Path) -> None:
     model = tiny.save_gguf(tiny.hf_model("llama"), tmp_path / "m.gguf")
-    (tmp_path / "text").write_text("the and")
+    (tmp_path / "text").write_text("the and " * 4)
     result = shoal("perplexity", "--ctx", "64", str(model), str(tmp_path / "text"))
     assert result.exit_code == 2
     assert "must have at least one window of 64 (use --ctx " in result.stderr

@@ -94,6 +94,14 @@ def test_perplexity_refuses_what_it_cannot_score(data: bytes, ctx: int, match: s
         measure.perplexity(path, tmp_path / "text", ctx=ctx, config=CONFIG, progress=quiet)
 
 
+def test_no_window_is_advised_that_would_be_refused(tmp_path: Path) -> None:
+    path = tiny.save_gguf(tiny.hf_model("llama"), tmp_path / "m.gguf")
+    (tmp_path / "text").write_text("the")
+    with pytest.raises(DaemonError) as caught:
+        measure.perplexity(path, tmp_path / "text", ctx=4, config=CONFIG, progress=quiet)
+    assert caught.value.hint == "use a longer text"
+
+
 def test_bench_counts_only_tokens_of_the_time_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,6 +139,25 @@ def test_bench_beyond_the_model_is_refused(tmp_path: Path) -> None:
                 path, prompt_tokens=120, new_tokens=20, batch=1, repeat=1, config=config, progress=quiet
             )
         assert caught.value.code == "context_overflow"
+        most = config.context_tokens or 128
+        assert caught.value.hint == f"`prompt_tokens` and `new_tokens` may be {most} together"
+
+
+def test_what_is_measured_is_called_as_it_was_asked_for(tmp_path: Path) -> None:
+    path = tiny.save_gguf(tiny.hf_model("llama"), tmp_path / "m.gguf")
+    (tmp_path / "text").write_text(TEXT)
+    tight = replace(CONFIG, memory_bytes=1 << 20)
+    for run in (
+        lambda name: measure.bench(
+            path, name=name, prompt_tokens=5, new_tokens=1, batch=1, repeat=1, config=tight, progress=quiet
+        ),
+        lambda name: measure.perplexity(
+            path, tmp_path / "text", name=name, ctx=33, config=tight, progress=quiet
+        ),
+    ):
+        for name in ("", "smollm2"):
+            with pytest.raises(DaemonError, match=f"^{name or 'm.gguf'} needs at least "):
+                run(name)
 
 
 @pytest.mark.parametrize("lost", [False, True])
