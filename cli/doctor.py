@@ -1,6 +1,6 @@
 """`shoal doctor`: what works here, what does not, and the one command that fixes it.
 
-Knows what Shoal needs of a machine. Asks no other machine, changes nothing. In a cluster it sends a packet to the local
+Knows what Shoal needs of a machine. Asks no other machine, leaves nothing behind. In a cluster it sends a packet to the local
 network, to see whether this machine hears itself.
 """
 
@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from tempfile import TemporaryDirectory
 
 import click
 
@@ -55,7 +56,7 @@ _MARKS = {"ok": "[green]✓[/]", "note": "[yellow]•[/]", "broken": "[red]✗[/
 def doctor(deep: bool, as_json: bool) -> int:
     """Check this installation: what works, what does not, and the one command that fixes it."""
     with transfer_bar() as progress:
-        findings = list(examine(Home.from_env(), deep=deep, progress=progress))
+        findings = list(examine(Home.from_env(whatever=True), deep=deep, progress=progress))
     broken = [finding for finding in findings if finding.state == "broken"]
     if as_json:
         print_json({"works": not broken, "findings": [asdict(finding) for finding in findings]})
@@ -70,13 +71,15 @@ def examine(home: Home, *, deep: bool, progress: Progress) -> Iterator[Finding]:
         _python,
         lambda: _kernels(deep=deep),
         _machine,
-        lambda: _profile(home),
         lambda: _home(home),
+    )
+    within: tuple[Callable[[], Iterator[Finding]], ...] = (
+        lambda: _profile(home),
         lambda: _models(home, deep=deep, progress=progress),
         lambda: _daemon(home),
         lambda: _cluster(home),
     )
-    for check in checks:
+    for check in checks if home.is_no_directory else (*checks, *within):
         try:
             yield from check()
         except (DaemonError, OSError) as error:
@@ -170,25 +173,30 @@ def _profile(home: Home) -> Iterator[Finding]:
 
 def _home(home: Home) -> Iterator[Finding]:
     root = home.root
-    if not root.exists():
-        above = next(path for path in root.parents if path.exists())
-        found = f"{root}, not made yet"
-        if os.access(above, os.W_OK):
-            yield Finding("home", "ok", found)
-        else:
-            found += f", and {above} cannot be written"
-            yield Finding("home", "broken", found, "export SHOAL_HOME=/a/directory/of/yours")
-        root = above
+    mend = "export SHOAL_HOME=/a/directory/of/yours"
+    if home.is_no_directory:
+        yield Finding("home", "broken", f"{root} is no directory", mend)
+        return
+    there = root.exists()
+    nearest = root if there else next(path for path in root.parents if path.exists())
+    try:
+        with TemporaryDirectory(dir=nearest):
+            pass
+    except OSError as error:
+        lacks = "" if there else f" cannot be made: {nearest}"
+        yield Finding("home", "broken", f"{root}{lacks} cannot be written: {error.strerror}", mend)
+        return
+    if not there:
+        yield Finding("home", "ok", f"{root}, not made yet")
+    elif root.stat().st_uid != os.getuid():
+        yield Finding("home", "broken", f"{root} belongs to another user", mend)
+    elif stat.S_IMODE(root.stat().st_mode) & 0o077:
+        yield Finding("home", "note", f"{root} can be opened by others", f"chmod 700 {root}")
     else:
-        info = root.stat()
-        if info.st_uid != os.getuid() or not os.access(root, os.W_OK):
-            yield Finding("home", "broken", f"{root} is not yours to write", "export SHOAL_HOME=~/shoal")
-        elif stat.S_IMODE(info.st_mode) & 0o077:
-            yield Finding("home", "note", f"{root} can be opened by others", f"chmod 700 {root}")
-        else:
-            yield Finding("home", "ok", str(root))
-    free = shutil.disk_usage(root).free
-    yield _limited("disk", f"{format_bytes(free)} free", "shoal rm models", low=free < LOW_DISK_BYTES)
+        yield Finding("home", "ok", str(root))
+    free = shutil.disk_usage(nearest).free
+    mend = "see shoal ls, then shoal rm MODEL"
+    yield _limited("disk", f"{format_bytes(free)} free", mend, low=free < LOW_DISK_BYTES)
 
 
 def _models(home: Home, *, deep: bool, progress: Progress) -> Iterator[Finding]:

@@ -9,7 +9,7 @@ from enum import IntEnum
 
 import click
 
-from shoal.comm.errors import CommError, NoDaemon, RequestFailed, TimedOut
+from shoal.comm.errors import CommError, HomeError, NoDaemon, RequestFailed, TimedOut
 from shoal.daemon.errors import NO_ROOM, DaemonError, more_room
 
 from .terminal.standard_output import OutputFailed
@@ -43,6 +43,8 @@ def explain(error: BaseException) -> tuple[str, Exit]:
         return _line(error.message, error.hint), _BY_CODE.get(error.code, Exit.FAILED)
     if isinstance(error, NoDaemon):
         return _text(error), Exit.NO_DAEMON
+    if isinstance(error, HomeError):
+        return _line(_text(error), "set it to one of your own"), Exit.USAGE
     if isinstance(error, TimedOut):
         return _line(f"the daemon does not answer: {_text(error)}", "see shoal logs"), Exit.FAILED
     if isinstance(error, CommError):

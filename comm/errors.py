@@ -1,6 +1,6 @@
 """Errors of the comm room.
 
-ShoalError → CommError
+ShoalError → HomeError, and CommError
 ├── RequestFailed   the other side answered `error` (code, message, hint)
 ├── ProtocolError   bytes that are not this protocol
 ├── AddressError    an address that cannot be used, or not without keys
@@ -14,6 +14,10 @@ from __future__ import annotations
 
 class ShoalError(Exception):
     """Root of the errors that reach a user of `shoal.client`, or of the daemon in his own process."""
+
+
+class HomeError(ShoalError):
+    """SHOAL_HOME names what cannot be a home."""
 
 
 class CommError(ShoalError):

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import platformdirs
 
+from .errors import HomeError
+
 SOCKET_PATH_LIMIT = 100  # sockaddr_un.sun_path holds 108 bytes on Linux, 104 on macOS
 
 
@@ -23,10 +25,18 @@ class Home:
     root: Path
 
     @classmethod
-    def from_env(cls) -> Home:
+    def from_env(cls, *, whatever: bool = False) -> Home:
+        """Raises HomeError where the root is a file, unless `whatever` is there will do."""
         configured = os.environ.get("SHOAL_HOME")
         root = Path(configured) if configured else Path(platformdirs.user_data_dir("shoal", appauthor=False))
-        return cls(root.expanduser().absolute())
+        home = cls(root.expanduser().absolute())
+        if home.is_no_directory and not whatever:
+            raise HomeError(f"SHOAL_HOME={home.root}: is no directory")
+        return home
+
+    @property
+    def is_no_directory(self) -> bool:
+        return self.root.exists() and not self.root.is_dir()
 
     @property
     def models(self) -> Path:

@@ -269,6 +269,29 @@ def test_doctor_finds_what_is_broken(model: Path, home: Path) -> None:
     assert findings()[1]["home"]["mend"] == f"chmod 700 {home}"
 
 
+def test_a_home_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOAL_HOME", "/proc/shoal")
+    code, found = findings()
+    assert (code, found["home"]["state"], found["home"]["mend"]) == (
+        1,
+        "broken",
+        "export SHOAL_HOME=/a/directory/of/yours",
+    )
+    assert found["home"]["found"].startswith("/proc/shoal cannot be made: ")
+    assert "disk" not in found
+
+
+def test_a_home_that_is_a_file(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOAL_HOME", str(model))
+    code, found = findings()
+    assert (code, found["home"]["found"]) == (1, f"{model} is no directory")
+    assert "check" not in found
+    for verb in (("ls",), ("show", "smollm2"), ("ps",), ("plan", "smollm2")):
+        result = shoal(*verb)
+        assert result.exit_code == 2
+        assert result.stderr == f"shoal: SHOAL_HOME={model}: is no directory (set it to one of your own)\n"
+
+
 def test_doctor_asks_the_daemon(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     client = FakeClient(model_status("big"))
     monkeypatch.setattr(client_room, "Client", client)
