@@ -325,11 +325,12 @@ def shards(clear: bool, as_json: bool) -> None:
 
 @cluster.command("test", epilog=examples("shoal cluster test", "shoal cluster test --json"))
 @json_option
-def test_links(as_json: bool) -> None:
+def test_links(as_json: bool) -> int:
     """Measure the links to all workers, and name the one that the others wait for.
 
     Delay there and back, bytes per second each way, and from all workers at once. It takes a second or two for each
     worker. Requests go on meanwhile. While a model computes, the head also knows how long it waits for each worker.
+    Ends with 1 if no worker is attached.
     """
     home = Home.from_env()
     with _client(home) as client, spinner("measuring the links"):
@@ -338,6 +339,7 @@ def test_links(as_json: bool) -> None:
         print_json({**asdict(found), "links": [asdict(link) for link in found.links]})
     else:
         show_links(found)
+    return Exit.DONE if found.links else Exit.FAILED
 
 
 def _code_from_stdin() -> str:

@@ -1,7 +1,7 @@
 """`shoal doctor`: what works here, what does not, and the one command that fixes it.
 
-Knows what Shoal needs of a machine. Asks no other machine, leaves nothing behind. In a cluster it sends a packet to the local
-network, to see whether this machine hears itself.
+Knows what Shoal needs of a machine. Asks no other machine, leaves nothing behind. In a cluster it sends a packet to the
+local network, to see whether this machine hears itself.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def show_nodes(found: NodesReply) -> None:
         cells = [
             name,
             node.role,
-            _state(node),
+            _state(node, found.nodes[0]),
             node.address,
             link_text(node),
             str(node.threads) if known else "",
@@ -50,9 +50,10 @@ def show_nodes(found: NodesReply) -> None:
             note(f"{node.name} tests its kernels and measures itself before it first attaches")
 
 
-def _state(node: NodeStatus) -> str:
+def _state(node: NodeStatus, this: NodeStatus) -> str:
     if not node.attached:
-        return "preparing" if node.preparing else "away"
+        unasked = node.role == "head" and this.preparing  # it is dialled when this machine is prepared
+        return "preparing" if node.preparing else "not asked yet" if unasked else "away"
     return "attached" if node.silent_s < 2 else f"silent for {node.silent_s:.0f} s"
 
 

@@ -188,6 +188,7 @@ class Forming:
         if config.ranks is not None and config.ranks > len(members) + 1:
             there = " and ".join(member.name for member in members) or "nobody"
             message = f"{config.ranks} ranks were asked for, and besides this machine there is {there}"
+            message += "".join(f"; {absent}" for absent in self._roster.absent)
             for member in self._roster.members:
                 if left_s := self._roster.faults.left_s(member.fingerprint):
                     message += f"; {member.name} did not take its part lately and is not asked for {left_s:.0f} s more"

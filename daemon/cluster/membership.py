@@ -230,8 +230,8 @@ class Membership:
         found = {it: before.get(it, now_s) if before is not None else long_ago for it in paired}
         self._paired_s = found | {it.fingerprint: long_ago for it in members}
 
-    def _prepares(self, fingerprint: str) -> bool:
-        """Whether a worker that is not attached has joined just now."""
+    def prepares(self, fingerprint: str) -> bool:
+        """See `Known`."""
         return time.monotonic() - (self._paired_s or {}).get(fingerprint, -math.inf) < PREPARING_S
 
     def paired(self) -> list[str]:
@@ -359,7 +359,7 @@ class Membership:
                 fingerprint=peer.fingerprint,
                 role=peer.role,
                 attached=False,
-                preparing=self._prepares(peer.fingerprint),
+                preparing=self.prepares(peer.fingerprint),
             )
             if worker is None or not worker.attached or (route := worker.route.now) is None:
                 return status

@@ -69,6 +69,10 @@ class Known(Protocol):
         """As this head calls it, and its certificate; "" = as it calls itself, b"" = nobody knows."""
         ...
 
+    def prepares(self, fingerprint: str) -> bool:
+        """Whether a worker that is not attached has joined just now."""
+        ...
+
     def addresses(self) -> list[str]:
         """At which this head can be reached."""
         ...
@@ -85,6 +89,9 @@ class NobodyKnown:
 
     def worker(self, fingerprint: str) -> tuple[str, bytes]:
         return "", b""
+
+    def prepares(self, fingerprint: str) -> bool:
+        return False
 
     def addresses(self) -> list[str]:
         return []
@@ -129,6 +136,17 @@ class Roster:
             if self._closed.wait(ARRIVE_LOOK_S):
                 break
         return self.usable
+
+    @property
+    def absent(self) -> list[str]:
+        """Of each that may attach and is not: in words."""
+        with self._lock:
+            away = [it for it in self.known.paired() if it not in self._members]
+        return [
+            f"{self.known.worker(it)[0] or it[:8]} "
+            + ("has joined just now and is still preparing" if self.known.prepares(it) else "is away")
+            for it in away
+        ]
 
     @property
     def arrivals(self) -> int:

@@ -11,7 +11,15 @@ from fakes.cli_fakes import FakeClient, shoal
 
 from shoal.cli import background
 from shoal.cli import cluster as cluster_room
-from shoal.comm.cluster_messages import Invitation, NodeRole, NodesReply, NodeStatus
+from shoal.cli.terminal.node_table import _state
+from shoal.comm.cluster_messages import (
+    Invitation,
+    LinksReply,
+    LinkStatus,
+    NodeRole,
+    NodesReply,
+    NodeStatus,
+)
 from shoal.comm.home import Home
 
 THIS = NodeStatus(
@@ -63,6 +71,26 @@ def test_a_column_only_for_what_there_is(
     assert "other machines attach at 192.168.1.5:7447" in text
     for column in ("waited for", "computes"):
         assert (column in text) == (column not in not_there), column
+
+
+def test_a_worker_that_prepares_has_not_asked_for_its_head() -> None:
+    head = NodeStatus(name="big", fingerprint="ab" * 32, role="head", attached=False)
+    assert _state(head, laptop(attached=False, preparing=True)) == "not asked yet"
+    assert _state(head, laptop(attached=False)) == "away"
+
+
+@pytest.mark.parametrize("links", [[], [LinkStatus(name="laptop")]])
+def test_a_test_of_no_links_has_failed(
+    links: list[LinkStatus], home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Asked(FakeClient):
+        def measure_links(self) -> LinksReply:
+            return LinksReply(links=links, why="no worker is attached")
+
+    monkeypatch.setattr(background, "running_pid", lambda home: 4242)
+    monkeypatch.setattr(cluster_room, "Client", Asked())
+    for options in ((), ("--json",)):
+        assert shoal("cluster", "test", *options).exit_code == (0 if links else 1)
 
 
 @pytest.mark.parametrize("options", [(), ("--json",)])

@@ -59,7 +59,7 @@ def measure_links(
         links=links,
         incast_bytes_per_s=total,
         culprit=name,
-        why=why if links else "no worker is attached",
+        why="; ".join([why if links else "no worker is attached", *roster.absent]),
         computing=list(dict.fromkeys(seen)),
         seconds=clock() - began_s,
     )

@@ -12,7 +12,7 @@ from fakes.asking import CONFIG
 from fakes.group.clusters import Cluster, wait_for
 from fakes.group.networks import FakeNetwork
 
-from shoal.comm.cluster_messages import Forget, NodesReply, Rejoin
+from shoal.comm.cluster_messages import Forget, LinksReply, MeasureLinks, NodesReply, Rejoin
 from shoal.comm.cluster_messages import Nodes as AskNodes
 from shoal.comm.group.channel import Channel
 from shoal.comm.group.discovery import MAX_HEADS, FoundHead
@@ -210,13 +210,20 @@ def test_a_worker_that_has_joined_and_is_not_there_yet_prepares(
 
         wait_for(lambda: states(cluster.head) == [(True, False), (False, True)])
         wait_for(lambda: states(cluster.workers[1]) == [(False, True), (False, False)])
+        name = cluster.nodes()[1].name
+        assert cluster.roster.absent == [f"{name} has joined just now and is still preparing"]
+        links = cluster.head.answer(MeasureLinks())
+        assert isinstance(links, LinksReply)
+        assert links.why == f"no worker is attached; {name} has joined just now and is still preparing"
         measured.set()
         cluster.wait(1)
+        assert cluster.roster.absent == []
         wait_for(lambda: states(cluster.workers[1]) == [(True, False), (True, False)])
         cluster.head._follow_members()
         cluster.stop(1)
         cluster.wait(0)
         assert states(cluster.head) == [(True, False), (False, False)]  # it is away
+        assert cluster.roster.absent == [f"{name} is away"]
 
 
 def test_a_worker_that_leaves_while_it_is_forgotten_is_no_error(
