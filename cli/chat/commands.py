@@ -99,6 +99,12 @@ def completions(state: ChatState, text: str) -> Iterator[str]:
         yield from (line for line in found if line.startswith(text))
 
 
+def _recount(state: ChatState) -> None:
+    """How much of the context the turns take, before the next question."""
+    turns = state.conversation.turns
+    state.used_tokens = state.link.count(state.conversation.so_far()) if turns else 0
+
+
 def _model(state: ChatState, argument: str) -> None:
     if not argument:
         used, names = state.link.model.name, _models(state)
@@ -107,12 +113,14 @@ def _model(state: ChatState, argument: str) -> None:
         note("/model NAME switches to another")
         return
     model = state.link.load(reference(argument, state.library), None)
+    _recount(state)
     note(f"{model.name} answers from now on, with a context of {model.context_tokens} tokens")
 
 
 def _system(state: ChatState, argument: str) -> None:
     if argument:
         state.conversation.system = "" if argument == "off" else argument
+        _recount(state)
     more = "" if argument else "; /system TEXT sets it, off clears"
     note(f"system: {state.conversation.system or '(none)'}{more}")
 
@@ -186,8 +194,8 @@ def _load(state: ChatState, argument: str) -> None:
         raise DaemonError("internal", f"cannot read {path}: {error.strerror}") from error
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise DaemonError("corrupt", f"{path} is not a saved conversation: {error}") from error
-    state.last, state.used_tokens = None, 0
-    state.known = {argument}
+    state.last, state.known = None, {argument}
+    _recount(state)
     other = f"; it was held with {model}" if model != state.link.model.name else ""
     note(f"loaded {argument}, {counted(len(state.conversation.turns), 'turn')}{other}")
 
@@ -218,7 +226,8 @@ def _help(state: ChatState, argument: str) -> None:
 def _clear(state: ChatState, argument: str) -> None:
     state.conversation.clear()
     state.known.clear()
-    state.last, state.used_tokens = None, 0
+    state.last = None
+    _recount(state)
     note("a new conversation; the old one is forgotten")
 
 

@@ -42,13 +42,17 @@ class Conversation:
         self.turns: list[Turn] = []
         self.unanswered = ""
 
-    def messages(self, asked: str) -> list[ChatMessage]:
-        """Everything so far and then `asked`, as a request takes it."""
+    def so_far(self) -> list[ChatMessage]:
+        """System message and turns, as a request takes them."""
         found = [ChatMessage(role="system", content=self.system)] if self.system else []
         for turn in self.turns:
             found.append(ChatMessage(role="user", content=turn.user))
             found.append(ChatMessage(role="assistant", content=turn.assistant))
-        return [*found, ChatMessage(role="user", content=asked)]
+        return found
+
+    def messages(self, asked: str) -> list[ChatMessage]:
+        """`so_far`, and then `asked`."""
+        return [*self.so_far(), ChatMessage(role="user", content=asked)]
 
     def answered(self, asked: str, answer: str, *, complete: bool = True) -> None:
         """Add a turn, unless the answer is empty: templates want user and assistant to alternate."""
