@@ -71,7 +71,8 @@ def ps(as_json: bool) -> None:
     if status.corrections:
         from shoal.daemon.throughput.profile_words import corrected
 
-        screen.print(f"as models ran: {corrected(status.corrections)} as this machine's profile says")
+        if learnt := corrected(status.corrections):
+            screen.print(f"as models ran: {learnt} as this machine's profile says")
     for model in status.models:
         for line in _about(model):
             screen.print(line)

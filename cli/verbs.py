@@ -168,7 +168,9 @@ def _guarded(call: Callable[[], object]) -> int:
             said = f"shoal: {printable(line)}"
             columns = shutil.get_terminal_size().columns
             click.echo(folded(said, columns) if sys.stderr.isatty() else said, err=True)
-        elif isinstance(error, click.Abort):  # at a question, whose line is still open
+        elif (
+            isinstance(error, click.Abort) and error.__cause__ is None
+        ):  # at a question, whose line is still open
             click.echo(err=True)
         return code
 

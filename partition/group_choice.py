@@ -62,7 +62,7 @@ class Choice(NamedTuple):
     """A group, and why it is this one. `shares`, `experts` and `cuts_vocabulary` are what `divide` gets; () for one
     rank or a pipeline.
     `alone`: what the head would do by itself, `freely`: what would have been chosen if no number had been asked for;
-    None if that cannot be."""
+    None if that cannot be. `measured`: whether what came out before has corrected what is predicted."""
 
     split: Split
     ranks: tuple[RankPlan, ...]
@@ -76,9 +76,13 @@ class Choice(NamedTuple):
     freely: Figures | None = None
     freely_ranks: int = 0
     cuts_vocabulary: bool = False
+    measured: bool = False
 
     def describe(self) -> str:
         """One line for people."""
+        return self._said() + " (corrected by what was measured)" * self.measured
+
+    def _said(self) -> str:
         if self.freely:
             return self._as_asked(self.freely)
         ranks = len(self.ranks)

@@ -119,6 +119,7 @@ def choose(
         alone=alone and alone.figures,
         freely=free.figures if free and ranks is not None else None,
         freely_ranks=len(free.places) if free and ranks is not None else 0,
+        measured=bool(measured),
     )
 
 

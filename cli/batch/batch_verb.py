@@ -19,7 +19,7 @@ from shoal.cli.answers import Answers, NoAnswer, from_daemon, in_process, refere
 from shoal.cli.exit_codes import Exit
 from shoal.cli.interrupt import deferred_interrupt, ended_by_signals, unechoed
 from shoal.cli.options import PlanOptions, Whole, examples, json_option, model_name, plan_options
-from shoal.cli.terminal.output import counts_bar, note, per_second, print_json, spinner
+from shoal.cli.terminal.output import console, counts_bar, note, per_second, print_json, spinner
 from shoal.comm.errors import RequestFailed
 from shoal.comm.home import Home
 from shoal.daemon.errors import DaemonError
@@ -121,15 +121,14 @@ def batch(
                     _answer(work, order, names, found, library, plan, quiet=as_json)
         except BaseException:
             if done := work.tally.lines - work.tally.left:
-                all_ = counted(work.tally.lines, "request")
-                note(f"{answers} has what became of {done:,} of {all_}; the same command goes on")
+                note(f"{done:,} of {counted(work.tally.lines, 'request')} done; the same command goes on")
             if as_json:
                 print_json(_summary(work.tally, answers))
             raise
     if as_json:
         print_json(_summary(work.tally, answers))
     else:
-        click.echo(_described(work.tally))
+        console().print(_described(work.tally))
     return Exit.FAILED if work.tally.failed else Exit.DONE
 
 
@@ -242,11 +241,11 @@ def _progress(tally: Tally, *, quiet: bool) -> Iterator[Callable[[], None]]:
                 return
             shown_s = now_s
             seconds = max(now_s - began_s, 1e-9)
-            requests_per_s = (tally.now - began) / seconds
-            said = [f"{per_second((tally.written_tokens - tokens) / seconds)} tokens"]
-            if requests_per_s:
-                left = f"{format_duration(tally.left / requests_per_s)} left"
-                said = [left, f"{per_second(requests_per_s)} requests", *said]
+            done = tally.now - began
+            said = [per_second((tally.written_tokens - tokens) / seconds, "tokens")]
+            if done > tally.under_way:  # before, those that have ended say little of all that were begun
+                left = f"{format_duration(tally.left * seconds / done)} left"
+                said = [left, per_second(done / seconds, "requests"), *said]
             update(tally.lines - tally.left, said)
 
         yield show
@@ -273,10 +272,10 @@ def _summary(tally: Tally, answers: Path) -> dict[str, Any]:
 def _described(tally: Tally) -> str:
     """The summary in one line."""
     parts = [f"{tally.lines - tally.left - tally.failed:,} of {counted(tally.lines, 'request')} answered"]
+    if earlier := tally.lines - tally.left - tally.failed - tally.now:
+        parts[0] += f", {earlier:,} of them earlier"
     if tally.failed:
         parts.append(f"{tally.failed:,} failed, as their lines say")
-    if earlier := tally.lines - tally.left - tally.failed - tally.now:
-        parts.append(f"{earlier:,} of them earlier")
     if tally.now:
         cached = f", {tally.cached_tokens:,} of them shared" if tally.cached_tokens else ""
         parts.append(f"{tally.prompt_tokens:,} prompt tokens{cached}")

@@ -44,6 +44,7 @@ class Tally:
     left: int
     failed: int = 0
     now: int = 0  # lines that were answered in this run
+    under_way: int = 0
     written_tokens: int = 0  # of answers, also of those under way
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -111,6 +112,7 @@ class WorkingOff:
                         self.tally.note(event.usage)
                     case DaemonError() | RequestFailed():
                         self._refused(self._under_way.pop(key)[0], event)
+                self.tally.under_way = len(self._under_way)
                 self._out.settle()
                 shown()
 

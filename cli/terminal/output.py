@@ -90,9 +90,9 @@ def facts() -> Table:
     return made
 
 
-def per_second(count: float) -> str:
-    """'35.2/s', '1,260/s'."""
-    return f"{count:,.0f}/s" if count >= 100 else f"{count:.3g}/s"
+def per_second(count: float, what: str = "") -> str:
+    """'35.2/s', '1,260/s', '35.2 tokens/s'."""
+    return (f"{count:,.0f}" if count >= 100 else f"{count:.3g}") + (f" {what}/s" if what else "/s")
 
 
 def stage_text(stage: Stage) -> str:

@@ -98,7 +98,7 @@ def _count(option: str, default: int, what: str, most: int | None = None) -> Dec
     "--guesses",
     type=guesses_at,
     metavar="N[@CHANCE]",
-    help="With N tokens guessed ahead in each step, each right with this chance (default 0.6).",
+    help="With N tokens (1 to 64) guessed ahead in each step, each right with this chance, 0 to 1 (default 0.6).",
 )
 @click.option(
     "--plot",

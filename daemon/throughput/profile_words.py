@@ -9,6 +9,7 @@ from shoal.partition.throughput.profile import CopyContention, Device, Profile
 
 _SHOWN_ROWS = (1, 4, 16, 64, 256)
 _NS = 1e9
+WORTH_SAYING = 0.05  # of what a part takes: less lies within what is measured of it
 
 
 def device_facts(device: Device) -> Iterator[tuple[str, str]]:
@@ -67,8 +68,9 @@ def _kept(device: Device) -> str:
 
 
 def corrected(learnt: Mapping[str, float]) -> str:
-    """What running has taught of parts of steps; "" if nothing."""
-    said = ", ".join(f"{part} {times:.2f} times" for part, times in learnt.items())
+    """What running has taught of parts of steps, as far as it is worth saying; "" if nothing is."""
+    worth = {part: times for part, times in learnt.items() if abs(times - 1) >= WORTH_SAYING}
+    said = ", ".join(f"{part} {times:.2f} times" for part, times in worth.items())
     return f"{said} as long" if said else ""
 
 

@@ -18,7 +18,7 @@ def test_the_most_useful_stays_on_a_narrow_terminal(columns: int, monkeypatch: p
     monkeypatch.setattr(output, "console", lambda *, stderr: screen)
     with output.counts_bar("answering", 25_000) as update:
         drawn.truncate(0)
-        update(12_345, ["4 min 12 s left", "50.1/s requests", "2,113/s tokens"])
+        update(12_345, ["4 min 12 s left", "50.1 requests/s", "2,113 tokens/s"])
         screen.print("")
     lines = [line for line in drawn.getvalue().replace("\r", "\n").split("\n") if "12,345" in line]
     assert lines
@@ -26,5 +26,5 @@ def test_the_most_useful_stays_on_a_narrow_terminal(columns: int, monkeypatch: p
         assert len(re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", line).rstrip()) <= columns
         assert "…" not in line
         assert ("4 min 12 s left" in line) == (columns >= 40)
-        assert ("2,113/s tokens" in line) == (columns >= 80)
-    assert "left, 50.1/s requests, 2,113/s tokens" in drawn.getvalue() or columns < 80
+        assert ("2,113 tokens/s" in line) == (columns >= 80)
+    assert "left, 50.1 requests/s, 2,113 tokens/s" in drawn.getvalue() or columns < 80

@@ -212,3 +212,5 @@ def test_what_was_measured_counts_more_than_what_was_predicted() -> None:
     corrected = pick("8b", machines[:2], links, topologies=("star",), measured={(0, 1): 1.2 * pair_s})
     assert isinstance(corrected, Choice)
     assert corrected.figures.token_s == pytest.approx(1.2 * pair_s)
+    assert corrected.describe().endswith(" (corrected by what was measured)")
+    assert "measured" not in both.describe()

@@ -8,6 +8,7 @@ import gzip
 import json
 import os
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -134,6 +135,32 @@ def errors() -> dict[str | None, str]:
 
 def run(*more: str) -> Any:
     return shoal("batch", "in.jsonl", "out.jsonl", *more)
+
+
+def test_what_was_done_earlier_is_part_of_what_is_answered() -> None:
+    tally = working_off.Tally(lines=40, left=0, failed=2, now=37)
+    assert batch_verb._described(tally).startswith(
+        "38 of 40 requests answered, 1 of them earlier · 2 failed, as their lines say · "
+    )
+
+
+def test_no_time_is_foretold_while_most_requests_are_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, seen = [0.0], []
+
+    @contextmanager
+    def bar(*_: Any, **__: Any) -> Iterator[Callable[[int, Any], None]]:
+        yield lambda done, said: seen.append(said)
+
+    monkeypatch.setattr(batch_verb, "counts_bar", bar)
+    monkeypatch.setattr(batch_verb.time, "monotonic", lambda: now[0])
+    tally = working_off.Tally(lines=40, left=40)
+    with batch_verb._progress(tally, quiet=True) as show:
+        for finished, under_way in ((3, 16), (20, 16)):
+            now[0] += 10.0
+            tally.now, tally.left = finished, 40 - finished
+            tally.under_way, tally.written_tokens = under_way, 50 * finished
+            show()
+    assert seen == [["15 tokens/s"], ["20 s left", "1 requests/s", "50 tokens/s"]]
 
 
 def test_every_request_gets_its_answer(many: Many) -> None:
@@ -298,7 +325,7 @@ def test_busy_means_later_and_a_daemon_that_goes_means_stop(many: Many) -> None:
         many.trouble = stop
         result = run()
         assert result.exit_code == code
-        assert "the same command goes on" in result.stderr
+        assert re.search(r"^\d of 6 requests done; the same command goes on$", result.stderr, re.MULTILINE)
         assert "c3" not in texts()
     many.trouble = lambda request: None
     assert run().exit_code == 0
