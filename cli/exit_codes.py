@@ -20,9 +20,9 @@ class Exit(IntEnum):
     """Exit codes, the same for every verb."""
 
     DONE = 0
-    FAILED = 1
-    USAGE = 2
-    REFUSED = 3  # would not fit into memory, context, queue or disk
+    FAILED = 1  # also where what was named is not there
+    USAGE = 2  # the command itself is wrong, whatever there is
+    REFUSED = 3  # would not fit into memory, context, queue or disk, or another process is at it
     NO_DAEMON = 4
     INTERRUPTED = 130
 

@@ -20,6 +20,7 @@ from .answers import machines
 from .interrupt import deferred_interrupt
 from .options import (
     Decorator,
+    InputFile,
     PlanOptions,
     Whole,
     draft_option,
@@ -124,7 +125,7 @@ def bench(
     epilog=examples("shoal perplexity smollm2 wiki.txt", "shoal perplexity smollm2 wiki.txt --json")
 )
 @click.argument("model")
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("file", type=InputFile())
 @quant_option
 @json_option
 @plan_options

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args
 
 import click
@@ -49,6 +50,18 @@ def stop_text(text: str) -> str:
     if not text:
         raise click.BadParameter("an empty text would end every answer at once.")
     return text
+
+
+class InputFile(click.Path):
+    """A file that is to be read, as an option's type. One that is not there is no wrong usage."""
+
+    def __init__(self) -> None:
+        super().__init__(exists=True, dir_okay=False, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not Path(value).exists():
+            raise DaemonError("not_found", f"no such file: {value}")
+        return super().convert(value, param, ctx)
 
 
 def model_name(text: str) -> str:

@@ -5,6 +5,8 @@ Knows options and what the user is told. The daemon itself is `daemon.service`; 
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import click
 
 from shoal.comm.home import Home
@@ -164,8 +166,11 @@ def unload(model: str) -> None:
     from shoal.client import Client
 
     with Client(home.address) as client:
-        shown = model in {loaded.name for loaded in client.status().models}
-        client.unload(model if shown else reference(model, Library(home)))
+        name = model
+        if model not in {loaded.name for loaded in client.status().models}:
+            with suppress(DaemonError):  # then the daemon says what it has
+                name = reference(model, Library(home))
+        client.unload(name)
     note(f"{model} is unloaded")
 
 

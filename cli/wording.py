@@ -31,6 +31,7 @@ WORDS = {
     # Of cluster init and join
     "listen": "--listen",
     "address": "--address",
+    "nodes": "shoal cluster nodes",
     # Of plan
     "prompt_tokens": "--prompt-tokens",
     "new_tokens": "--new-tokens",

@@ -101,14 +101,16 @@ class KeyRing:
     def authorise(self, name: str, public: str) -> None:
         """Let the client with this public key connect, under `name`. Replaces an earlier key of that name."""
         if not NAME.fullmatch(name):
-            raise KeyFileError(f"name={name[:80]!r}: must be 1 to 64 letters, digits or ._@-")
+            raise KeyFileError(
+                f"{name[:80]!r} is no name of a client: must be 1 to 64 letters, digits or ._@-"
+            )
         self._write_authorised(self.authorised() | {name: check_key(public, "public key")})
 
     def revoke(self, name: str) -> None:
         """Refuse new connections of `name` from now on. Connections that are open stay open."""
         entries = self.authorised()
         if entries.pop(name, None) is None:
-            raise KeyFileError(f"name={name[:80]!r}: no such authorised client")
+            raise KeyFileError(f"no client called {name[:80]!r} is authorised")
         self._write_authorised(entries)
 
     def callback(self, domain: str, key: bytes) -> bool:

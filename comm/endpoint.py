@@ -21,7 +21,7 @@ from typing import Any
 import zmq
 
 from .curve_keys import ZAP_DOMAIN, ClientKeys, KeyPair, ServerKeys
-from .errors import AddressError
+from .errors import AddressError, cannot_listen
 
 SOCKET_PATH_BYTES = 103  # sockaddr_un.sun_path: 108 on Linux, 104 on macOS, with the closing zero
 _HOST_PORT = re.compile(r"(?P<host>\[[^\[\]]+\]|[A-Za-z0-9._*-]+):(?P<port>\d{1,5}|\*)")
@@ -60,12 +60,12 @@ def parse(address: str) -> IpcAddress | TcpAddress:
         return _parse_ipc(address, address.removeprefix("ipc://"))
     if address.startswith("tcp://"):
         return _parse_tcp(address, address.removeprefix("tcp://"))
-    raise AddressError(f"address={address[:200]!r}: must begin with ipc:// or tcp://")
+    raise AddressError(f"`address={address[:200]}`: must begin with ipc:// or tcp://")
 
 
 def _parse_ipc(address: str, rest: str) -> IpcAddress:
     if not rest.startswith("/") or "\0" in rest:
-        raise AddressError(f"address={address[:200]!r}: must hold an absolute path, as ipc:///run/x.sock")
+        raise AddressError(f"`address={address[:200]}`: must hold an absolute path, as ipc:///run/x.sock")
     size = len(os.fsencode(rest))
     if size > SOCKET_PATH_BYTES:
         raise AddressError(f"socket path of {size} bytes: must be at most {SOCKET_PATH_BYTES}: {rest[:60]}…")
@@ -75,10 +75,10 @@ def _parse_ipc(address: str, rest: str) -> IpcAddress:
 def _parse_tcp(address: str, rest: str) -> TcpAddress:
     match = _HOST_PORT.fullmatch(rest)
     if match is None:
-        raise AddressError(f"address={address[:200]!r}: must be tcp://HOST:PORT, IPv6 in brackets")
+        raise AddressError(f"`address={address[:200]}`: must be tcp://HOST:PORT, IPv6 in brackets")
     port = 0 if match["port"] == "*" else int(match["port"])
     if port > 65535:
-        raise AddressError(f"port={port}: must be from 0 to 65535")
+        raise AddressError(f"`address={address[:200]}`: the port must be from 0 to 65535")
     host = match["host"].removeprefix("[").removesuffix("]")
     if host == "localhost":
         host = "127.0.0.1"
@@ -86,7 +86,9 @@ def _parse_tcp(address: str, rest: str) -> TcpAddress:
         ip = ipaddress.ip_address(host)
     except ValueError:
         if match["host"].startswith("["):
-            raise AddressError(f"host={host[:60]!r}: must be an IPv6 address") from None
+            raise AddressError(
+                f"`address={address[:200]}`: what is in brackets must be an IPv6 address"
+            ) from None
         return TcpAddress(host, port, loopback=False)
     return TcpAddress(str(ip), port, ip.is_loopback)
 
@@ -117,7 +119,7 @@ def listen(address: str, *, keyed: bool = False) -> socket.socket:
         public.listen(1024)
     except OSError as error:
         public.close()
-        raise AddressError(f"cannot listen at {target}: {error.strerror}") from error
+        raise cannot_listen(str(target), error) from error
     finally:
         os.umask(mask)
     return public
@@ -144,7 +146,7 @@ def connect(dealer: Socket, address: str, keys: ClientKeys | None = None) -> Non
     target = parse(address)
     if isinstance(target, TcpAddress):
         if target.port == 0 or target.host == "*":
-            raise AddressError(f"address={address[:200]!r}: must name a host and a port to connect to")
+            raise AddressError(f"`address={address[:200]}`: must name a host and a port to connect to")
         if keys is not None:
             _give_pair(dealer, keys.pair)
             dealer.curve_serverkey = keys.server.encode()

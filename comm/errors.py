@@ -4,12 +4,15 @@ ShoalError → HomeError, and CommError
 ├── RequestFailed   the other side answered `error` (code, message, hint)
 ├── ProtocolError   bytes that are not this protocol
 ├── AddressError    an address that cannot be used, or not without keys
+│   └── AddressTaken    another process listens there
 ├── KeyFileError    a key file that is missing, malformed or readable by others
 ├── NoDaemon        nothing listens at the address
 └── TimedOut        no answer in time
 """
 
 from __future__ import annotations
+
+import errno
 
 
 class ShoalError(Exception):
@@ -37,7 +40,19 @@ class ProtocolError(CommError):
 
 
 class AddressError(CommError):
-    """An address that is malformed, open to other users, or taken."""
+    """An address that is malformed, or open to other users."""
+
+
+class AddressTaken(AddressError):
+    """Another process listens there."""
+
+
+def cannot_listen(where: str, error: OSError) -> AddressError:
+    """What to raise where binding to an address has failed."""
+    said = f"cannot listen at {where}: {error.strerror}"
+    if error.errno == errno.EADDRINUSE:
+        return AddressTaken(f"{said}: take another port, or 0 for any that is free")
+    return AddressError(said)
 
 
 class KeyFileError(CommError):

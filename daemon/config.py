@@ -92,10 +92,10 @@ class NodeConfig:
                 raise DaemonError("bad_request", f"`device={self.device[:40]!r}` {error}") from error
         if self.cluster_wire not in CLUSTER_WIRES:
             choices = ", ".join(CLUSTER_WIRES)
-            raise DaemonError("bad_request", f"cluster_wire={self.cluster_wire}: must be one of {choices}")
+            raise DaemonError("bad_request", f"`cluster_wire={self.cluster_wire}`: must be one of {choices}")
         if self.kv_type not in get_args(KvType):
             raise DaemonError(
-                "bad_request", f"kv_type={self.kv_type}: must be one of {', '.join(get_args(KvType))}"
+                "bad_request", f"`kv_type={self.kv_type}`: must be one of {', '.join(get_args(KvType))}"
             )
 
     @property

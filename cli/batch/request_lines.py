@@ -49,6 +49,8 @@ class RequestLines:
         self._salt = salt.encode()
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            raise DaemonError("not_found", f"no such file: {path}") from error
         except OSError as error:
             raise DaemonError("bad_request", f"{path} cannot be read: {error.strerror}") from error
         self.stat = os.fstat(descriptor)

@@ -74,7 +74,7 @@ def _entries(path: Path) -> list[Any]:
             raise _bad(f"{path}: must have at most {MAX_FILE_BYTES} bytes")
         found = tomllib.loads(data.decode())
     except FileNotFoundError as error:
-        raise DaemonError("not_found", f"{path}: no such file") from error
+        raise DaemonError("not_found", f"no such file: {path}") from error
     except OSError as error:
         raise _bad(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

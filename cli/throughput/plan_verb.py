@@ -14,7 +14,16 @@ import click
 
 from shoal.cli.exit_codes import Exit
 from shoal.cli.interrupt import deferred_interrupt
-from shoal.cli.options import Decorator, PlanOptions, Real, Whole, examples, json_option, plan_options
+from shoal.cli.options import (
+    Decorator,
+    InputFile,
+    PlanOptions,
+    Real,
+    Whole,
+    examples,
+    json_option,
+    plan_options,
+)
 from shoal.cli.terminal.output import console, note, print_json, spinner
 from shoal.cli.terminal.paint import printable
 from shoal.comm.home import Home
@@ -84,7 +93,7 @@ def _count(option: str, default: int, what: str, most: int | None = None) -> Dec
 @click.option(
     "--profile",
     "given",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=InputFile(),
     metavar="FILE",
     help="Predict for the machines of this file, measured elsewhere or written by hand, instead of those here.",
 )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from shoal.cli.interrupt import deferred_interrupt
-from shoal.cli.options import Whole, examples, json_option
+from shoal.cli.options import InputFile, Whole, examples, json_option
 from shoal.cli.terminal.output import console, facts, note, spinner, table
 from shoal.cli.terminal.paint import printable
 from shoal.comm.home import Home
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 @click.option(
     "--profile",
     "given",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=InputFile(),
     metavar="FILE",
     help="Check and show this profile instead of measuring.",
 )

@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
-from ..errors import AddressError, CommError, KeyFileError
+from ..errors import AddressError, CommError, KeyFileError, cannot_listen
 from ..log_rate import SeldomLog
 from .channel import Channel
 from .errors import ChannelError, NotPaired, PairingRefused
@@ -286,5 +286,5 @@ def _listening(addresses: Sequence[Address]) -> list[socket.socket]:
     except OSError as error:
         for one in sockets:
             one.close()
-        raise AddressError(f"cannot listen at {host}:{port}: {error.strerror}") from error
+        raise cannot_listen(f"{host}:{port}", error) from error
     return sockets

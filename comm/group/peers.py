@@ -103,7 +103,7 @@ class Peers:
         for peer in self.listed():
             if name in (peer.name, peer.fingerprint):
                 return peer
-        raise NotPaired(f"node={name[:80]!r}: no node of this name is paired here")
+        raise NotPaired(f"no node called {name[:80]!r} is paired here (see `nodes`)")
 
     def add(self, peer: PairedNode, own_name: str = "") -> PairedNode:
         """Remember `peer` and return it as it is known from now on: names, this node's too, are told apart by a number.

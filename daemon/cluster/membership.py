@@ -143,7 +143,9 @@ class Membership:
                     self.follow_files()
                     return Ok()
         except (CommError, OSError) as error:
-            raise DaemonError("bad_request", str(error)) from error
+            raise DaemonError(
+                "not_found" if isinstance(error, NotPaired) else "bad_request", str(error)
+            ) from error
 
     def close(self) -> None:
         """Leave everybody. Idempotent."""
@@ -219,9 +221,8 @@ class Membership:
         self._note_newcomers(paired, members)
         awaited = self._codes.any_good or bool(paired - {member.fingerprint for member in members})
         if listening.follow(awaited=awaited, used=[member.own_address for member in members]):
-            log.info(
-                "machines may attach at %s", ", ".join(map(spelled, listening.addresses)) or "no address"
-            )
+            there = ", ".join(map(spelled, listening.addresses))
+            log.info("machines may attach at %s", there or "no address")
             if (announcer := self._announcer) is not None:
                 announcer.look()
 
@@ -235,8 +236,7 @@ class Membership:
         return time.monotonic() - (self._paired_s or {}).get(fingerprint, -math.inf) < PREPARING_S
 
     def paired(self) -> list[str]:
-        """Who may attach, in the order in which they joined; as last known if the file is damaged: the listener
-        complains about that."""
+        """See `Known`; as last known if the file is damaged: the listener complains about that."""
         with suppress(CommError):
             self._last_paired = [peer.fingerprint for peer in self._peers.listed()]
         return self._last_paired

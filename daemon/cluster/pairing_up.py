@@ -27,6 +27,7 @@ from .routes.own_addresses import parse_address
 
 JOIN_S = 10.0
 KNOWN_S = 5.0  # until a head has said whether it still knows this machine
+A_CODE = "shoal cluster init on the head gives a code"
 NAME_IT = "name its `address=HOST:PORT`, which shoal cluster init shows on the head"
 
 
@@ -51,8 +52,8 @@ def pair_with_head(
     private_dir(home.root)
     private_dir(home.cluster)
     said, hint = "", "is shoal serve running on the head, and does its firewall let this port through?"
+    _check_code(code)
     try:
-        read_code(code)
         peers = Peers(home.cluster)
         identity = NodeIdentity.of(home.cluster)
         places = [parse_address(it, with_host=True) for it in addresses]
@@ -70,13 +71,21 @@ def pair_with_head(
         if kept is not None and kept.fingerprint != found.fingerprint:  # another head gave the code
             peers.forget(kept.fingerprint)
     except PairingRefused as error:
-        hint = "shoal cluster init on the head gives a code"
+        hint = A_CODE
         if said:  # another head may have refused it
             hint += f"; if it is a good one, {NAME_IT}"
-        raise DaemonError("bad_request", f"not paired: {error}", hint) from error
+        raise DaemonError("not_found", f"not paired: {error}", hint) from error
     except (CommError, OSError) as error:
         raise DaemonError("not_found", f"not paired: {said}{error}", hint) from error
     return NowPaired(found.name, identity.fingerprint, before=False)
+
+
+def _check_code(code: str) -> None:
+    """Raises DaemonError unless it may be one."""
+    try:
+        read_code(code)
+    except PairingRefused as error:
+        raise DaemonError("bad_request", f"not paired: {error}", A_CODE) from error
 
 
 def _forgotten(identity: NodeIdentity, peers: Peers, head: PairedNode, places: Sequence[Address]) -> bool:

@@ -23,9 +23,9 @@ from typing import Any
 import zmq
 
 from shoal.comm import curve_keys, endpoint, wire
-from shoal.comm.errors import AddressError, ProtocolError
+from shoal.comm.errors import AddressError, AddressTaken, ProtocolError
 from shoal.comm.log_rate import SeldomLog
-from shoal.comm.messages import REQUESTS, Cancel, Error, Hello, Message, Ok, Ping, Pong
+from shoal.comm.messages import REQUESTS, Cancel, Error, ErrorCode, Hello, Message, Ok, Ping, Pong
 from shoal.comm.waker import Waker
 from shoal.daemon.backend import Backend
 from shoal.daemon.errors import DaemonError
@@ -147,7 +147,8 @@ class Server:
                 self.addresses = [self._listen(context, address, stack) for address in self.addresses]
                 self._front.start()
             except AddressError as error:
-                raise DaemonError("bad_request", str(error)) from error
+                code: ErrorCode = "busy" if isinstance(error, AddressTaken) else "bad_request"
+                raise DaemonError(code, str(error)) from error
             self._resources = stack.pop_all()
 
     def _listen(self, context: zmq.Context[zmq.Socket[Any]], address: str, stack: ExitStack) -> str:

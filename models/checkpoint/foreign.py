@@ -81,7 +81,13 @@ def check_file(path: Path) -> None:
         raise CorruptCheckpoint(f"{path}: is empty; fetch it again")
     said = strange(start)
     if said is None:
-        said = f"is neither a GGUF file nor a directory with config.json and safetensors: it begins with {start[:4]!r}"
+        begins = start[:4]
+        shown = (
+            f"'{begins.decode()}'" if begins.isascii() and begins.decode().isprintable() else begins.hex(" ")
+        )
+        said = (
+            f"is neither a GGUF file nor a directory with config.json and safetensors: it begins with {shown}"
+        )
         if path.suffix == ".safetensors" or path.name == "config.json":
             said += f"; give the directory: {path.parent}"
     raise UnsupportedCheckpoint(f"{path}: {said}")

@@ -469,5 +469,6 @@ def test_a_model_is_loaded_for_everybody_and_unloaded(
     assert shoal("unload", "m").exit_code == 0
     assert shoal("unload", str(file)).exit_code == 0
     assert client.unloaded == ["m", str(file)]
-    assert shoal("unload", "nothing").exit_code == 1
+    shoal("unload", "nothing")  # the daemon says what it has
+    assert client.unloaded[-1] == "nothing"
     assert shoal("load", str(file), "--ctx", "0").exit_code == 2

@@ -233,7 +233,7 @@ def test_perplexity_prints_its_fields(model: Path, tmp_path: Path, monkeypatch: 
     assert asked["ctx"] == 512
     shoal("perplexity", "--ctx", "64", str(model), str(text))
     assert asked["ctx"] == 64
-    assert shoal("perplexity", str(model), str(tmp_path / "gone.txt")).exit_code == 2
+    assert shoal("perplexity", str(model), str(tmp_path / "gone.txt")).exit_code == 1
 
 
 # --- doctor -----------------------------------------------------------------------------------------------

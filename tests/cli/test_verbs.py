@@ -360,3 +360,21 @@ def test_what_is_no_device_is_one_line_everywhere(verb: str, model: Path, tmp_pa
         assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.stderr
         assert result.stderr.startswith("shoal: --device")
         assert " is no device; write auto, cpu, cuda:0" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        ("batch", "gone", "out"),
+        ("perplexity", "m", "gone"),
+        ("plan", "--profile", "gone", "m"),
+        ("profile", "--profile", "gone"),
+        ("cluster", "launch", "gone"),
+    ],
+)
+def test_a_file_that_is_not_there_is_no_wrong_usage(
+    verb: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = shoal(*verb)
+    assert (result.exit_code, result.stderr) == (1, "shoal: no such file: gone\n")

@@ -487,7 +487,7 @@ def _pipe(path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "said", "code"),
     [
-        (lambda: None, "in.jsonl cannot be read: No such file", 2),
+        (lambda: None, "no such file: in.jsonl", 1),
         (lambda: Path("in.jsonl").mkdir(), "in.jsonl is a directory", 2),
         (lambda: _pipe(Path("in.jsonl")), "in.jsonl is a pipe or a device", 2),
         (lambda: asked(b""), "in.jsonl has no requests", 2),

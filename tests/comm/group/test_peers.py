@@ -47,7 +47,7 @@ def test_no_file_is_no_nodes(tmp_path):
     assert peers.listed() == ()
     with pytest.raises(NotPaired):
         peers.get("0" * 64)
-    with pytest.raises(NotPaired, match="node='pi'"):
+    with pytest.raises(NotPaired, match="no node called 'pi' is paired here"):
         peers.forget("pi")
 
 

@@ -188,7 +188,7 @@ def test_what_is_no_checkpoint_stays_out(library: Library, tmp_path: Path) -> No
         ("empty", "empty: is not a model directory: it has no config.json"),
         (
             "text.gguf",
-            "neither a GGUF file nor a directory with config.json and safetensors: it begins with b'hell'$",
+            "neither a GGUF file nor a directory with config.json and safetensors: it begins with 'hell'$",
         ),
         ("gone.gguf", "no such file"),
     ]:

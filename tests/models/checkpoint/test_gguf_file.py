@@ -219,7 +219,7 @@ def test_missing_and_foreign_paths(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "text.gguf")
     with pytest.raises(MissingCheckpoint, match=r"no config\.json; give the GGUF file itself: .*text\.gguf"):
         open_checkpoint(tmp_path)
-    with pytest.raises(UnsupportedCheckpoint, match=r"safetensors: it begins with b'hell'$"):
+    with pytest.raises(UnsupportedCheckpoint, match=r"safetensors: it begins with 'hell'$"):
         open_checkpoint(tmp_path / "text.gguf")
     (tmp_path / "text.gguf").unlink()
     with pytest.raises(MissingCheckpoint, match=r"is not a model directory: it has no config\.json$"):
