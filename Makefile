@@ -11,7 +11,8 @@ PROMPT = Explain in two sentences how a lighthouse works.
 BIN := .venv/bin
 SHOAL := $(BIN)/shoal
 SOURCES := pyproject.toml constraints-dev.txt $(wildcard setup.py kernels/native/* comm/group/native/*)
-INSTALL := $(BIN)/python -m pip --disable-pip-version-check install
+# Quietly: a spinner of pip would stand in the lines that the build of the kernels shows.
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install -q
 
 # Some containers forbid Python to keep what it compiles: then every worker and every daemon of the tests would compile
 # all anew.

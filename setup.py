@@ -101,7 +101,9 @@ class BuildKernels(build_ext):
             for home, flags in homes.items()
         ]
         began_s = time.monotonic()
-        tell(f"compiling the kernels: {len(parts)} parts for {MACHINE}, a minute or two")
+        tell(
+            f"compiling the kernels: {len(parts)} parts for {MACHINE}, a minute or two, more on a busy machine"
+        )
 
         def compile_part(
             source: str, name: str, defines: list[tuple[str, str]], flags: list[str]
@@ -116,7 +118,10 @@ class BuildKernels(build_ext):
             for number, done in enumerate(as_completed(names), 1):
                 if done.exception() is None:
                     took_s = time.monotonic() - began_s
-                    tell(f"compiled {number} of {len(parts)}: {names[done]}, after {took_s:.0f} s")
+                    left = f", about {took_s / number * (len(parts) - number):.0f} s left" * (
+                        number < len(parts)
+                    )
+                    tell(f"compiled {number} of {len(parts)}: {names[done]}, after {took_s:.0f} s{left}")
         # In this order: of what several parts have, the linker takes the first, and that has to run on any machine.
         self.link(ext, [compiled for part in names for compiled in part.result()])
 

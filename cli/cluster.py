@@ -35,13 +35,23 @@ from .wording import WORDS, worded
 STDIN_CODE_BYTES = 200
 
 
+class _Verbs(click.Group):
+    """Says all of what a verb does, in as many lines as that takes."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            verbs = ((name, self.get_command(ctx, name)) for name in self.list_commands(ctx))
+            formatter.write_dl([(name, verb.get_short_help_str(1000)) for name, verb in verbs if verb])
+
+
 @click.group(
+    cls=_Verbs,
     epilog=examples(
-        "shoal cluster init     # on the machine that has the models: prints the next line",
+        "shoal cluster init                     # on the machine that has the models: prints the next line",
         "shoal cluster join 7K3M-Q9TX-2BD4F     # on each other machine",
         "shoal cluster nodes",
         "shoal cluster test                     # which of them the others wait for",
-    )
+    ),
 )
 def cluster() -> None:
     """Compute on several machines together.

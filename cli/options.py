@@ -10,11 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import click
 import msgspec
-from click.types import _NumberRangeBase
 
 from shoal.comm.messages import Generation, Sampling
 from shoal.comm.sampling_limits import SAMPLING_LIMITS

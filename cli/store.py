@@ -22,7 +22,7 @@ from shoal.partition.amounts import format_bytes
 
 from .answers import reference
 from .options import examples, json_option
-from .terminal.output import console, note, print_json, table, transfer_bar
+from .terminal.output import confirmed, console, note, print_json, table, transfer_bar
 from .terminal.paint import printable
 
 
@@ -82,6 +82,8 @@ def ls(as_json: bool) -> None:
             rows.add_row(entry.name, kind, format_bytes(entry.size_bytes), added[:10], printable(source))
         console().print(rows)
     if packs:
+        if entries:
+            console().print()
         rows = table("pack of", "quant", "shard", "size", "state", right=("size",))
         for pack in packs:
             name = printable(pack.model) or pack.directory.name
@@ -128,7 +130,7 @@ def reference_or_fetch(model: str, library: Library) -> str:
         known = registry.find(wanted.model)
         size = f" ({format_bytes(known.member_bytes)})" if known else ""
         note(f"{wanted.model} is not in the store yet")
-        if not click.confirm(f"Fetch {wanted.model}{size} now?", default=True, err=True):
+        if not confirmed(f"Fetch {wanted.model}{size} now?", default=True):
             raise
     from shoal.daemon.library.pull import pull as fetch
 
@@ -172,5 +174,5 @@ def _ask(question: str) -> None:
     """Returns on yes. Raises click.Abort on no, DaemonError when nobody can be asked."""
     if sys.stdin is None or not sys.stdin.isatty():
         raise DaemonError("bad_request", "there is no terminal to ask on", "--yes removes without asking")
-    if not click.confirm(question, err=True):
+    if not confirmed(question, default=False):
         raise click.Abort

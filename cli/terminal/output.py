@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from shoal.daemon.progress import Progress
 
 
+_ANSWERS = ("", "y", "yes", "n", "no")
 WIDE_COLUMNS = 120  # in which a bar has a name and its full length
 PIPE_COLUMNS = 10_000  # through a pipe, a row of a table stays one line
 _LISTED_NUMBERS = re.compile(r"(?<=\[)\n[-+.eE\d,\s]+(?=\])")  # no string has a line break unescaped
@@ -52,6 +53,17 @@ def folded(text: str, columns: int) -> str:
     return "\n".join("\n".join(fold.wrap(line)) for line in text.split("\n"))
 
 
+def confirmed(question: str, *, default: bool) -> bool:
+    """The answer to a question at the terminal, asked on stderr until it is one; Enter is the default. Raises
+    click.Abort."""
+    choice = "Y/n" if default else "y/N"
+    while True:
+        answer = click.prompt(f"{question} [{choice}]", "", show_default=False, prompt_suffix=" ", err=True)
+        if (said := answer.strip().lower()) in _ANSWERS:
+            return default if said == "" else said[0] == "y"
+        note("answer y or n")
+
+
 def print_json(value: Any) -> None:
     """A struct, dataclass, dict or list as JSON on stdout, lists of numbers in one line each."""
     text = msgspec.json.format(msgspec.json.encode(value)).decode()
@@ -63,9 +75,11 @@ def console(*, stderr: bool = False, markup: bool = False) -> Console:
     from rich.console import Console
 
     made = Console(stderr=stderr, highlight=False, markup=markup, emoji=False)
-    if not made.is_terminal:
-        made.width = PIPE_COLUMNS
-    return made
+    if made.is_terminal:
+        return made
+    from .piped_console import PipedConsole
+
+    return PipedConsole(stderr=stderr, highlight=False, markup=markup, emoji=False, width=PIPE_COLUMNS)
 
 
 def table(*columns: str, right: tuple[str, ...] = ()) -> Table:

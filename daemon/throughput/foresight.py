@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import msgspec
 from msgspec import Struct
@@ -176,7 +176,10 @@ def _start(chosen: Candidate, path: Path, machine: OwnMachine | None) -> Start:
     if pack_s and chosen.plan is not None and machine is not None and machine.home is not None:
         with described(path) as model:
             packs = Packs(machine.home)
-            if isinstance(model, Checkpoint) and packs.find(model, chosen.model.quant) is not None:
+            if (
+                isinstance(model, Checkpoint)
+                and packs.find(model, cast("Quant", chosen.model.quant)) is not None
+            ):
                 pack_s = 0.0
     return Start(load_s, pack_s)
 

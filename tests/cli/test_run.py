@@ -20,6 +20,7 @@ from fakes.cli_fakes import TIMINGS, FakeAnswers, shoal
 from shoal.cli import run as run_verb
 from shoal.cli.options import PlanOptions
 from shoal.cli.run import _piped, statistics
+from shoal.cli.terminal.output import confirmed
 from shoal.cli.verbs import cli
 from shoal.comm.errors import NoDaemon, RequestFailed
 from shoal.comm.messages import Chat, Done, Generate, Timings, Usage
@@ -170,7 +171,7 @@ def test_a_known_model_that_is_not_there_is_offered_at_a_terminal(
     asked: list[str] = []
     monkeypatch.setattr("shoal.cli.store.asks", lambda: True)
     monkeypatch.setattr("shoal.daemon.library.pull.pull", fetch)
-    monkeypatch.setattr(click, "confirm", lambda question, **_: asked.append(question) or answer)
+    monkeypatch.setattr("shoal.cli.store.confirmed", lambda question, **_: asked.append(question) or answer)
     for model, name in (("smollm2:q8", "smollm2"), ("org/tiny", "org/tiny")):
         result = shoal("run", model, "Why?")
         assert result.exit_code == (0 if answer else 1)
@@ -181,16 +182,30 @@ def test_a_known_model_that_is_not_there_is_offered_at_a_terminal(
     assert len(asked) == 2
 
 
+def test_what_is_no_answer_is_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for default, said, expected in (
+        (True, ["", ""], True),
+        (False, [""], False),
+        (False, ["maybe", "Yes"], True),
+    ):
+        answers = iter(said)
+        monkeypatch.setattr(click, "prompt", lambda *_, answers=answers, **__: next(answers))
+        assert confirmed("Go on?", default=default) == expected
+    assert capsys.readouterr().err == "answer y or n\n"
+
+
 def test_ctrl_c_at_a_question_ends_its_line(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(question: str, **_: Any) -> bool:
+    def interrupted(question: str, *_: Any, **__: Any) -> str:
         click.echo(f"{question} ", nl=False, err=True)
         raise click.Abort
 
     monkeypatch.setattr("shoal.cli.store.asks", lambda: True)
-    monkeypatch.setattr(click, "confirm", interrupted)
+    monkeypatch.setattr(click, "prompt", interrupted)
     result = shoal("run", "org/tiny", "Why?")
     assert result.exit_code == 130
-    assert result.stderr.endswith("Fetch org/tiny now? \n")
+    assert result.stderr.endswith("Fetch org/tiny now? [Y/n] \n")
 
 
 def test_raw_feeds_the_prompt_as_it_is(stage: Stage) -> None:

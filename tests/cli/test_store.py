@@ -317,3 +317,10 @@ def test_texts_of_files_reach_no_terminal_as_they_are(model: Path) -> None:
     assert "[red][2Jevil.gguf" in shoal("ls").stdout
     evil.write_bytes(b"GGUF" + bytes(100))
     assert "\x1b" not in shoal("show", str(evil)).stderr
+
+
+def test_lines_have_no_blanks_at_their_ends_in_a_pipe(model: Path, home: Path) -> None:
+    shoal("pull", str(model))
+    for verb in (("ls",), ("show", "tiny"), ("doctor",)):
+        lines = shoal(*verb).stdout.split("\n")
+        assert [line for line in lines if line != line.rstrip()] == []

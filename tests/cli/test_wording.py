@@ -12,6 +12,7 @@ from fakes import tiny
 from fakes.cli_fakes import FakeClient, model_status, shoal
 
 from shoal import client as client_room
+from shoal.cli.cluster import cluster
 from shoal.cli.exit_codes import explain
 from shoal.cli.verbs import VERBS, cli
 from shoal.cli.wording import NONE_WORDS, WORDS, worded
@@ -67,9 +68,10 @@ def test_every_word_is_an_option_or_a_verb() -> None:
         assert command is not None
         parts = command.commands.values() if isinstance(command, click.Group) else [command]
         options |= {name for part in parts for option in part.params for name in option.opts}
+    known = options | set(cluster.commands)
     for word in WORDS.values():
         shoal_, *rest = word.split()
-        assert word in options or (shoal_ == "shoal" and rest[0] in VERBS and set(rest[1:]) <= options)
+        assert word in options or (shoal_ == "shoal" and rest[0] in VERBS and set(rest[1:]) <= known)
     assert set(NONE_WORDS) <= set(WORDS)
 
 
