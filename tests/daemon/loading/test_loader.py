@@ -27,6 +27,7 @@ from shoal.daemon.loading.planning import make_plan
 from shoal.daemon.memory import PROCESS, RUNTIMES
 from shoal.daemon.node import Node
 from shoal.daemon.request import DEFAULT_SAMPLING, sampling_of
+from shoal.daemon.sizes import parse_bytes
 from shoal.daemon.throughput.model_sizes import weighed
 from shoal.models.checkpoint.checkpoint import open_checkpoint
 from shoal.partition.plan import Misfit, Plan
@@ -286,12 +287,12 @@ def test_the_budget_that_is_said_to_do_does(
         ) as refused:
             node.load(Load(model=str(path)))
         assert "other models" not in str(refused.value)
-        said = re.search(r"`memory_bytes=(\d+)MB` would do", refused.value.hint)
+        said = re.search(r"`memory_bytes=([\d.]+[kMG]B)` would do", refused.value.hint)
         assert said is not None
-        node.budget.limit_bytes = (int(said[1]) - 2) * 10**6
+        node.budget.limit_bytes = parse_bytes(said[1]) - 2 * 10**6
         with pytest.raises(DaemonError, match="MB for KV-to-disk buffers"):
             node.load(Load(model=str(path)))
-        node.budget.limit_bytes = int(said[1]) * 10**6
+        node.budget.limit_bytes = parse_bytes(said[1])
         assert node.load(Load(model=str(path))).model.name == path.name
 
 

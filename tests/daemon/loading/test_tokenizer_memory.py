@@ -17,6 +17,7 @@ from shoal.daemon.errors import DaemonError
 from shoal.daemon.loading.assembly import Assembly
 from shoal.daemon.loading.budgeting import Shortfall, plan_within_budget
 from shoal.daemon.loading.runnable import read_tokenizer
+from shoal.daemon.sizes import parse_bytes
 from shoal.daemon.throughput.model_sizes import weighed
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shoal.models.tokenizer.file_costs import (
@@ -133,9 +134,9 @@ def test_the_budget_that_is_named_does(kind: str, width: int, megabytes: int, tm
     assert caught.value.code == "resources"
     assert ("for reading the tokenizer" in caught.value.message) == (width > 1)
     assert ("context_tokens" in caught.value.hint) == (width == 1)  # it changes nothing about the tokenizer
-    named = re.search(r"memory_bytes=(\d+)MB", caught.value.hint)
+    named = re.search(r"memory_bytes=([\d.]+[kMG]B)", caught.value.hint)
     assert named is not None
-    budget = Budget(int(named[1]) * 10**6)
+    budget = Budget(parse_bytes(named[1]))
     Assembly(budget).load("m", path, CONFIG).main.executor.store.close()
     assert 0 < budget.held_bytes <= budget.limit_bytes
 
