@@ -28,7 +28,8 @@ def show_batch(found: BatchForesight, machine: str, *, as_json: bool, all_: bool
     for bound in found.bounds:
         screen.print(
             printable(
-                f"through {bound.device}: no schedule gives more than {format_rate(bound.tokens_per_s)} tokens/s; from "
+                f"through {bound.device}: no schedule gives more than {format_rate(bound.tokens_per_s)} tokens/s, and "
+                f"one without gaps {format_rate(bound.expected_tokens_per_s)} with so many requests; from "
                 f"{bound.saturating_tokens:,.0f} tokens in a step on it would compute longer than weights take to come"
             )
         )

@@ -14,7 +14,14 @@ from msgspec import Struct
 from shoal.daemon.config import NodeConfig
 from shoal.partition.amounts import format_duration
 from shoal.partition.plan import Wanted
-from shoal.partition.throughput.offline import BatchSize, Hybrid, PlannedBatch, batches, upper_bound
+from shoal.partition.throughput.offline import (
+    BatchSize,
+    Hybrid,
+    PlannedBatch,
+    batches,
+    expected,
+    upper_bound,
+)
 from shoal.partition.throughput.prediction import Binding
 from shoal.partition.throughput.profile import Profile
 from shoal.partition.throughput.solve import Asks
@@ -44,10 +51,12 @@ class BatchRow(Struct, frozen=True):
 
 class PassingBound(Struct, frozen=True):
     """Of weights that pass through a device in every step: tokens of answers a second that no schedule exceeds with
-    these memories, and tokens in a step from which on computing takes longer than bringing them."""
+    these memories, and that a schedule without gaps would give for so many requests (MoE-Lens's two stages); and tokens
+    in a step from which on computing takes longer than bringing them."""
 
     device: str
     tokens_per_s: float
+    expected_tokens_per_s: float
     saturating_tokens: float
 
 
@@ -92,7 +101,8 @@ def foresee_batch(
         if ways:
             most = [upper_bound(it, job.prompt_tokens, job.new_tokens) for it in ways]
             best = ways[most.index(max(most))]
-            bounds.append(PassingBound(there.name, max(most), best.saturating_tokens))
+            likely = expected(best, job.prompt_tokens, job.new_tokens, requests)
+            bounds.append(PassingBound(there.name, max(most), likely, best.saturating_tokens))
     rows = [_row(it, requests, job.new_tokens) for it in found]
     fitting = [it for it in found if not it.missing]
     by_model = [[it for it in fitting or found if it.model is model] for model in models]

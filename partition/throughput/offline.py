@@ -3,17 +3,17 @@
 The more rows a step has, the less each costs: weights are read, or brought to a device, once for all, and experts get
 many rows. But K and V of all, and what a step holds, take memory.
 
-And what no schedule exceeds, where weights stay on the host: the first stage of MoE-Lens (Yuan et al. 2025, arXiv
+And what no schedule exceeds, where weights stay on the host: MoE-Lens's two stages (Yuan et al. 2025, arXiv
 2504.09345), worked out anew in docs/throughput-model.md. In each iteration all weights pass to the accelerator once,
 and every token that is there meets them: one token of each request that is being answered, and the prompts of those
-that begin. Pure.
+that begin. Attention of answers is the host's. Pure.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import inf
+from math import ceil, inf
 from typing import NamedTuple
 
 from ..plan import Plan
@@ -120,6 +120,7 @@ class Hybrid(NamedTuple):
     flops: float
     host_bytes_per_s: float
     kv_bytes: float  # of memory, for K and V
+    memory_bytes_per_s: float  # of the host
     disk_s: float = 0.0
 
     @classmethod
@@ -145,6 +146,7 @@ class Hybrid(NamedTuple):
                 accelerator.flops,
                 passing_bytes_per_s(accelerator),
                 memory_bytes - share * model.weights_bytes,
+                host.memory_bytes_per_s,
                 (1 - share) * passing / host.disk_bytes_per_s if share < 1 else 0.0,
             )
             for share in held
@@ -184,9 +186,25 @@ def tokens_per_kv(prompt_tokens: int, new_tokens: int) -> float:
 
 
 def upper_bound(hybrid: Hybrid, prompt_tokens: int, new_tokens: int) -> float:
-    """Tokens of answers per second that no schedule exceeds, with endlessly many requests. Either the
+    """First stage: tokens of answers per second that no schedule exceeds, with endlessly many requests. Either the
     host's memory bounds how many tokens there are for each pass, or computing them takes longer than the pass."""
     kept = hybrid.kv_tokens * tokens_per_kv(prompt_tokens, new_tokens)
     by_memory = kept / hybrid.pass_s if hybrid.pass_s else inf
     by_compute = hybrid.flops / hybrid.token_flops
     return min(by_memory, by_compute) * new_tokens / (prompt_tokens + new_tokens)
+
+
+def expected(
+    hybrid: Hybrid, prompt_tokens: int, new_tokens: int, requests: int, page_tokens: int = 64
+) -> float:
+    """Second stage: tokens of answers per second of so many requests. K and V come in whole pages, the first and the
+    last requests find nobody beside them, and the host attends to all that it holds in every iteration."""
+    prompt, new = prompt_tokens, new_tokens
+    # By one request, over its time.
+    held = sum(page_tokens * ceil((prompt + i) / page_tokens) for i in range(1, new + 1))
+    begins = min(hybrid.kv_tokens / held, requests / 1.0)  # requests that begin in each iteration
+    computed = begins * (prompt + new)
+    attention_s = begins * held * hybrid.kv_token_bytes / hybrid.memory_bytes_per_s
+    iteration_s = max(hybrid.pass_s, computed * hybrid.token_flops / hybrid.flops, attention_s)
+    iterations = requests / begins + new - 1  # until the last has begun, and until it has ended
+    return requests * new / (iterations * iteration_s) if begins else 0.0
