@@ -179,6 +179,7 @@ def test_many_requests_come_near_what_no_schedule_exceeds(mixtral: Path, tmp_pat
     assert all(row["seconds"] is None for row in found["plans"] if not row["fits"])
     shown = run(*asked, "--requests", 25000).stdout
     assert "no schedule gives more than" in shown
+    assert "with so many requests" in shown
     assert "→ through a40" in shown
 
 
