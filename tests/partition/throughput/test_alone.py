@@ -99,7 +99,7 @@ def test_the_curve_has_the_plans_with_a_device() -> None:
     machine, job = replace(MACHINE, accelerators=(there,)), usual_job(ASKED[0].context_tokens)
     curve = list(memory_curve(WIDE, ASKED, machine, job))
     alone = list(memory_curve(WIDE, ASKED, MACHINE, job))
-    assert curve[-1].tokens_per_s > 1.3 * alone[-1].tokens_per_s
+    assert curve[-1].tokens_per_s > 1.15 * alone[-1].tokens_per_s  # the usual job gains more, as layers come
     for point in curve:
         here = replace(machine, memory_bytes=point.memory_bytes)
         chosen = solve([WIDE], lambda *_: ASKED, Profile((here,)), job, Choices("f16")).chosen
