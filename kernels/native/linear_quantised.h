@@ -228,22 +228,36 @@ struct alignas(64) TileScratch {
     vf sums[TILE_ROWS / TILE_STEP][TILE_TOKENS][VECTORS];
 };
 
-template <class W, class Bits>
+// What a job of many tokens unpacks: TILE_STEP rows from `row` on, of which no row from `rows` on exists, in columns
+// [k, k + blocks * W::weights).
+struct Patch {
+    int64_t row, rows, k, blocks;
+};
+
+// After the last band that one again, for sums nobody reads.
+template <class W, class Scheme>
+void unpack_bands(const shoal::Weights& w, const Patch& p, Tile<W, Scheme>* tiles) {
+    for (int v = 0; v < VECTORS; v++) {
+        const int64_t row = least(p.row + v / PARTS * BAND, (p.rows - 1) / BAND * BAND);
+        const uint8_t* block = band_of<W>(w, row) + p.k / W::weights * BAND * W::bytes;
+        const int64_t chunk = p.blocks * BAND * W::bytes, ahead = chunk + v % PARTS * (BAND * W::bytes / PARTS);
+        for (int64_t b = 0; b < p.blocks; b++, block += BAND * W::bytes) {
+            unpack_tile<W, Scheme>(Lines(block, v % PARTS, block + ahead), v, tiles[b]);
+        }
+    }
+}
+
+template <class W, class Scheme>
+using Unpack = void (*)(const shoal::Weights&, const Patch&, Tile<W, Scheme>*);
+
+template <class W, class Scheme, Unpack<W, Scheme> UNPACK>
 void many_tokens(const shoal::Weights& w, int64_t row0, int64_t rows, const Tokens& x, const Output& y, char* memory) {
-    using Scheme = typename Bits::template Many<W>;
     auto& scratch = *reinterpret_cast<TileScratch<W, Scheme>*>(memory);
     const int64_t batches = ceil_div(x.count, TILE_BATCH);
     for (int64_t k = 0; k < w.cols; k += CHUNK) {
-        const int64_t blocks = least(CHUNK, w.cols - k) / W::weights;
+        const int64_t blocks = ceil_div(least(CHUNK, w.cols - k), W::weights);
         for (int64_t r = 0; r < rows; r += TILE_STEP) {
-            for (int v = 0; v < VECTORS; v++) {  // after the last band that one again, for sums nobody reads
-                const int64_t row = least(r + v / PARTS * BAND, (rows - 1) / BAND * BAND);
-                const uint8_t* block = band_of<W>(w, row0 + row) + k / W::weights * BAND * W::bytes;
-                const int64_t chunk = blocks * BAND * W::bytes, ahead = chunk + v % PARTS * (BAND * W::bytes / PARTS);
-                for (int64_t b = 0; b < blocks; b++, block += BAND * W::bytes) {
-                    unpack_tile<W, Scheme>(Lines(block, v % PARTS, block + ahead), v, scratch.tiles[b]);
-                }
-            }
+            UNPACK(w, {row0 + r, row0 + rows, k, blocks}, scratch.tiles);
             for (int64_t i = 0; i < batches; i++) {
                 const int64_t from = x.count * i / batches, until = x.count * (i + 1) / batches;
                 const Input<Scheme>* in[TILE_BATCH];
@@ -287,7 +301,7 @@ constexpr Multiply multiply_quantised() {
     return {FEW_TOKENS<W>,
             {Bits::template form<ManyScheme>(), Bits::template form<FewScheme>()},
             few_tokens<W, Bits>,
-            many_tokens<W, Bits>,
+            many_tokens<W, ManyScheme, unpack_bands<W, ManyScheme>>,
             sizeof(TileScratch<W, ManyScheme>)};
 }
 

@@ -1,6 +1,7 @@
 // Products of one or more matrices and the same inputs, which are packed once and multiplied in one run of jobs.
 #pragma once
 #include "elementwise.h"
+#include "linear_bf16.h"
 #include "linear_float.h"
 #include "linear_quantised.h"
 
@@ -18,7 +19,7 @@ const Type* find_type(int32_t id) {
         {},                     {},                     {},                     {},                     {},
         quantised_type<IQ4_NL>(),
     };
-    static constexpr Type bf16 = float_type<BF16>();
+    static constexpr Type bf16 = bf16_type();
     if (id == 30) return &bf16;
     if (id < 0 || id >= (int32_t)(sizeof types / sizeof types[0]) || !types[id].decode) return nullptr;
     return &types[id];
@@ -65,13 +66,18 @@ struct Product {
 template <class Bits, class Scheme>
 void pack_groups(const float* x, int64_t count, char* out) {
     auto* groups = reinterpret_cast<Input<Scheme>*>(out);
-    for (int64_t k = 0; k + GROUP <= count; k += GROUP) pack_group<Bits>(x + k, groups[k / GROUP]);
+    int64_t k = 0;
+    for (; k + GROUP <= count; k += GROUP) pack_group<Bits>(x + k, groups[k / GROUP]);
+    if (k == count) return;
+    float last[GROUP] = {};
+    memcpy(last, x + k, (size_t)(count - k) * sizeof(float));
+    pack_group<Bits>(last, groups[k / GROUP]);
 }
 
 // How groups of inputs come into a form.
 struct Packer {
     size_t group_bytes;
-    void (*pack)(const float* x, int64_t count, char* out);  // whole groups
+    void (*pack)(const float* x, int64_t count, char* out);  // the last group is filled up with zeros
 };
 
 template <class Bits, class Scheme>
@@ -94,7 +100,7 @@ struct Packed {
             at[form] = bytes;
             if (!(forms >> form & 1)) continue;
             bytes += form == FLOATS ? whole_lines((size_t)(ceil_div(cols, 16) * 16) * sizeof(float))
-                                    : whole_lines((size_t)(cols / GROUP) * PACKERS[form].group_bytes);
+                                    : whole_lines((size_t)ceil_div(cols, GROUP) * PACKERS[form].group_bytes);
         }
         return bytes += 64;  // no power of two, or tokens would compete for cache lines
     }

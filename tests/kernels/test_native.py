@@ -33,9 +33,13 @@ from shoal.kernels import native_library as library
 from shoal.kernels.arrays import Floats
 from shoal.kernels.homes import choose, cpu
 from shoal.kernels.types import BF16, F16, F32, IQ4_NL, Q4_0, Q4_1, Q4_K, Q6_K, Q8_0
+from shoal.partition.memory_layout import INPUT_GROUP
 
 each_type = pytest.mark.parametrize("kind", WEIGHT_TYPES, ids=lambda kind: kind.name)
 each_bits = pytest.mark.parametrize("bits", [WIDE_INPUTS, NARROW_INPUTS])
+
+ROUNDING_BF16 = ("avx2", "avxvnni")
+"""Homes that multiply words where weights are bf16 (`reference.as_words`)."""
 
 
 @pytest.fixture(params=NATIVE)
@@ -63,16 +67,24 @@ def test_decoding_is_that_of_the_reference(home: str, kind: WeightType, scale: f
 
 def assert_linear_close(x: Floats, w: Matrix, bias: Floats | None, bits: InputBits = WIDE_INPUTS) -> None:
     """Compares with float64, within what rounding does to a float32 sum: errors add up like steps of a random walk."""
-    full = TRUTH.dequantize(w).astype(float)
+    full = TRUTH.dequantize(w)
     x_seen = reference.quantised_inputs(x, bits) if w.type.quantised else x
-    truth = x_seen @ full.T + (0 if bias is None else bias)
-    magnitude = np.abs(x_seen) @ np.abs(full).T + (0 if bias is None else np.abs(bias))
     plain = TRUTH.linears(x, Linears((w,), (bias,), bits))[0]
-    tolerance = 2**-24 * (8 + w.cols**0.5)  # 8e-7 for a block of 32, 4e-6 for the longest rows here
-    for got in (linear(x, w, bias, bits), plain):
-        assert got.dtype == np.float32
-        assert got.shape == truth.shape
-        assert (np.abs(got - truth) <= tolerance * magnitude + 1e-30).all()
+    _assert_product(plain, x_seen, full, bias)
+    if w.type is BF16 and cpu().name in ROUNDING_BF16:
+        filled = np.pad(x, ((0, 0), (0, -w.cols % INPUT_GROUP)))
+        x_seen, full = reference.quantised_inputs(filled)[:, : w.cols], reference.as_words(full)
+    _assert_product(linear(x, w, bias, bits), x_seen, full, bias)
+
+
+def _assert_product(got: Floats, x: Floats, w: Floats, bias: Floats | None) -> None:
+    full = w.astype(float)
+    truth = x @ full.T + (0 if bias is None else bias)
+    magnitude = np.abs(x) @ np.abs(full).T + (0 if bias is None else np.abs(bias))
+    tolerance = 2**-24 * (8 + full.shape[1] ** 0.5)  # 8e-7 for a block of 32, 4e-6 for the longest rows here
+    assert got.dtype == np.float32
+    assert got.shape == truth.shape
+    assert (np.abs(got - truth) <= tolerance * magnitude + 1e-30).all()
 
 
 @each_type
@@ -135,6 +147,39 @@ def test_float_rows_of_any_length(home: str, kind: WeightType, cols: int) -> Non
     assert_linear_close(x, w, None)
     alone = np.concatenate([linear(x[t : t + 1], w) for t in range(11)])
     assert np.array_equal(linear(x, w), alone)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 300), st.integers(-60, 60))
+@settings(deadline=None, max_examples=30)
+def test_bf16_as_words_is_near(seed: int, cols: int, power: int) -> None:
+    generator = np.random.default_rng(seed)
+    spread = np.exp2(generator.integers(-12, 1, (7, cols))).astype(np.float32)
+    numbers = generator.standard_normal((7, cols), np.float32) * spread * np.float32(2.0**power)
+    weights = (numbers.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+    words = reference.as_words(weights)
+    for k in range(0, cols, reference.WORD_COLUMNS):
+        part, got = (it[:, k : k + reference.WORD_COLUMNS] for it in (weights, words))
+        reached = np.exp2(np.floor(np.log2(np.abs(part).max(-1, keepdims=True))))
+        kept = np.abs(part) >= reached / 8
+        assert np.array_equal(got[kept], part[kept])
+        assert (np.abs(got - part) <= reached * 2**-11).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 9])
+def test_weights_that_are_no_numbers_stay_in_their_rows(home: str, tokens: int) -> None:
+    clean = random_matrix(BF16, 21, 300)
+    bits = clean.data.copy().view(np.uint16).reshape(21, 300)
+    bits[3, 299], bits[17, 5] = 0x7FC0, 0xFF80  # NaN and minus infinity
+    bits[8] = 0
+    bits[9, :] = 1  # the smallest number above zero
+    spoiled = kernels.from_stored(BF16, 21, 300, bits.view(np.uint8).reshape(21, 600))
+    x = randn(tokens, 300)
+    got, kept = linear(x, spoiled), [r for r in range(21) if r not in (3, 8, 9, 17)]
+    assert np.array_equal(got[:, kept], linear(x, clean)[:, kept])
+    assert np.isnan(got[:, 3]).all()
+    assert not np.isfinite(got[:, 17]).any()
+    assert not got[:, 8].any()
+    assert (np.abs(got[:, 9]) < 1e-36).all()
 
 
 def test_infinite_and_nan_inputs_stay_in_their_row(home: str) -> None:
