@@ -7,6 +7,7 @@ format. Decides only: it reads no text, and whatever is malformed is simply not 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -109,7 +110,10 @@ def _vocabulary(model: _Model) -> tuple[Iterator[int], Iterator[int]]:
     if model.type == "Unigram":
         pieces = msgspec.json.decode(model.vocab, type=list[tuple[str, float]])
         return (len(text) for text, _ in pieces), iter((len(pieces),))
-    vocab = msgspec.json.decode(model.vocab, type=dict[str, int])
+    # Not by msgspec, which keeps hundreds of the keys that it has read, and with each the memory of those around it.
+    vocab = json.loads(bytes(model.vocab).decode())
+    if not isinstance(vocab, dict) or {*map(type, vocab.values())} - {int}:
+        raise ValueError
     return map(len, vocab), iter(vocab.values())
 
 

@@ -38,7 +38,7 @@ def read_tokenizer_json(data: bytes, stated: Stated) -> Parts:
         "added": [*map(_fields, stated.added)],
         "extra": [*map(_fields, stated.extra)],
     }
-    token_bytes = file_cost(data).token
+    cost = file_cost(data)
     library = holder(data, stated_tokens)
     del data
     facts = library.facts()
@@ -53,7 +53,7 @@ def read_tokenizer_json(data: bytes, stated: Stated) -> Parts:
             f"tokenizer.json puts the token {outside[0]} around texts, its vocabulary has {count}"
         )
     byte_level = [step.get("type") for step in steps] == ["ByteLevel"]
-    tokens = [f"[EMPTY_{i}]" for i in range(count)]
+    tokens = [""] * count
     kinds = bytearray([TokenKind.UNUSED]) * count
     for text, token_id in ids.items():
         tokens[token_id] = text
@@ -67,7 +67,7 @@ def read_tokenizer_json(data: bytes, stated: Stated) -> Parts:
         tokens[token_id] = spelled
     named = {role: ids.get(text) for role, text in stated.names.items()}
     vocab = Vocabulary(
-        packed(tokens),
+        packed(f"[EMPTY_{i}]" if kinds[i] == TokenKind.UNUSED else text for i, text in enumerate(tokens)),
         bytes(kinds),
         byte_level=byte_level,
         add_space_prefix=steps == _WITHOUT_FIRST_SPACE,
@@ -76,7 +76,7 @@ def read_tokenizer_json(data: bytes, stated: Stated) -> Parts:
         unk_id=named.get("unk_token"),
     )
     vocab = completed(vocab, ids, [token_id for token_id in stated.ends if token_id < count])
-    (longest, uncounted), nbytes = _longest_bytes(facts, vocab), token_bytes * len(vocab)
+    (longest, uncounted), nbytes = _longest_bytes(facts, vocab), cost.kept(len(vocab))
     if byte_level or steps in (_SENTENCE_PIECE, _WITHOUT_FIRST_SPACE):
         return Parts(vocab, library, nbytes, longest, uncounted)
     joining = library if isinstance(library, Here) else joiner(decoder)

@@ -23,7 +23,7 @@ from .weights_of import Product, Weighed
 
 # The interpreter with its libraries: as budgets count it before there is a model, and what of it is in memory while it
 # answers.
-PROCESS_BYTES, RESIDENT_BYTES = 84 << 20, 57_500_000
+PROCESS_BYTES, RESIDENT_BYTES = 84 << 20, 59_500_000
 _UNUSED_READING = 6 << 20  # of `READING_BYTES`, which has rows of the embedding for whole chunks
 _THREAD_BYTES = 320 << 10  # that a thread of the kernels unpacks weights and adds up in, and its stack
 _FLOATS = ("F32", "F16", "BF16")  # inputs of these weights are not rounded

@@ -21,9 +21,7 @@ from shoal.daemon.sizes import parse_bytes
 from shoal.daemon.throughput.model_sizes import weighed
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shoal.models.tokenizer.file_costs import (
-    MERGE_BYTES,
     TOKEN_BYTES,
-    VOCABULARY_BYTES,
     file_cost,
     vocabulary_memory,
 )
@@ -104,7 +102,7 @@ def test_it_is_held_while_it_is_read(kind: str, tmp_path: Path, monkeypatch: pyt
         tokenizer = read_tokenizer("m", checkpoint, budget)
     assert held == (50 if kind == "Unigram" else 22) * size
     assert budget.held_bytes == 0
-    assert tokenizer.nbytes == tokenizer.vocab_size * (1500 if kind == "Unigram" else VOCABULARY_BYTES)
+    assert tokenizer.nbytes == file_cost((path / "tokenizer.json").read_bytes()).kept(tokenizer.vocab_size)
 
 
 @pytest.mark.parametrize("kind", ["BPE", "Unigram"])
@@ -182,7 +180,7 @@ def test_tokens_without_rows_count_too(tmp_path: Path) -> None:
         model = Assembly(budget).load(str(tokens), path, CONFIG)
         sizes.append(budget.held_by(f"model {tokens}"))
         model.main.executor.store.close()
-    assert sizes[1] - sizes[0] >= 20_000 * VOCABULARY_BYTES
+    assert sizes[1] - sizes[0] >= 20_000 * 200
 
 
 @pytest.mark.parametrize(("tokens", "length"), [(40_000, 0), (160_000, 0), (40_000, 300)])
@@ -199,11 +197,51 @@ def test_the_header_of_a_gguf_tells_what_its_tokenizer_takes(model: str, tokens:
     assert most <= memory.reading
 
 
+PARSED = """
+import sys
+from pathlib import Path
+import shoal.daemon.measurement
+from shoal.daemon.memory import private_bytes, return_freed
+from shoal.models.tokenizer.tokenizer import Tokenizer
+
+return_freed()
+before = private_bytes()
+tokenizer = Tokenizer.from_hf(Path(sys.argv[1]))
+return_freed()
+print(private_bytes() - before, tokenizer.nbytes)
+"""
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_a_tokenizer_json_keeps_what_a_gguf_of_its_vocabulary_does(pairs: bool, tmp_path: Path) -> None:
+    """With some MB more, however merges are written: what its parser needs for a moment leaves no holes."""
+    path = tiny.save_hf(tiny.hf_model("llama"), tmp_path / "m")
+    file = json.loads((path / "tokenizer.json").read_text())
+    letters = [chr(0x100 + i) for i in range(200)]
+    merges = [(a, b) for a in letters for b in letters]
+    tokens = [*file["model"]["vocab"], *letters, *(a + b for a, b in merges)]
+    file["model"]["vocab"] = {text: i for i, text in enumerate(dict.fromkeys(tokens))}
+    file["model"]["merges"] = merges if pairs else [f"{a} {b}" for a, b in merges]
+    (path / "tokenizer.json").write_text(json.dumps(file))
+    command = [sys.executable, "-P", "-c", PARSED, str(path)]
+    taken, expected = map(int, subprocess.check_output(command, timeout=60, text=True).split())
+    same = vocabulary_memory(len(file["model"]["vocab"]), len(merges), 0).kept
+    assert 0 < expected - same <= 6_000_000
+    assert 0.75 * expected < taken <= expected + 2_000_000
+
+
+def test_a_bpe_is_charged_by_its_tables_which_double() -> None:
+    """Of 65,536 places seven eighths are filled at most."""
+    few, full, more = (vocabulary_memory(it, 1, 0).kept for it in (50_000, 57_343, 57_345))
+    assert full - few == 7_343 * 68
+    assert more - full == 2 * 68 + 2 * 33 * 65_536
+
+
 def test_a_gguf_tells_that_before_its_tokens_are_read_and_after_they_are_forgotten(tmp_path: Path) -> None:
     path = tiny.save_gguf(tiny.hf_model("llama"), tmp_path / "m.gguf")
     with open_checkpoint(path) as checkpoint:
         expected = checkpoint.tokenizer_memory().kept
         assert checkpoint.tokenizer().nbytes == expected > 0
-        assert expected < checkpoint.spec.vocab * (TOKEN_BYTES + MERGE_BYTES)
+        assert expected < checkpoint.spec.vocab * 2 * TOKEN_BYTES
         checkpoint.forget_tokens()
         assert checkpoint.tokenizer_memory().kept == expected

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from shoal.models.errors import TokenizerError
+from shoal.models.tokenizer import hf_library
 from shoal.models.tokenizer.detokenizer import Detokenizer
 from shoal.models.tokenizer.stop_strings import StopMatcher
 from shoal.models.tokenizer.tokenizer import Tokenizer
@@ -266,3 +267,32 @@ def test_a_damaged_file_is_refused_in_one_line(data: st.DataObject) -> None:
         except TokenizerError as error:
             said = str(error)
     assert "\n" not in said
+
+
+@pytest.mark.parametrize("merges", [[["a", "b"], ["ab", "c"]], ["a b", "ab c"]])
+def test_a_usual_bpe_is_what_the_library_parses(merges: list[Any]) -> None:
+    """However its merges are written; also where a token is added that the model does not have."""
+    made = tokenizers.Tokenizer(models.BPE({"a": 0, "b": 1, "c": 2, "ab": 3, "abc": 4}, [], unk_token="a"))
+    made.normalizer, made.pre_tokenizer = normalizers.NFC(), pre_tokenizers.ByteLevel(use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens(["b", "<s>"])
+    made.add_tokens([AddedToken("<x>", lstrip=True, normalized=True)])
+    made.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 5)])
+    file = json.loads(made.to_str())
+    file["model"]["merges"] = merges
+    data = json.dumps(file, indent=2).encode()
+    found, parsed = hf_library._compact(data), tokenizers.Tokenizer.from_buffer(data)
+    assert found is not None
+    assert json.loads(found.to_str()) == json.loads(parsed.to_str())
+    for text in ("abc<s>ab <x>c", "cab"):
+        assert found.encode(text).ids == parsed.encode(text).ids
+
+
+@pytest.mark.parametrize(
+    "change", [{"merges": [["a", "z"]]}, {"merges": ["a b", ["a", "b"]]}, {"vocab": {"a": 0.0}}, {"type": "WordLevel"}]
+)  # fmt: skip
+def test_what_is_no_usual_bpe_is_left_to_the_library(change: dict[str, Any]) -> None:
+    file = json.loads(tokenizers.Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [])).to_str())
+    assert hf_library._compact(json.dumps(file, indent=2).encode()) is not None
+    file["model"] |= change
+    assert hf_library._compact(json.dumps(file, indent=2).encode()) is None
