@@ -20,12 +20,12 @@ from typing import NamedTuple
 from shoal.models.regular_files import read_regular
 
 MAX_TOKENIZER_FILE_BYTES = 64 << 20  # the largest published has 34 MB
-TOKEN_BYTES = 206  # of a vocabulary of SentencePiece
+SPM_TOKEN_BYTES = 206  # of a vocabulary of SentencePiece
 # Bytes of a token's text that are within what a token takes; what is longer counts so often.
 USUAL_LENGTH, LONGER_TIMES = 24, 2
 VOCABULARY_BYTES = 450  # of each token, where nothing is known but how many there are
-# Of the library's BPE: a place in the table from texts to ids, or in the one back; a place in the table of merges; a text
-# of usual length.
+# Of the library's BPE: a place in the table from texts to ids, or in the one back; a place in that of merges; a text of
+# usual length.
 _PLACE_BYTES, _MERGE_PLACE_BYTES, _TEXT_BYTES = 33, 17, 32
 _END_BYTES = 4  # of where a text of ours ends
 # Python's objects for a token, which are gone when it is read, leave some of its arenas behind.
@@ -39,7 +39,7 @@ _READING_BYTES = 250  # … and take this meanwhile
 
 class FileCost(NamedTuple):
     """In bytes. `reading`, `reading_token`: at the peak, of each byte of the file and each token, whichever is more.
-    `token`: of each token that stays; of a BPE, which has so many `merges`, beside its tables, up to `_PARSED_BYTES`."""
+    `token`: of each token that stays; of a BPE, which has so many `merges`, beside tables, up to `_PARSED_BYTES`."""
 
     reading: int
     reading_token: int
@@ -101,7 +101,7 @@ def vocabulary_memory(tokens: int, merges: int, text_bytes: int) -> TokenizerMem
     if merges:
         kept = _bpe_memory(tokens, merges) + text_bytes + longer
         return TokenizerMemory(kept + longer + _READING_BYTES * tokens, kept)
-    kept = TOKEN_BYTES * tokens + longer
+    kept = SPM_TOKEN_BYTES * tokens + longer
     return TokenizerMemory(kept * 8 // 5, kept)
 
 

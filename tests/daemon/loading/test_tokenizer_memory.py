@@ -21,7 +21,7 @@ from shoal.daemon.sizes import parse_bytes
 from shoal.daemon.throughput.model_sizes import weighed
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from shoal.models.tokenizer.file_costs import (
-    TOKEN_BYTES,
+    SPM_TOKEN_BYTES,
     file_cost,
     vocabulary_memory,
 )
@@ -242,6 +242,6 @@ def test_a_gguf_tells_that_before_its_tokens_are_read_and_after_they_are_forgott
     with open_checkpoint(path) as checkpoint:
         expected = checkpoint.tokenizer_memory().kept
         assert checkpoint.tokenizer().nbytes == expected > 0
-        assert expected < checkpoint.spec.vocab * 2 * TOKEN_BYTES
+        assert expected < checkpoint.spec.vocab * 2 * SPM_TOKEN_BYTES
         checkpoint.forget_tokens()
         assert checkpoint.tokenizer_memory().kept == expected
