@@ -28,18 +28,17 @@ VOCABULARY_BYTES = 450  # of each token, where nothing is known but how many the
 # usual length.
 _PLACE_BYTES, _MERGE_PLACE_BYTES, _TEXT_BYTES = 33, 17, 32
 _END_BYTES = 4  # of where a text of ours ends
-# Python's objects for a token, which are gone when it is read, leave some of its arenas behind.
-_ARENA_BYTES, _ARENAS_BYTES, _PARSED_BYTES = (
-    100,
-    4 << 20,
-    5 << 20,
-)  # for each, and at most; of a file, as many more
-_READING_BYTES = 250  # … and take this meanwhile
+# Python's objects for a token, which are gone when it is read, leave some of its arenas behind, and some more where a
+# file was parsed: for each token, and at most.
+_ARENA_BYTES, _MOST_ARENA_BYTES = 100, 4 << 20
+_PARSED_BYTES, _MOST_PARSED_BYTES = 125, 5 << 20
+_READING_BYTES = 250  # of each token while a GGUF's are read
 
 
 class FileCost(NamedTuple):
     """In bytes. `reading`, `reading_token`: at the peak, of each byte of the file and each token, whichever is more.
-    `token`: of each token that stays; of a BPE, which has so many `merges`, beside tables, up to `_PARSED_BYTES`."""
+    `token`: of each token that stays. A BPE with so many `merges` takes its tables, and up to `_MOST_PARSED_BYTES` for
+    all tokens besides."""
 
     reading: int
     reading_token: int
@@ -50,11 +49,11 @@ class FileCost(NamedTuple):
         """What stays of so many tokens."""
         if self.merges is None:
             return self.token * tokens
-        return _bpe_memory(tokens, self.merges) + min(self.token * tokens, _PARSED_BYTES)
+        return _bpe_memory(tokens, self.merges) + min(self.token * tokens, _MOST_PARSED_BYTES)
 
 
 _USUAL, _UNIGRAM = FileCost(22, 1100, VOCABULARY_BYTES), FileCost(50, 1700, 1500)
-_BPE = _USUAL._replace(token=_ARENA_BYTES + 25)
+_BPE = _USUAL._replace(token=_PARSED_BYTES)
 _NODE_BYTES, _LEAF_BYTES = 380, 300  # of the tree of a Unigram vocabulary, and of each token besides
 _MAX_COUNTED = 1 << 20  # no vocabulary has more tokens
 _MERGES = re.compile(rb'"merges"\s*:\s*\[\s*(\[?)')
@@ -109,7 +108,7 @@ def _bpe_memory(tokens: int, merges: int) -> int:
     """What any BPE takes: texts and tables of the library's, and what Python keeps for itself."""
     texts = (2 * _TEXT_BYTES + _END_BYTES) * tokens
     tables = 2 * _PLACE_BYTES * _places(tokens) + _MERGE_PLACE_BYTES * _places(merges)
-    return texts + tables + min(_ARENA_BYTES * tokens, _ARENAS_BYTES)
+    return texts + tables + min(_ARENA_BYTES * tokens, _MOST_ARENA_BYTES)
 
 
 def _places(entries: int) -> int:

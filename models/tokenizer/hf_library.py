@@ -17,9 +17,8 @@ import tokenizers
 
 _HEAD = struct.Struct("<I")
 _PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
-_LEAST_BYTES = (
-    12  # of a file for each token and merge: objects for shorter ones would be a burden; usual are 14 to 35
-)
+# Of a file, for each token and merge: objects for shorter ones would be a burden. Usual are 14 to 35.
+_LEAST_BYTES = 12
 _ADDED = {"id", "content", "single_word", "lstrip", "rstrip", "normalized", "special"}
 _BPE = {
     *("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"),
