@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from rich.console import Console
+
+_BLANK_ENDS = re.compile(" +$", re.MULTILINE)
 
 
 class PipedConsole(Console):
     def print(self, *objects: Any, **options: Any) -> None:
         with self.capture() as printed:
             super().print(*objects, **options)
-        self.file.write("".join(line.rstrip(" ") for line in _cut(printed.get())))
-
-
-def _cut(text: str) -> list[str]:
-    """Its lines, and each end of a line by itself."""
-    return [
-        part
-        for line in text.splitlines(keepends=True)
-        for part in (line.rstrip("\n"), "\n" * line.endswith("\n"))
-    ]
+        self.file.write(_BLANK_ENDS.sub("", printed.get()))
