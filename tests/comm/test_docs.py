@@ -79,16 +79,25 @@ def test_the_limits_are_those_of_the_server():
     assert (limits.keepalive_s, limits.heartbeat_s, limits.outbox_s, limits.drain_s) == (2, 5, 30, 30)
 
 
-def test_the_example_runs(tmp_path):
+def example(address: str) -> subprocess.CompletedProcess[str]:
     code = re.search(r"```python\n(.*?)```", TEXT, re.DOTALL)
     assert code
+    return subprocess.run(
+        [sys.executable, "-c", code[1], address], capture_output=True, text=True, timeout=25, check=False
+    )
+
+
+def test_the_example_runs(tmp_path):
     with running(ipc(tmp_path)) as daemon:
-        result = subprocess.run(
-            [sys.executable, "-c", code[1], daemon.address],
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=False,
-        )
+        result = example(daemon.address)
     assert result.stderr == ""
     assert result.stdout == "Why is the sky blue? \n[stop after 5 tokens]\n"
+
+
+@pytest.mark.parametrize("address", ["ipc://{}/none.sock", "tcp://127.0.0.1:9"])
+def test_the_example_says_that_nobody_is_there_before_it_gives_up_waiting(tmp_path, address):
+    address = address.format(tmp_path)
+    result = example(address)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"no daemon answers at {address}: ")
+    assert result.stderr.count("\n") == 1
