@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
-from tempfile import TemporaryDirectory
 
 import click
 
@@ -79,7 +78,7 @@ def examine(home: Home, *, deep: bool, progress: Progress) -> Iterator[Finding]:
         lambda: _daemon(home),
         lambda: _cluster(home),
     )
-    for check in checks if home.is_no_directory else (*checks, *within):
+    for check in checks if home.why_no_directory else (*checks, *within):
         try:
             yield from check()
         except (DaemonError, OSError) as error:
@@ -114,17 +113,24 @@ def _kernels(*, deep: bool) -> Iterator[Finding]:
                 "kernels", "broken", found, "pip install --force-reinstall . in the folder of Shoal"
             )
             return
-    home = kernel_home()
-    if home == "reference":
-        install = "pip install --force-reinstall --no-deps . in the folder of Shoal (or make setup there)"
-        mend = f"install a C++ compiler, then: {install}"
-        yield Finding("kernels", "note", "reference only: much slower than native ones", mend)
+    try:
+        home = kernel_home()
+    except DaemonError as error:
+        yield Finding("kernels", "broken", worded(error.message), "unset SHOAL_KERNELS")
     else:
-        yield _examined(home) if deep else Finding("kernels", "ok", f"native, {home}")
+        yield _serving(home, deep=deep)
     if compiler := next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None):
         yield Finding("compiler", "ok", compiler)
     else:
         yield Finding("compiler", "note", "none found: needed only to build the native kernels")
+
+
+def _serving(home: str, *, deep: bool) -> Finding:
+    if home == "reference":
+        install = "pip install --force-reinstall --no-deps . in the folder of Shoal (or make setup there)"
+        mend = f"install a C++ compiler, then: {install}"
+        return Finding("kernels", "note", "reference only: much slower than native ones", mend)
+    return _examined(home) if deep else Finding("kernels", "ok", f"native, {home}")
 
 
 def _examined(home: str) -> Finding:
@@ -156,7 +162,11 @@ def _profile(home: Home) -> Iterator[Finding]:
         from shoal.daemon.throughput.own_machine import profile_file
 
         threads = default_threads()
-        known = read_kept(profile_file(home, threads), profile_key(threads, home.streamed))
+        try:
+            kept = profile_file(home, threads)
+        except DaemonError:  # without kernels, of which there is a finding
+            return
+        known = read_kept(kept, profile_key(threads, home.streamed))
     if known is None:
         yield Finding(
             "profile", "ok", "this machine is not measured yet (shoal profile): predictions are rough"
@@ -174,19 +184,10 @@ def _profile(home: Home) -> Iterator[Finding]:
 def _home(home: Home) -> Iterator[Finding]:
     root = home.root
     mend = "export SHOAL_HOME=/a/directory/of/yours"
-    if home.is_no_directory:
-        yield Finding("home", "broken", f"{root} is no directory", mend)
+    if trouble := home.why_no_directory or home.why_not_written():
+        yield Finding("home", "broken", f"{root} {trouble}", mend)
         return
-    there = root.exists()
-    nearest = root if there else next(path for path in root.parents if path.exists())
-    try:
-        with TemporaryDirectory(dir=nearest):
-            pass
-    except OSError as error:
-        lacks = "" if there else f" cannot be made: {nearest}"
-        yield Finding("home", "broken", f"{root}{lacks} cannot be written: {error.strerror}", mend)
-        return
-    if not there:
+    if not root.exists():
         yield Finding("home", "ok", f"{root}, not made yet")
     elif root.stat().st_uid != os.getuid():
         yield Finding("home", "broken", f"{root} belongs to another user", mend)
@@ -194,7 +195,7 @@ def _home(home: Home) -> Iterator[Finding]:
         yield Finding("home", "note", f"{root} can be opened by others", f"chmod 700 {root}")
     else:
         yield Finding("home", "ok", str(root))
-    free = shutil.disk_usage(nearest).free
+    free = shutil.disk_usage(home.nearest).free
     mend = "see shoal ls, then shoal rm MODEL"
     yield _limited("disk", f"{format_bytes(free)} free", mend, low=free < LOW_DISK_BYTES)
 

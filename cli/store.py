@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from shoal.comm.errors import HomeError
 from shoal.comm.home import Home
 from shoal.daemon.errors import DaemonError
 from shoal.daemon.library import registry
@@ -68,6 +69,8 @@ def ls(as_json: bool) -> None:
     home = Home.from_env()
     library, packs = Library(home), PackShelf(home).list()
     entries = library.list()
+    if not home.root.exists() and (trouble := home.why_not_written()):
+        raise HomeError(f"SHOAL_HOME={home.root}: {trouble}")
     if as_json:
         names = {entry.name for entry in entries}
         models = [_described(entry, packs) for entry in entries]

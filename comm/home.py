@@ -20,23 +20,44 @@ SOCKET_PATH_LIMIT = 100  # sockaddr_un.sun_path holds 108 bytes on Linux, 104 on
 
 @dataclass(frozen=True)
 class Home:
-    """Paths below one root. Creates nothing."""
+    """Paths below one root. Leaves nothing behind."""
 
     root: Path
 
     @classmethod
     def from_env(cls, *, whatever: bool = False) -> Home:
-        """Raises HomeError where the root is a file, unless `whatever` is there will do."""
+        """Raises HomeError where the root, or what is above it, is a file, unless `whatever` is there will do."""
         configured = os.environ.get("SHOAL_HOME")
         root = Path(configured) if configured else Path(platformdirs.user_data_dir("shoal", appauthor=False))
         home = cls(root.expanduser().absolute())
-        if home.is_no_directory and not whatever:
-            raise HomeError(f"SHOAL_HOME={home.root}: is no directory")
+        if home.why_no_directory and not whatever:
+            raise HomeError(f"SHOAL_HOME={home.root}: {home.why_no_directory}")
         return home
 
     @property
-    def is_no_directory(self) -> bool:
-        return self.root.exists() and not self.root.is_dir()
+    def nearest(self) -> Path:
+        """The root, or while it is not made, what is there of the directories above it."""
+        return _nearest(self.root)
+
+    @property
+    def why_no_directory(self) -> str:
+        """A file that is in its place, or above it; "" if there is none."""
+        if self.nearest.is_dir():
+            return ""
+        return (
+            "is no directory"
+            if self.nearest == self.root
+            else f"cannot be made: {self.nearest} is no directory"
+        )
+
+    def why_not_written(self) -> str:
+        """What keeps files from being written there, which is tried; "" if nothing does."""
+        try:
+            with tempfile.TemporaryDirectory(dir=self.nearest):
+                return ""
+        except OSError as error:
+            made = "" if self.nearest == self.root else f"cannot be made: {self.nearest} "
+            return f"{made}cannot be written: {error.strerror}"
 
     @property
     def models(self) -> Path:
@@ -114,5 +135,9 @@ class Home:
 
 def disk_of(path: Path) -> int:
     """Which disk a path lies on, also one that is still to be made. Raises OSError."""
-    nearest = next((it for it in (path, *path.parents) if it.exists()), Path("/"))
-    return nearest.stat().st_dev
+    return _nearest(path).stat().st_dev
+
+
+def _nearest(path: Path) -> Path:
+    """The path, or of the directories above it the nearest that is there."""
+    return next((it for it in (path, *path.parents) if it.exists()), Path("/"))

@@ -9,15 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from shoal import kernels
-from shoal.daemon.error_codes import refusing
+from shoal.daemon.error_codes import raise_translated, refusing
+from shoal.kernels.errors import KernelError
 from shoal.models.checkpoint.checkpoint import Checkpoint, open_checkpoint
 
 from .advice import advice_of
 
 
 def kernel_home() -> str:
-    """Which kernels serve here: avx512vnni, avx512, avxvnni, avx2, neon_dot, neon, scalar or reference."""
-    return kernels.home()
+    """Which kernels serve here: avx512vnni, avx512, avxvnni, avx2, neon_dot, neon, scalar or reference. Raises
+    DaemonError where none of that name do."""
+    try:
+        return kernels.home()
+    except KernelError as error:
+        raise_translated(error)
 
 
 def checkpoint_facts(path: Path) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shoal import kernels
 from shoal.comm.group.belonging import belongs
 from shoal.comm.home import Home
+from shoal.daemon.loading.checkpoint_facts import kernel_home
 from shoal.daemon.memory import return_freed
 from shoal.partition.throughput.prediction import Binding
 from shoal.partition.throughput.profile import Device, Profile, unmeasured
@@ -242,8 +242,8 @@ class OwnMachine:
 
 
 def profile_file(home: Home, threads: int) -> Path:
-    """Where the profile on so many threads is kept, with the kernels that compute here."""
-    return home.profile(kernels.home(), threads)
+    """Where the profile on so many threads is kept, with the kernels that compute here. Raises DaemonError."""
+    return home.profile(kernel_home(), threads)
 
 
 def _with_head(profile: Profile, head: Device) -> Profile:

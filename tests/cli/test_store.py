@@ -15,6 +15,7 @@ from shoal.cli import background
 from shoal.comm.errors import TimedOut
 from shoal.daemon import measurement as measure
 from shoal.daemon.errors import DaemonError
+from shoal.kernels import homes
 from shoal.partition.amounts import format_bytes
 
 
@@ -290,6 +291,39 @@ def test_a_home_that_is_a_file(model: Path, monkeypatch: pytest.MonkeyPatch) -> 
         result = shoal(*verb)
         assert result.exit_code == 2
         assert result.stderr == f"shoal: SHOAL_HOME={model}: is no directory (set it to one of your own)\n"
+
+
+def test_a_home_that_cannot_be_made_is_no_empty_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOAL_HOME", "/proc/shoal")
+    result = shoal("ls")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith(
+        "shoal: SHOAL_HOME=/proc/shoal: cannot be made: /proc cannot be written: "
+    )
+    assert "empty" not in result.stderr
+
+
+def test_a_home_below_a_file_is_said_so_by_every_verb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (file := tmp_path / "file").touch()
+    monkeypatch.setenv("SHOAL_HOME", str(file / "home"))
+    for verb in ("ls", "ps", "stop"):
+        result = shoal(verb)
+        assert result.exit_code == 2
+        assert f"SHOAL_HOME={file}/home: cannot be made: {file} is no directory" in result.stderr
+    code, found = findings()
+    assert (code, found["home"]["found"]) == (1, f"{file}/home cannot be made: {file} is no directory")
+
+
+def test_doctor_shows_the_rest_where_the_kernels_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOAL_KERNELS", "foo")
+    monkeypatch.setattr(homes, "_cpu", None)
+    code, found = findings()
+    assert (code, found["kernels"]["state"], found["kernels"]["mend"]) == (1, "broken", "unset SHOAL_KERNELS")
+    assert found["kernels"]["found"].startswith("SHOAL_KERNELS='foo': ")
+    assert {"compiler", "memory", "home", "models", "daemon"} <= set(found)
+    assert not {"check", "profile"} & set(found)
 
 
 def test_doctor_asks_the_daemon(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
