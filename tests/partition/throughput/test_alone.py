@@ -85,11 +85,11 @@ def test_near_full_memory_the_head_is_kept_where_layers_hide_what_is_read() -> N
 
 
 def test_more_memory_is_never_slower() -> None:
-    """Each point of the curve is the plan that would be taken with so much memory."""
+    """Each point of the curve is the best plan within so much memory."""
     curve = list(memory_curve(WIDE, ASKED, MACHINE, usual_job(ASKED[0].context_tokens)))
     assert curve[0].tokens_per_s < 0.5 * curve[-1].tokens_per_s
     for less, more in pairwise(curve):
-        assert more.tokens_per_s > 0.97 * less.tokens_per_s
+        assert more.tokens_per_s >= less.tokens_per_s
     below = [it for it in curve if it.memory_bytes < whole_bytes() + beside_bytes(WIDE, "f16")]
     assert len(below) > 10
 
@@ -100,11 +100,14 @@ def test_the_curve_has_the_plans_with_a_device() -> None:
     curve = list(memory_curve(WIDE, ASKED, machine, job))
     alone = list(memory_curve(WIDE, ASKED, MACHINE, job))
     assert curve[-1].tokens_per_s > 1.15 * alone[-1].tokens_per_s  # the usual job gains more, as layers come
+    taken = []
     for point in curve:
         here = replace(machine, memory_bytes=point.memory_bytes)
         chosen = solve([WIDE], lambda *_: ASKED, Profile((here,)), job, Choices("f16")).chosen
         assert chosen is not None
-        assert chosen.prediction.tokens_per_s == point.tokens_per_s
+        taken.append(chosen.prediction.tokens_per_s)
+        assert point.tokens_per_s == max(taken)
+    assert taken != sorted(taken), "one that is quicker for the job gives tokens more slowly"
 
 
 def test_names_say_how_it_streams() -> None:
