@@ -184,7 +184,8 @@ def nothing_fits(found: Solved) -> str:
         kept = "the weights as they are stored" if fewer else f"K and V in {as_stored.kv_type}"
         ways.append(f"{format_bytes(rounded_up(as_stored.least_bytes))}{_with(as_stored)} with {kept}")
     lacks = f"no plan fits: {smallest.missing} is missing"
-    return f"{lacks}; the smallest machine that could run it has {', or '.join(ways)}"
+    less = "; shoal run keeps none there, and so needs less" if smallest.model.buffers else ""
+    return f"{lacks}; the smallest machine that could run it has {', or '.join(ways)}{less}"
 
 
 def _with(found: Candidate) -> str:
@@ -192,6 +193,8 @@ def _with(found: Candidate) -> str:
     parts = ["a disk"] if found.plan is not None and found.plan.streams else []
     parts += [f"weights in {BITS[found.model.quant]}"] if found.model.quant in BITS else []
     parts += [f"K and V in {found.kv_type}"] if not found.asked else []
+    if on_their_way := found.model.buffers.get(found.kv_type, 0):
+        parts.append(f"{format_bytes(on_their_way)} of it for K and V on their way to disk")
     return f" ({', '.join(parts)})" if parts else ""
 
 

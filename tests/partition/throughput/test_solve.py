@@ -10,7 +10,7 @@ from fakes.throughput.throughput_cases import MB, MIXED, device, spec, weighed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.partition.amounts import meets
+from shoal.partition.amounts import format_bytes, meets
 from shoal.partition.throughput.explain import changes, reason, runner_up
 from shoal.partition.throughput.group_plans import speeds_with
 from shoal.partition.throughput.prediction import Job
@@ -97,6 +97,15 @@ def test_nothing_fits() -> None:
     least = min(it.least_bytes for it in found.candidates)
     assert name(solved([DENSE], one(least + MB)))
     assert solved([DENSE], one(least - 2 * MB)).chosen is None
+
+
+def test_what_a_machine_needs_for_pages_on_their_way_to_disk_is_said() -> None:
+    """A command that keeps none there names less."""
+    assert "on their way" not in reason(solved([DENSE], one(100e6)))
+    buffered = replace(DENSE, buffers={"f16": 30 * MB, "i8": 20 * MB})
+    said = reason(solved([buffered], one(100e6), choices=Choices(kv_type="f16")))
+    assert f"{format_bytes(30 * MB)} of it for K and V on their way to disk)" in said
+    assert said.endswith("; shoal run keeps none there, and so needs less")
 
 
 def test_the_smallest_machine_where_only_a_disk_lacks() -> None:
