@@ -45,7 +45,8 @@ def keep_full(
                 under_way += 1
             except refusal as error:
                 refused = True
-                yield taken[0], error
+                yield taken[0], error.with_traceback(None)  # whose frames have the request
+            del taken  # the next one is made before it would be replaced
         if not under_way and refused:  # then another request may come, or none any more
             continue
         if (coming or under_way) and (found := next(events)) is not None:

@@ -34,6 +34,7 @@ class _Outline(Struct, frozen=True):
 
 _DECODER = msgpack.Decoder(_Outline)
 _CONTENT = msgpack.Decoder(_Content)
+_NULL = Raw(b"\xc0")
 _MESSAGE = msgpack.Decoder(Annotated[dict[str, Raw], Meta(max_length=1024)])
 
 
@@ -50,14 +51,18 @@ def check_free_bytes(body: bytes) -> None:
 
 def _free_bytes(message: Raw) -> int:
     """How much of a message could grow: all but texts, also those in the parts of its content."""
-    content = _CONTENT.decode(message).content
+    fields = _MESSAGE.decode(message)
+    content = None if _is_text(fields.pop("content", _NULL)) else _CONTENT.decode(message).content
     parts = content if isinstance(content, list) else []
-    fields = [value for key, value in _MESSAGE.decode(message).items() if key != "content"]
-    return sum(map(_weight, [*fields, *(value for part in parts for value in part.values())]))
+    return sum(map(_weight, [*fields.values(), *(value for part in parts for value in part.values())]))
+
+
+def _is_text(value: Raw) -> bool:
+    """Seen without decoding it, which would take four bytes for each character of some texts."""
+    first = bytes(memoryview(value)[:1])
+    return b"\xa0" <= first <= b"\xbf" or b"\xd9" <= first <= b"\xdb"
 
 
 def _weight(value: Raw) -> int:
     """The bytes of a value that could grow: none if it is text."""
-    first = bytes(memoryview(value)[:1])
-    is_text = b"\xa0" <= first <= b"\xbf" or b"\xd9" <= first <= b"\xdb"
-    return 0 if is_text else len(value)
+    return 0 if _is_text(value) else len(value)

@@ -58,7 +58,8 @@ def prompt_of(model: LoadedModel, request: Generate | Chat) -> list[int]:
         if request.prompt is not None:
             return model.tokenizer.encode(request.prompt, most=most)
     except TooManyTokens as error:
-        raise _overflow(model, context, error.least, "at least ") from error
+        # Its frames have the text.
+        raise _overflow(model, context, error.least, "at least ") from error.with_traceback(None)
     return list(request.prompt_tokens or [])
 
 

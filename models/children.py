@@ -277,7 +277,8 @@ class _Child:
         """The answer to a job. The process ends with anything but an answer or an ordinary error of the script."""
         last_s, fine = limits.last_s(), False
         try:
-            self._send(JOB.pack(len(job), limits.memory_bytes, limits.seconds) + job, limits, last_s)
+            self._send(JOB.pack(len(job), limits.memory_bytes, limits.seconds), limits, last_s)
+            self._send(job, limits, last_s)  # apart: put together, both would be a copy
             answered, data = self._receive(limits, last_s)
             kind, text = ("", "") if answered else json.loads(data)
             if kind == "MemoryError":

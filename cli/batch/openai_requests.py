@@ -107,6 +107,15 @@ def parse(line: bytes, model: str | None) -> BatchRequest:
         raise
 
 
+class _Named(msgspec.Struct):
+    custom_id: str
+
+
+def custom_id_of(line: bytes) -> str:
+    """Of a line that is sound; nothing else of it is decoded."""
+    return msgspec.json.decode(line, type=_Named).custom_id
+
+
 def _asked(found: dict[str, Any], model: str | None) -> BatchRequest:
     custom_id = found.get("custom_id")
     if not isinstance(custom_id, str) or not 1 <= len(custom_id) <= ID_CHARACTERS:

@@ -88,6 +88,7 @@ class RequestLines:
                 yield RequestLine(number, start, nbytes, digest, None)
             elif text := piece.strip(b" \t\r\n"):
                 start += piece.index(text[:1])
+                del piece  # whoever asks for lines should have but one copy
                 yield RequestLine(number, start, len(text), self._digest(text), text)
 
     def again(self, offset: int, nbytes: int, digest: int) -> bytes:

@@ -22,7 +22,7 @@ from shoal.daemon.errors import DaemonError
 from .answer_file import AnswerFile, line_id
 from .batch_order import BatchOrder, refetched
 from .openai_answers import Collected, answered, failed
-from .openai_requests import BadLine, parse
+from .openai_requests import BadLine, custom_id_of, parse
 from .request_lines import REQUEST_BYTES, RequestLine, RequestLines, too_long
 
 PRIORITY = -1  # below that of whoever waits for an answer
@@ -90,7 +90,7 @@ class WorkingOff:
     def refuse_all(self, number: int, error: NoAnswer) -> None:
         """The model with that number cannot be had."""
         for line in self._order.of_model(number):
-            self._fail(line, self._said(line, error))
+            self._fail(line, _said(custom_id_of(refetched(self._requests, line)), error))
 
     def answer(self, answers: Answers, number: int, status: ModelStatus, shown: Callable[[], None]) -> None:
         """Have all lines answered that ask the model with that number. `shown` is called whenever something has
@@ -111,7 +111,8 @@ class WorkingOff:
                         self._out.add(answered(identity, collected.custom_id, body))
                         self.tally.note(event.usage)
                     case DaemonError() | RequestFailed():
-                        self._refused(self._under_way.pop(key)[0], event)
+                        line, collected = self._under_way.pop(key)
+                        self._refused(line, collected.custom_id, event)
                 self.tally.under_way = len(self._under_way)
                 self._out.settle()
                 shown()
@@ -128,12 +129,15 @@ class WorkingOff:
             else:
                 yield None
                 continue
-            asked = parse(refetched(self._requests, line), self._model)
-            self._under_way[line.number] = line, Collected(asked)
-            bounded = replace(asked.request, context_tokens=self._context)
-            yield line.number, replace(bounded, model=model, priority=PRIORITY)
+            yield line.number, self._asked(line, model)
 
-    def _refused(self, line: RequestLine, error: NoAnswer) -> None:
+    def _asked(self, line: RequestLine, model: str) -> Generate | Chat:
+        """The line's request, of which only the caller has the texts: they may be long."""
+        asked = parse(refetched(self._requests, line), self._model)
+        self._under_way[line.number] = line, Collected(asked)
+        return replace(asked.request, context_tokens=self._context, model=model, priority=PRIORITY)
+
+    def _refused(self, line: RequestLine, custom_id: str, error: NoAnswer) -> None:
         """Send it again later, or say why it failed. Raises what is not its own fault."""
         if error.code == "busy":
             self._again.append((time.monotonic() + max(error.retry_after_s, BUSY_S), line))
@@ -147,7 +151,7 @@ class WorkingOff:
                 f"{IN_A_ROW} requests in a row have failed, the last one so: {error}",
                 "when that is mended, --retry-failed answers them again",
             )
-        self._fail(line, self._said(line, error))
+        self._fail(line, _said(custom_id, error))
 
     def _fail(self, line: RequestLine, error: BadLine) -> None:
         self._out.add(failed(line_id(line.number, line.digest), line.number, error))
@@ -166,8 +170,9 @@ class WorkingOff:
         error.custom_id = asked.custom_id
         return error
 
-    def _said(self, line: RequestLine, refusal: NoAnswer) -> BadLine:
-        """A refusal of a sound line."""
-        error = BadLine(worded(str(refusal)), code=refusal.code)
-        error.custom_id = parse(refetched(self._requests, line), self._model).custom_id
-        return error
+
+def _said(custom_id: str, refusal: NoAnswer) -> BadLine:
+    """A refusal of a sound line."""
+    error = BadLine(worded(str(refusal)), code=refusal.code)
+    error.custom_id = custom_id
+    return error

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from shoal.models.children import ChildKind, Confined, JobFailed, LimitPassed, Limits
 from shoal.models.errors import TemplateError, TemplateRefusal, TemplateTooCostly, one_line
 
@@ -50,7 +52,7 @@ class Renderer:
     def render(self, variables: Mapping[str, Any]) -> str:
         """The text for these variables, which are JSON values. Raises TemplateError and Overloaded."""
         try:
-            job = json.dumps(variables).encode()
+            job = _json(variables)
         except (TypeError, ValueError, RecursionError) as error:
             raise TemplateError(
                 f"the conversation cannot be given to a template: {one_line(error)}"
@@ -64,8 +66,18 @@ class Renderer:
             raise TemplateError(f"{self._name} failed: {error}") from error
         except LimitPassed as error:
             raise TemplateTooCostly(f"{self._name} {error}") from error
+        del job  # as large as the text that is made now
         return text.decode("utf-8", "surrogatepass")
 
     def close(self) -> None:
         """End the renderings that are under way, and refuse later ones with Overloaded."""
         self._confined.close()
+
+
+def _json(variables: Mapping[str, Any]) -> bytes:
+    """As UTF-8, which takes less than the escapes of what is not ASCII: these are for lone surrogates. Raises
+    TypeError, ValueError or RecursionError."""
+    try:
+        return msgspec.json.encode(variables)
+    except (UnicodeEncodeError, OverflowError):
+        return json.dumps(variables).encode()

@@ -6,7 +6,7 @@ Knows how ids spell text. Does not know file formats (from_gguf, from_hf, tokeni
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from shoal.models.errors import TokenizerError, TooManyTokens
@@ -16,6 +16,8 @@ from .from_hf import read_hf
 from .long_texts import ANY_NUMBER, PIECE_CHARS, far_beyond
 from .parts import DEFAULT_TEMPLATE, Parts
 from .vocabulary import SPECIAL_KINDS, TokenKind
+
+_UTF_8_CHARS = 1 << 18  # that are encoded at once
 
 
 class Tokenizer:
@@ -79,8 +81,8 @@ class Tokenizer:
         """How many tokens a text has at least, without a look at it."""
         if self._longest_bytes is None or len(text) <= PIECE_CHARS:
             return 0
-        counted = text.encode().translate(None, self._uncounted)
-        return -(-len(counted) // max(1, self._longest_bytes))
+        counted = sum(len(piece.translate(None, self._uncounted)) for piece in _utf_8(text))
+        return -(-counted // max(1, self._longest_bytes))
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """Text of ids; bytes that are not UTF-8 become U+FFFD. skip_special: leave control tokens out."""
@@ -135,7 +137,14 @@ class Tokenizer:
 def _scalar_values(text: str) -> str:
     """The text without lone surrogates, which have no UTF-8 form (a text that comes from JSON can have them)."""
     try:
-        text.encode()
+        for _ in _utf_8(text):
+            pass
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
+
+
+def _utf_8(text: str) -> Iterator[bytes]:
+    """The bytes of a text piece by piece: all at once they take four bytes for each character meanwhile. Raises
+    UnicodeEncodeError for lone surrogates."""
+    return (text[start : start + _UTF_8_CHARS].encode() for start in range(0, len(text), _UTF_8_CHARS))

@@ -7,6 +7,7 @@ import re
 
 import msgspec
 import pytest
+from fakes.peak import peak_bytes_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,6 +28,7 @@ from shoal.comm.messages import (
     Tokenize,
     TokenLogprob,
 )
+from shoal.comm.outline import check_free_bytes
 
 FUZZ = settings(deadline=None, max_examples=150, derandomize=True)
 
@@ -306,3 +308,10 @@ def test_a_message_of_any_depth_is_refused_by_the_protocol():
         body = b"\x81\xa8messages\x91\x82\xa4role\xa4user\xa4name" + content
         with pytest.raises(ProtocolError):
             wire.decode(wire.split([b"shoal/1", b"chat", b"1", body]), wire.REQUESTS)
+
+
+def test_a_first_look_at_a_body_decodes_no_text() -> None:
+    """With one character of four bytes, all of a text's would take as much."""
+    message = ChatMessage(role="user", content="\U0001f41f" + "x" * (4 << 20))
+    body = msgspec.msgpack.encode(Chat(messages=[message]))
+    assert peak_bytes_of(lambda: check_free_bytes(body)) < len(body) / 100

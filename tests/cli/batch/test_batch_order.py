@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import tracemalloc
 from hashlib import blake2b
 from itertools import groupby
 from pathlib import Path
 
 import pytest
 from fakes.fake_engine import FakeEngine, scheduler, sequence
+from fakes.peak import peak_bytes_of
 
 from shoal.cli.batch.answer_file import AnswerFile
 from shoal.cli.batch.batch_order import BatchOrder
@@ -116,3 +118,18 @@ def test_without_common_beginnings_the_longest_answers_come_first(tmp_path: Path
         return -most.bit_length(), b"".join(digests), -len(text)
 
     assert ordered(tmp_path, asked) == sorted(asked, key=turn)
+
+
+def test_a_long_line_is_in_memory_once(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b"x" * (4 << 20) + b"\n")
+    held: list[int] = []
+
+    def looked() -> None:
+        for line in requests:
+            assert line.text is not None
+            held.append(tracemalloc.get_traced_memory()[0])
+
+    with RequestLines(path) as requests:
+        peak_bytes_of(looked)
+    assert held[0] < 1.5 * (4 << 20)

@@ -6,8 +6,9 @@ import json
 from typing import Any
 
 import pytest
+from fakes.peak import peak_bytes_of
 
-from shoal.cli.batch.openai_requests import BadLine, parse
+from shoal.cli.batch.openai_requests import BadLine, custom_id_of, parse
 from shoal.comm.messages import Chat, Generate
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -190,3 +191,10 @@ def test_texts_may_have_what_looks_like_nesting() -> None:
     request = parse(chat(messages=[{"role": "user", "content": text}], user="[" * 3000), None).request
     assert isinstance(request, Chat)
     assert request.messages[0]["content"] == text
+
+
+def test_whose_a_line_is_can_be_seen_without_the_rest_of_it() -> None:
+    sent = chat(messages=[{"role": "user", "content": "\U0001f41f" + "x" * (1 << 20)}])
+    found: list[str] = []
+    assert peak_bytes_of(lambda: found.append(custom_id_of(sent))) < len(sent) / 10
+    assert found == [parse(sent, None).custom_id]

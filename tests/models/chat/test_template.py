@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from fakes.peak import peak_bytes_of
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from shoal.models.chat.renderer import MAX_SOURCE_CHARS
@@ -334,3 +335,19 @@ def test_malformed_templates_are_refused_when_read(source: str) -> None:
 def test_a_template_of_megabytes_is_refused() -> None:
     with pytest.raises(TemplateError, match=f"at most {MAX_SOURCE_CHARS}"):
         ChatTemplate("x" * (MAX_SOURCE_CHARS + 1))
+
+
+def test_what_is_not_ascii_goes_to_the_template_as_utf_8() -> None:
+    """Its escapes would take three times as much, and there are copies of them."""
+    template, text = ChatTemplate("{{ messages[0].content }}"), "\u0441\u043b\u043e\u0432\u043e" * 400_000
+    assert template.render([{"role": "user", "content": "x"}]) == "x"  # the child is there
+    made: list[str] = []
+    peak = peak_bytes_of(lambda: made.append(template.render([{"role": "user", "content": text}])))
+    assert made == [text]
+    assert peak < 6 * len(text.encode())
+
+
+def test_lone_surrogates_and_large_numbers_reach_the_template() -> None:
+    said = {"role": "user", "content": "a\ud83d", "number": 1 << 70}
+    rendered = ChatTemplate("{{ messages[0].content }}{{ messages[0].number }}").render([said])
+    assert rendered == f"a\ud83d{1 << 70}"

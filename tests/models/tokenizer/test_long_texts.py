@@ -8,6 +8,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+from fakes.peak import peak_bytes_of
 from fakes.vocabularies import MERGES, VOCAB, texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -289,3 +290,14 @@ def test_what_cannot_be_cut_is_tokenised_in_a_child(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(holders, "_TEXT_BYTES_PER_CHAR", 0)
     with pytest.raises(TextTooLarge, match="place to cut"):
         ours.encode("é" * 1_000_000)
+
+
+def test_what_cannot_fit_is_refused_without_a_copy() -> None:
+    """With one character of four bytes, a text takes four for each, and so would what it is encoded into."""
+    ours, text = gguf(), "\U0001f41f" + "word " * 1_000_000
+
+    def refused() -> None:
+        with pytest.raises(TooManyTokens):
+            ours.encode(text, most=8192)
+
+    assert peak_bytes_of(refused) < len(text)
