@@ -112,6 +112,16 @@ class ExpertCache:
         self._wanted = self._expected.get(block, -1)
         return None if passage is None or passage.left else passage
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is missing, and nothing that is likely or known."""
+        return (
+            self._reading is None
+            and not self._missing
+            and not (self._known and self._free)
+            and (self._trust < TRUST or all(block in self._held for block in self._likely))
+        )
+
     def next_read(self, most_bytes: int) -> Read | None:
         """What to read now; None when nothing is missing or no slot is free."""
         if self._reading is None:

@@ -59,6 +59,11 @@ class Policy(Protocol):
         """What to read now, if anything. Whoever asks must read it."""
         ...
 
+    @property
+    def idle(self) -> bool:
+        """Whether `next_read` has nothing, as far as can be seen without choosing."""
+        ...
+
     def leave(self, passage: Passage) -> None:
         """A passage has been used, or it failed."""
         ...
@@ -148,7 +153,7 @@ class Readers:
         """Calls `policy` while no reader is in one, then wakes a reader, because there may be more to read."""
         with self._lock:
             policy()
-            self._work.notify()
+            self._wake()
 
     def once(self, block: BlockId, check: Callable[[], None]) -> None:
         """Calls `check` unless the block is known to be as it was written. Raises what `check` raises."""
@@ -197,7 +202,7 @@ class Readers:
         for passage in passages:
             passage.leases -= 1
             region.policy.leave(passage)
-        self._work.notify()
+        self._wake()
 
     def _await(self, region: Region, want: Callable[[], Passage | None]) -> Passage:
         """Waits until the passage is here. The caller holds the lock, which is released while waiting."""
@@ -208,18 +213,24 @@ class Readers:
             passage = want()
             if passage is not None and passage.error is not None:
                 region.policy.leave(passage)
-                self._work.notify()
+                self._wake()
                 # A copy, because the traceback of the original would keep the passage and its memory in a cycle.
                 raise type(passage.error)(*passage.error.args)
             if passage is not None and passage.here:
                 return passage
-            self._work.notify()  # wanting it may have given readers something to do
+            self._wake()  # wanting it may have given readers something to do
             if not self._landed.wait(SILENT_LOOK_S):
                 silent_s += SILENT_LOOK_S  # not by the clock, as this process may have been stopped meanwhile
             if self._landings != seen:
                 seen, silent_s = self._landings, 0.0
             elif silent_s >= STUCK_S:
                 raise StoreError(f"{self._source.path}: nothing could be read for {STUCK_S:.0f} s")
+
+    def _wake(self) -> None:
+        """Wakes a reader if there may be something to read: one that finds nothing has the lock meanwhile, and the
+        interpreter, for which the others wait. The lock is held."""
+        if self._coming_bytes <= MOST_COMING_BYTES and not all(it.policy.idle for it in self._regions):
+            self._work.notify()
 
     def _run(self) -> None:
         """The loop of a reader thread."""
@@ -243,7 +254,7 @@ class Readers:
                 for region in self._regions if self._coming_bytes <= MOST_COMING_BYTES else ():
                     if (read := region.policy.next_read(READ_BYTES)) is not None:
                         self._coming_bytes += read.nbytes
-                        self._work.notify()  # each reader wakes the next, as there may be more
+                        self._wake()  # each reader wakes the next, as there may be more
                         return region, region.bytes_of(read.passage), read
                 self._work.wait(IDLE_S)
         return None
@@ -275,7 +286,7 @@ class Readers:
             if not check:
                 self._note(region, read)
             else:
-                self._work.notify()  # another one can go on meanwhile
+                self._wake()  # another one can go on meanwhile
         if check:
             try:
                 self._source.check(passage.block, memory)
@@ -312,6 +323,6 @@ class Readers:
             self._count(read.nbytes)
         region.policy.ended(passage)
         if passage.left:
-            self._work.notify()
+            self._wake()
         if passage.error is not None or passage.landed == passage.nbytes:
             self._landed.notify_all()

@@ -77,6 +77,10 @@ class Line:
     def extend(self, passages: Sequence[Passage]) -> None:
         self._waiting.extend(passages)
 
+    @property
+    def idle(self) -> bool:
+        return not self._waiting
+
     def next_read(self, most_bytes: int) -> Read | None:
         if not self._waiting:
             return None
@@ -108,6 +112,11 @@ class Window:
         self._positions = ring_places(nbytes, [extent.nbytes for extent in cycle])
         self._next = 0  # the block of the cycle to begin next
         self._passing: list[Passage] = []  # in the order of use
+
+    @property
+    def idle(self) -> bool:
+        """Whether no blocks pass."""
+        return not self._cycle
 
     def next_read(self, most_bytes: int) -> Read | None:
         """What to read now; None while its place is taken, or if no blocks pass."""

@@ -7,7 +7,7 @@ import re
 
 import msgspec
 import pytest
-from fakes.peak import peak_bytes_of
+from fakes.throughput.peak import peak_bytes_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

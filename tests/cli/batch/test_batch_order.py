@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from fakes.fake_engine import FakeEngine, scheduler, sequence
-from fakes.peak import peak_bytes_of
+from fakes.throughput.peak import peak_bytes_of
 
 from shoal.cli.batch.answer_file import AnswerFile
 from shoal.cli.batch.batch_order import BatchOrder

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from fakes.peak import peak_bytes_of
+from fakes.throughput.peak import peak_bytes_of
 
 from shoal.cli.batch.openai_requests import BadLine, custom_id_of, parse
 from shoal.comm.messages import Chat, Generate

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from fakes.peak import peak_bytes_of
+from fakes.throughput.peak import peak_bytes_of
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from shoal.models.chat.renderer import MAX_SOURCE_CHARS

@@ -8,7 +8,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from fakes.peak import peak_bytes_of
+from fakes.throughput.peak import peak_bytes_of
 from fakes.vocabularies import MERGES, VOCAB, texts
 from hypothesis import given, settings
 from hypothesis import strategies as st

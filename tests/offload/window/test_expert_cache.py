@@ -348,8 +348,10 @@ def test_what_is_wanted_comes_however_reads_end(slots: int, experts: int, seed: 
     under_way: list[Read] = []
 
     def begin() -> bool:
+        idle = cache.idle
         chunk = cache.next_read(SIZE // 2) if len(under_way) < 4 else None
         if chunk is not None:
+            assert not idle, "nobody would have woken a reader"
             positions = {other.passage.position for other in under_way if other.passage is not chunk.passage}
             assert chunk.passage.position not in positions
             assert not chunk.passage.leases

@@ -26,8 +26,10 @@ class Disk:
         self.under_way: list[Read] = []
 
     def begin(self, most_pages: int) -> bool:
+        idle = self.window.idle
         chunk = self.window.next_read(most_pages * PAGE)
         if chunk is not None:
+            assert not idle, "nobody would have woken a reader"
             assert 0 < chunk.nbytes <= most_pages * PAGE
             self.under_way.append(chunk)
         return chunk is not None
