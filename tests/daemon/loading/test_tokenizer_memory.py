@@ -190,7 +190,7 @@ def test_the_header_of_a_gguf_tells_what_its_tokenizer_takes(model: str, tokens:
     command = [sys.executable, "-P", "-c", TAKEN, model, str(tokens), str(length)]
     said = subprocess.check_output(command, timeout=60, text=True)
     taken, expected, most, text_bytes = map(int, said.split())
-    assert 0.4 * expected < taken <= expected
+    assert 0.3 * expected < taken <= expected
     all_tokens = 2 * tokens if length else tokens
     memory = vocabulary_memory(all_tokens, tokens - 94 if model == "gpt2" else 0, text_bytes)
     assert memory.kept == expected
@@ -227,7 +227,7 @@ def test_a_tokenizer_json_keeps_what_a_gguf_of_its_vocabulary_does(pairs: bool, 
     taken, expected = map(int, subprocess.check_output(command, timeout=60, text=True).split())
     same = vocabulary_memory(len(file["model"]["vocab"]), len(merges), 0).kept
     assert 0 < expected - same <= 6_000_000
-    assert 0.6 * expected < taken < 0.9 * expected  # of which holes would be 2 to 4 MB
+    assert 0.6 * expected < taken < 0.97 * expected  # 0.71 to 0.83; with holes 1.01 to 1.13
 
 
 def test_a_bpe_is_charged_by_its_tables_which_double() -> None:
