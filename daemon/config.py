@@ -83,8 +83,8 @@ class NodeConfig:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 amount = format_bytes if name.endswith("_bytes") else str
-                said = f"{name.removesuffix('_bytes')}={amount(value)}"
-                raise DaemonError("bad_request", f"{said}: must be from {amount(low)} to {amount(high)}")
+                said = f"`{name}={amount(value)}`: must be from {amount(low)} to {amount(high)}"
+                raise DaemonError("bad_request", said)
         if self.device != AUTO:
             try:
                 read_name(self.device)

@@ -25,7 +25,9 @@ def format_bytes(count: float) -> str:
         if value < 999.5 or unit == "PB":
             break
         value /= 1000
-    return f"{int(value)} B" if unit == "B" else f"{value:.3g} {unit}"
+    if unit == "B":
+        return f"{int(value)} B"
+    return f"{value:,.0f} {unit}" if value >= 999.5 else f"{value:.3g} {unit}"
 
 
 def rounded_up(nbytes: float) -> float:

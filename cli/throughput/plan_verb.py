@@ -58,8 +58,13 @@ def guesses_at(text: str) -> tuple[int, float]:
     """4@0.7 as an option's type: four tokens guessed ahead in each step, each right with a chance of 70% if those
     before it were."""
     count, at, chance = text.partition("@")
-    depth: int = Whole(1, 64).convert(count, None, None)
-    return depth, Real(0, 1).convert(chance if at else "0.6", None, None)
+    try:
+        return Whole(1, 64).convert(count, None, None), Real(0, 1).convert(
+            chance if at else "0.6", None, None
+        )
+    except click.BadParameter as error:
+        shape = "must be a number of tokens from 1 to 64, or with their chance from 0 to 1, such as 4@0.7"
+        raise click.BadParameter(f"{text!r}: {shape}") from error
 
 
 def _count(option: str, default: int, what: str, most: int | None = None) -> Decorator:

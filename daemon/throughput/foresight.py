@@ -216,9 +216,8 @@ def prepared(
         profile = replace(profile, devices=(head, *profile.devices[1:]))
     if asked.ranks is not None and not 1 <= asked.ranks <= len(profile.devices):
         there = len(profile.devices)
-        raise DaemonError(
-            "bad_request", f"`ranks={asked.ranks}`: must be from 1 to {there}, the devices of the profile"
-        )
+        least = "1, the only machine" if there == 1 else f"from 1 to {there}, the machines"
+        raise DaemonError("bad_request", f"`ranks={asked.ranks}`: must be {least} of the profile")
     return Prepared(models, profile, "; ".join(filter(None, (cut, trouble))))
 
 
