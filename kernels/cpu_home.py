@@ -1,8 +1,9 @@
 """The CPU's home: hidden states are NumPy arrays, f32 (T, n).
 
 Has what all kernels of the CPU share: small operations on hidden states, in NumPy, and the checks of operands. All
-kernels agree with `reference` to float32 rounding, so results do not show which ones computed. With native kernels,
-moreover, no bit of a row depends on the rest of the batch or on the number of threads.
+kernels agree with `reference` to float32 rounding, or with its `as_words` where bf16 weights become words: results do
+not show which ones computed. With native kernels, moreover, no bit of a row depends on the rest of the batch or on
+the number of threads.
 """
 
 from collections.abc import Sequence

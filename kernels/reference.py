@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ from shoal.partition.memory_layout import INPUT_GROUP
 TILE_BYTES = 4 << 20
 """Most bytes of float32 weights that exist at once."""
 
-_MOST_INPUT = {WIDE_INPUTS: 32639, NARROW_INPUTS: 127}
+_MOST_INPUT = {WIDE_INPUTS: 32639, NARROW_INPUTS: 127, 14: 8159}
 
 SMALLEST_INPUT = 1e-30
 """A group of inputs to quantised weights counts as zeros if no magnitude in it reaches this."""
@@ -115,9 +116,10 @@ class ReferenceHome(CpuHome):
         return attend(kv, segments, q, k, v, scoring)
 
 
-def quantised_inputs(x: Floats, bits: InputBits = WIDE_INPUTS) -> Floats:
+def quantised_inputs(x: Floats, bits: InputBits | Literal[14] = WIDE_INPUTS) -> Floats:
     """x (T, cols), float32, rounded to 16 bits: every 32 columns become whole multiples, from -32639 to 32639, of
-    1/32639 of their largest magnitude; halves are rounded to even. To 8 bits: with 127 instead of 32639.
+    1/32639 of their largest magnitude; halves are rounded to even. To 8 bits: with 127 instead of 32639. To 14 bits,
+    which go with `as_words`: with 8159.
 
     A group with an infinite or NaN input becomes NaN. Native kernels multiply the whole numbers exactly. 32639 is the
     largest number that a high and a low byte, both signed, stand for: machines differ in what they can multiply.
@@ -127,8 +129,8 @@ def quantised_inputs(x: Floats, bits: InputBits = WIDE_INPUTS) -> Floats:
 
 def as_words(weights: Floats) -> Floats:
     """bf16 weights (rows, cols), float32, as machines round them that multiply words twice as fast as floats, AVX2's:
-    every 128 columns become whole multiples of 2^-10 of a power of two, the greatest that their largest magnitude
-    reaches; halves are rounded to even. So all from an eighth of it on keep their bits. They take inputs of 16 bits.
+    every 128 columns become whole multiples of 2^-12 of a power of two, the greatest that their largest magnitude
+    reaches; halves are rounded to even. So all from a 32nd of it on keep their bits. They take inputs of 14 bits.
 
     128 columns with an infinite or NaN weight become NaN.
     """
@@ -138,7 +140,7 @@ def as_words(weights: Floats) -> Floats:
     groups = filled.reshape(rows, -1, WORD_COLUMNS)
     largest = np.abs(groups).max(-1, keepdims=True)
     _, exponent = np.frexp(np.where(np.isfinite(largest), largest, 1))
-    unit = np.ldexp(np.float32(1), np.maximum(exponent - 1, -116) - 10)
+    unit = np.ldexp(np.float32(1), np.maximum(exponent - 1, -114) - 12)
     words = np.where(np.isfinite(largest), np.rint(groups / unit) * unit, np.float32(np.nan))
     return words.reshape(filled.shape)[:, :cols]
 
@@ -183,7 +185,7 @@ def _linear(x: Tensor, w: Matrix, bias: Floats | None, input_bits: InputBits) ->
     return out if bias is None else out.add_(_tensor(bias))
 
 
-def _quantised(x: Tensor, bits: InputBits) -> Tensor:
+def _quantised(x: Tensor, bits: InputBits | Literal[14]) -> Tensor:
     groups = x.reshape(x.shape[0], x.shape[1] // INPUT_GROUP, INPUT_GROUP)  # (T, cols / 32, 32)
     largest = groups.abs().amax(-1, keepdim=True)
     # A tensor: torch may divide by a plain number less exactly.

@@ -1,7 +1,7 @@
-// bf16 weights times inputs of 16 bits: as words, where a machine multiplies those at twice the speed of floats.
+// bf16 weights times inputs of 14 bits: as words, where a machine multiplies those at twice the speed of floats.
 //
-// The weights of a row in a stretch of 128 columns become multiples of 2^-10 of a power of two, the greatest that none
-// of them falls short of in all. Those from an eighth of it on keep every bit, the others are rounded, half to even
+// The weights of a row in a stretch of 128 columns become multiples of 2^-12 of a power of two, the greatest that their
+// largest magnitude reaches. Those from a 32nd of it on keep every bit, the others are rounded, halves to even
 // (`reference.as_words`). Sums of products are whole numbers, exact, and end in the `add` of quantised weights, so here,
 // too, batching, threads and tiling change no bit. A stretch with an infinite or NaN weight makes NaN.
 #pragma once
@@ -19,8 +19,8 @@ struct BF16Words {
     static constexpr bool HAS_LOW = false;
 };
 
-constexpr int64_t STRETCH = 4 * GROUP;  // a shorter one takes a fifth more time for one token, and rounds a seventh less
-constexpr int WORD_BITS = 10;           // 32 products of 2^(WORD_BITS + 1) and 16 bits add up to less than 2^31
+constexpr int64_t STRETCH = 4 * GROUP;  // with a shorter one, finding powers takes longer than memory does
+constexpr int WORD_BITS = 12;           // words of up to 255 / 128 * 2^12 = 8160 (`Bits14`)
 static_assert(STRETCH <= CHUNK && CHUNK % STRETCH == 0, "tiles begin with a stretch");
 
 struct FourRows;
@@ -74,10 +74,10 @@ struct FourRows {
         FourRows filled = *this;
         for (int r = 0; r < 4; r++) {
             memcpy(last[r], at[r] + 2 * whole, (size_t)(2 * (until - whole)));
-            filled.at[r] = last[r] - 2 * whole;
+            filled.at[r] = last[r];
         }
-        const Scales by(filled, whole);
-        for (int64_t k = whole; k < until; k += GROUP) use(k, FourWords(filled, k, by), by.scale);
+        const Scales by(filled, 0);
+        for (int64_t k = whole; k < until; k += GROUP) use(k, FourWords(filled, k - whole, by), by.scale);
     }
 };
 
@@ -209,7 +209,7 @@ void unpack_rows(const shoal::Weights& w, const Patch& p, BF16Tile* tiles) {
 
 constexpr Type bf16_type() {
     constexpr Multiply by{FEW_BF16_TOKENS,
-                          {WORDS, WORDS},
+                          {SHORT_WORDS, SHORT_WORDS},
                           few_tokens_bf16,
                           many_tokens<BF16Words, SignedWords, unpack_rows>,
                           sizeof(TileScratch<BF16Words, SignedWords>)};

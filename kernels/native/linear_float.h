@@ -1,4 +1,4 @@
-// Float weights times float inputs: inputs of float weights are not rounded.
+// Float weights times float inputs: neither is rounded (but see `linear_bf16.h`).
 //
 // A dot product is LANES running sums over ascending columns, folded by `sum4`. One token widens rows as it goes,
 // several multiply tiles that were widened before; both compute exactly that, so batching, threads and tiling change no

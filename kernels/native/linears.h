@@ -84,7 +84,7 @@ template <class Bits, class Scheme>
 constexpr Packer packer{sizeof(Input<Scheme>), pack_groups<Bits, Scheme>};
 
 constexpr Packer PACKERS[FORMS] = {
-    {}, packer<Bits16, Planes>, packer<Bits16, Words>, packer<Bits8, Bytes>, packer<Bits8, Words>};
+    {}, packer<Bits16, Planes>, packer<Bits16, Words>, packer<Bits8, Bytes>, packer<Bits8, Words>, packer<Bits14, Words>};
 
 // The inputs of some tokens in the forms that matrices need.
 struct Packed {

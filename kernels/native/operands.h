@@ -46,6 +46,11 @@ struct Bits16 {
     }
 };
 
+// Of 14 bits, beside weights of as many: words of bf16 (`linear_bf16.h`).
+struct Bits14 {
+    static constexpr float MOST = 8159;  // 32 products of it and 8160 add up to less than 2^31
+};
+
 struct Bits8 {
     static constexpr float MOST = 127;
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)

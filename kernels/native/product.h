@@ -50,7 +50,7 @@ struct Output {
 };
 
 // How the inputs of a token lie in memory (`operands.h`). There are words and planes of 16 bits.
-enum Form { FLOATS, PLANES, WORDS, BYTES, BYTES_AS_WORDS, FORMS };
+enum Form { FLOATS, PLANES, WORDS, BYTES, BYTES_AS_WORDS, SHORT_WORDS, FORMS };
 
 // How a type is multiplied by inputs of some bits. Rows start at whole bands; there are at most TILE_ROWS rows and
 // TILE_TOKENS tokens to `many`.
@@ -67,7 +67,7 @@ struct Multiply {
 struct Type {
     bool quantised;
     int block_weights, block_bytes;
-    Multiply by[2];  // inputs of 16 bits, of 8; floats multiply floats
+    Multiply by[2];  // inputs of 16 bits, of 8; float weights have one way
     void (*decode)(const shoal::Weights& w, int64_t row, float* out);
 };
 

@@ -20,10 +20,7 @@ _PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 # Of a file, for each token and merge: objects for shorter ones would be a burden. Usual are 14 to 35.
 _LEAST_BYTES = 12
 _ADDED = {"id", "content", "single_word", "lstrip", "rstrip", "normalized", "special"}
-_BPE = {
-    *("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"),
-    *("fuse_unk", "byte_fallback", "ignore_merges"),
-}
+_BPE = {"unk_token", "end_of_word_suffix", "fuse_unk", "byte_fallback", "ignore_merges"}
 
 
 def first_job(data: bytes, tokens: dict[str, Any]) -> bytes:
@@ -142,13 +139,22 @@ def _compact(data: bytes) -> tokenizers.Tokenizer | None:
     """The same as the library's parser makes of a file, if that has a BPE of the usual form; else None, also where
     something is wrong with it. The parser leaves holes of 30 to 130 bytes a token between what it makes."""
     try:
-        file = json.loads(data)
+        file = json.loads(data.decode())
         model, added = file["model"], file.pop("added_tokens", [])
+        for option in ("dropout", "continuing_subword_prefix"):
+            if model.pop(option, None):
+                return None
         vocab, merges = model.pop("vocab"), model.pop("merges")
         forms = {*map(type, merges)}
-        if model.pop("type") != "BPE" or len(forms) > 1 or {*map(type, vocab.values())} - {int}:
+        if model.pop("type") != "BPE" or type(merges) is not list or forms not in (set(), {str}, {list}):
             return None
-        if any(it.keys() != _ADDED for it in added) or not model.keys() <= _BPE:
+        if {*map(type, vocab.values())} != {int} or min(vocab.values()) < 0 or not model.keys() <= _BPE:
+            return None
+        if any(it.keys() != _ADDED or type(it["id"]) is not int or it["id"] < 0 for it in added):
+            return None
+        if str in forms and any(
+            it.startswith("#version") for it in merges
+        ):  # lines that the parser leaves out
             return None
         if len(data) < _LEAST_BYTES * (len(vocab) + len(merges)):
             return None

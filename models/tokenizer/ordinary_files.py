@@ -30,6 +30,9 @@ _MAX_ADDED = 200_000
 _MAX_WORD_CHARS = 128  # of WordPiece, which tries all parts of a word, longest first
 # The library takes about ten times as much for a moment; the largest published file has 34 MB.
 _MAX_BYTES = 48 << 20
+_BRACKET_BYTES = (
+    8  # of a file for each list or object: a merge has more, and what is denser takes far more memory
+)
 
 _PARTS = {
     "normalizer": {
@@ -66,8 +69,11 @@ class _Model(msgspec.Struct):
     merges: msgspec.Raw = msgspec.Raw(b"[]")
 
 
-class _Outline(msgspec.Struct):
+class _Outline(msgspec.Struct, forbid_unknown_fields=True):
     model: _Model
+    version: msgspec.Raw = msgspec.Raw(b"null")
+    truncation: msgspec.Raw = msgspec.Raw(b"null")
+    padding: msgspec.Raw = msgspec.Raw(b"null")
     normalizer: msgspec.Raw = msgspec.Raw(b"null")
     pre_tokenizer: msgspec.Raw = msgspec.Raw(b"null")
     post_processor: msgspec.Raw = msgspec.Raw(b"null")
@@ -77,7 +83,7 @@ class _Outline(msgspec.Struct):
 
 def is_ordinary(data: bytes, added: Sequence[Mapping[str, Any]] = ()) -> bool:
     """Whether a file has nothing but known parts, within bounds. added: fields of tokens that other files add."""
-    if len(data) > _MAX_BYTES:
+    if len(data) > _MAX_BYTES or data.count(b"[") + data.count(b"{") > 64 + len(data) // _BRACKET_BYTES:
         return False
     try:
         file = msgspec.json.decode(data, type=_Outline)
@@ -94,6 +100,9 @@ def is_ordinary(data: bytes, added: Sequence[Mapping[str, Any]] = ()) -> bool:
     return (
         known
         and not model.dropout
+        and not (
+            model.type == "BPE" and model.continuing_subword_prefix
+        )  # may end the process, cut within a character
         and max(map(len, affixes)) <= _MAX_TEXT_CHARS
         and 0 <= model.max_input_chars_per_word <= _MAX_WORD_CHARS
         and max(lengths, default=0) <= most_chars

@@ -185,6 +185,19 @@ def test_no_file_takes_much_memory_or_time(name: str, tmp_path: Path) -> None:
     assert gaps[0] < 3
 
 
+@pytest.mark.parametrize("where", ["vocab", "merges", "x", "prefix"])
+def test_what_takes_more_memory_than_its_bytes_tell_is_not_ordinary(where: str) -> None:
+    """Lists in lists take sixty times their bytes, and a prefix that cuts a character ends the process."""
+    file = ordinary()
+    if where == "prefix":
+        file["model"]["continuing_subword_prefix"] = "é"
+    elif where == "x":
+        file["x"] = 1
+    else:
+        file["model"][where] = json.loads(f"[{','.join(['[' * 60 + ']' * 60] * 100)}]")
+    assert not is_ordinary(json.dumps(file, separators=(",", ":")).encode())
+
+
 def test_what_people_use_is_ordinary() -> None:
     assert is_ordinary(json.dumps(ordinary()).encode())
 

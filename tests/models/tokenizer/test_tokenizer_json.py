@@ -289,10 +289,22 @@ def test_a_usual_bpe_is_what_the_library_parses(merges: list[Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"merges": [["a", "z"]]}, {"merges": ["a b", ["a", "b"]]}, {"vocab": {"a": 0.0}}, {"type": "WordLevel"}]
-)  # fmt: skip
+    "change",
+    [
+        {"merges": [["a", "z"]]},
+        {"merges": ["a b", ["a", "b"]]},
+        {"merges": {"a b": 1}},
+        {"merges": ["#version b"], "vocab": {"#version": 0, "b": 1, "#versionb": 2}},
+        {"vocab": {"a": 0.0}},
+        {"vocab": {"a": -1}},
+        {"type": "WordLevel"},
+        {"dropout": True},
+        {"continuing_subword_prefix": "##"},
+    ],
+)
 def test_what_is_no_usual_bpe_is_left_to_the_library(change: dict[str, Any]) -> None:
     file = json.loads(tokenizers.Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [])).to_str())
     assert hf_library._compact(json.dumps(file, indent=2).encode()) is not None
+    assert hf_library._compact(json.dumps(file, indent=2).encode("utf-16")) is None
     file["model"] |= change
     assert hf_library._compact(json.dumps(file, indent=2).encode()) is None
