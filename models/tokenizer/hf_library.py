@@ -152,10 +152,8 @@ def _compact(data: bytes) -> tokenizers.Tokenizer | None:
             return None
         if any(it.keys() != _ADDED or type(it["id"]) is not int or it["id"] < 0 for it in added):
             return None
-        if str in forms and any(
-            it.startswith("#version") for it in merges
-        ):  # lines that the parser leaves out
-            return None
+        if str in forms and any(it.startswith("#version") for it in merges):
+            return None  # the parser leaves such lines out
         if len(data) < _LEAST_BYTES * (len(vocab) + len(merges)):
             return None
         pairs = [tuple(it.split(" ") if str in forms else it) for it in merges]

@@ -30,9 +30,8 @@ _MAX_ADDED = 200_000
 _MAX_WORD_CHARS = 128  # of WordPiece, which tries all parts of a word, longest first
 # The library takes about ten times as much for a moment; the largest published file has 34 MB.
 _MAX_BYTES = 48 << 20
-_BRACKET_BYTES = (
-    8  # of a file for each list or object: a merge has more, and what is denser takes far more memory
-)
+# Of a file, for each list or object: a merge has more, and what is denser takes far more memory.
+_BRACKET_BYTES = 8
 
 _PARTS = {
     "normalizer": {
@@ -100,9 +99,8 @@ def is_ordinary(data: bytes, added: Sequence[Mapping[str, Any]] = ()) -> bool:
     return (
         known
         and not model.dropout
-        and not (
-            model.type == "BPE" and model.continuing_subword_prefix
-        )  # may end the process, cut within a character
+        # A prefix may end the process: the library cuts a token within a character.
+        and not (model.type == "BPE" and model.continuing_subword_prefix)
         and max(map(len, affixes)) <= _MAX_TEXT_CHARS
         and 0 <= model.max_input_chars_per_word <= _MAX_WORD_CHARS
         and max(lengths, default=0) <= most_chars
